@@ -1,0 +1,40 @@
+"""surgery: convert Hugging Face checkpoints so that massive activations become an explicit attention bias, and prove it.
+
+    surgery.plan(recipe, source)          what would change, from headers only
+    surgery.run(recipe, source, out)      convert, verify, publish
+    surgery.verify(out, against=source)   check a converted checkpoint
+    surgery.scan(source, text=[...])      massive activations and sinks, layer by layer
+
+Importing surgery also makes the converted model types (`eab_llama`, ...) known to transformers' Auto classes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import wrapt
+
+if TYPE_CHECKING:
+    from .verbs.plan import plan
+    from .verbs.run import run
+    from .verbs.scan import scan
+    from .verbs.verify import verify
+
+__version__ = "0.1.0"
+__all__ = ["plan", "run", "scan", "verify"]
+
+
+def __getattr__(name: str):
+    # torch and transformers take seconds to import, so a verb is imported when it is first asked for.
+    if name in __all__:
+        import importlib
+
+        return getattr(importlib.import_module(f".verbs.{name}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
+def _register_derived_types(module) -> None:
+    from .registration import register
+
+    register()

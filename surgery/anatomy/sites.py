@@ -1,0 +1,202 @@
+"""Find the attention sites of a model from its config alone, and refuse what slots would not be exact on."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..errors import UnsupportedModel
+from .probe import Call, observing
+
+# Keyword arguments that a site may pass on and that leave attention what it is. Everything else that is not None is refused.
+KNOWN_ARGUMENTS = {
+    "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux",
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
+    "return_dict", "layer_idx",
+}  # fmt: skip
+
+# Rotary kinds whose frequencies depend on how long the text is: the folded keys would have to change with it.
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+_STRUCTURE_ONLY = "surgery_structure_only"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module: `name` within the trunk, the index `block` of its block, heads and dims."""
+
+    name: str
+    block: int
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a config says about a model: classes, the trunk's name within the causal LM, its blocks and sites."""
+
+    model_type: str
+    model_class: type
+    config_class: type
+    trunk: str
+    blocks: tuple[str, ...]
+    sites: tuple[Site, ...]
+    max_positions: int | None
+
+    def site_table(self) -> dict[str, list[int]]:
+        """`config.eab["sites"]`: site name -> [kv_heads, key_dim, value_dim]."""
+        return {site.name: [site.kv_heads, site.key_dim, site.value_dim] for site in self.sites}
+
+
+def parse_config(config: dict):
+    """The transformers config object of a raw config.json; UnsupportedModel where it has no causal language model."""
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"config.json: model_type {model_type!r} is not an architecture of the installed transformers; upgrade transformers, "
+            "or check the spelling"
+        )
+    parsed = CONFIG_MAPPING[model_type].from_dict(config)
+    if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold")
+    return parsed
+
+
+def examine(config: dict) -> Anatomy:
+    """Probe the model that `config` (a raw config.json) describes, on the meta device, without weights.
+
+    Raises UnsupportedModel, with the reason, for whatever slots would not be exact on.
+    """
+    parsed = parse_config(config)
+    _refuse_config(parsed)
+    parsed._attn_implementation = _STRUCTURE_ONLY
+    with _structure_only(), torch.device("meta"):
+        return _describe(*_probe(parsed))
+
+
+def _refuse_config(config) -> None:
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise UnsupportedModel(f"{config.model_type}: attends to an encoder, and a prefix of the decoder is then not constant")
+    for rope in _rope_parameters(config):
+        if (kind := rope.get("rope_type", rope.get("type"))) in LENGTH_DEPENDENT_ROPE:
+            raise UnsupportedModel(
+                f"{config.model_type}: rotary embeddings of type {kind!r} change with the length of the text, "
+                "so the keys of a prefix are not constant"
+            )
+
+
+def _rope_parameters(config) -> list[dict]:
+    """The rotary settings, one dict for all layers or one per layer type."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
+class _structure_only:
+    """A registered attention name without a mask function: masks would look at values, and the meta device has none."""
+
+    def __enter__(self):
+        AttentionInterface.register(_STRUCTURE_ONLY, _no_attention)
+
+    def __exit__(self, *exc):
+        AttentionInterface._global_mapping.pop(_STRUCTURE_ONLY, None)
+
+
+def _no_attention(module, query, key, value, attention_mask=None, **kwargs):
+    raise RuntimeError("structure only")
+
+
+def _probe(config) -> tuple[PreTrainedModel, list[Call]]:
+    """The model on the meta device and the attention calls of one forward pass over four tokens."""
+    calls: list[Call] = []
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        with torch.no_grad(), observing(calls.append, compute=False):
+            model(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False)
+    except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
+        if _STRUCTURE_ONLY in str(error):
+            raise _off_the_seam(config) from error
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
+        raise UnsupportedModel(f"{config.model_type}: its structure could not be read without weights ({reason})") from error
+    return model, calls
+
+
+def _off_the_seam(config) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{config.model_type}: its attention does not go through transformers' AttentionInterface, so slots cannot reach it"
+    )
+
+
+def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
+    kind = model.config.model_type
+    names = {module: name for name, module in model.named_modules()}
+    if not calls:
+        raise _off_the_seam(model.config)
+    for module, count in collections.Counter(call.module for call in calls).items():
+        if count != 1:
+            raise UnsupportedModel(f"{kind}: {names[module]} attends {count} times in one forward pass, and slots would count twice")
+    for call in calls:
+        unknown = sorted(k for k, v in call.arguments.items() if v is not None and k not in KNOWN_ARGUMENTS)
+        if unknown:
+            raise UnsupportedModel(f"{kind}: {names[call.module]} passes {', '.join(unknown)} to its attention, which slots do not know")
+        if not getattr(call.module, "is_causal", True):
+            raise UnsupportedModel(f"{kind}: {names[call.module]} is not causal, and a prefix is constant only under causal attention")
+        if hasattr(call.module, "attention_bias"):
+            raise UnsupportedModel(f"{kind}: {names[call.module]} already has an attribute attention_bias, where slots would live")
+    trunk_name, trunk = _innermost(model, [names[call.module] for call in calls])
+    if "position_ids" not in inspect.signature(trunk.forward).parameters:
+        raise UnsupportedModel(f"{kind}: {type(trunk).__name__} takes no position_ids, so its text cannot be shifted behind the prefix")
+    within = {module: name for name, module in trunk.named_modules()}
+    blocks, block_of = _blocks(kind, trunk, [within[call.module] for call in calls])
+    sites = tuple(
+        Site(
+            name=within[call.module], block=block_of[within[call.module]], heads=call.query.shape[1],
+            kv_heads=call.key.shape[1], key_dim=call.key.shape[-1], value_dim=call.value.shape[-1],
+        )
+        for call in calls
+    )  # fmt: skip
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return Anatomy(kind, type(model), type(model.config), trunk_name, blocks, sites, limit)
+
+
+def _innermost(model: PreTrainedModel, sites: list[str]) -> tuple[str, PreTrainedModel]:
+    """The smallest model inside `model` that contains every site: positions enter there, whoever calls it."""
+    best = ("", model)
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and all(site.startswith(f"{name}.") for site in sites if name):
+            best = (name, module)
+    return best
+
+
+def _blocks(kind: str, trunk: nn.Module, sites: list[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The list of blocks that hold the sites, in order, and each site's block. Every block must hold exactly one site."""
+    owner = {}
+    stacks: dict[str, int] = {}
+    for site in sites:
+        parts = site.split(".")
+        depth = next((i for i in range(1, len(parts)) if isinstance(trunk.get_submodule(".".join(parts[:i])), nn.ModuleList)), None)
+        if depth is None:
+            raise UnsupportedModel(f"{kind}: {site} does not sit in a list of blocks, so its layer is unknown")
+        stack = ".".join(parts[:depth])
+        stacks[stack] = len(trunk.get_submodule(stack))
+        owner[site] = f"{stack}.{parts[depth]}"
+    blocks = tuple(f"{stack}.{i}" for stack, length in stacks.items() for i in range(length))
+    held = collections.Counter(owner.values())
+    without = [block for block in blocks if held[block] != 1]
+    if without:
+        raise UnsupportedModel(
+            f"{kind}: {without[0]} (one of {len(without)} such blocks) holds {held[without[0]]} attention sites instead of one: "
+            "state-space, linear or looped layers carry the prefix in ways that slots do not"
+        )
+    order = {block: i for i, block in enumerate(blocks)}
+    return blocks, {site: order[block] for site, block in owner.items()}

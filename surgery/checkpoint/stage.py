@@ -1,0 +1,296 @@
+"""Writing a checkpoint that either does not exist or is complete: a hidden directory beside OUT, renamed at the end."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from surgery.checkpoint.layout import CHUNK, is_plain_name, plan_file
+from surgery.errors import NoSpace, OutputError, SourceError, SurgeryError
+
+if TYPE_CHECKING:
+    import torch
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def human(size: int) -> str:
+    """Bytes as a person reads them: 1536 -> "1.5 kB" (powers of 1000)."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def free_space(where: Path) -> int:
+    """Bytes a plain user can still write on the filesystem that will hold `where` (which need not exist yet)."""
+    path = Path(where).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_space(where: Path, needed: int) -> None:
+    """Raise NoSpace unless `needed` bytes fit on the filesystem of `where`."""
+    free = free_space(where)
+    if needed > free:
+        raise NoSpace(f"{where} needs {human(needed)} but its disk has {human(free)} free; free some space or write to "
+                      "another disk.")
+
+
+def require_target(out: Path, source_root: Path | None = None) -> None:
+    """Raise OutputError unless `out` can become a new directory, outside `source_root` where that is given."""
+    out, parent = Path(out), Path(out).parent
+    if os.path.lexists(out):
+        raise OutputError(f"{out} exists already; choose another path or remove it first.")
+    if not parent.is_dir():
+        raise OutputError(f"{parent}, which is to hold {out.name}, is not a directory; create it first.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} is not writable, so {out.name} cannot be created there; choose another path.")
+    if source_root is not None and Path(source_root).resolve() in (parent.resolve(), *parent.resolve().parents):
+        raise OutputError(f"{out} lies inside the source {source_root}, which stays untouched; choose another path.")
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn the operating system's errors of writing below `where` into NoSpace or OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise _translated(error, where) from error
+
+
+def _translated(error: OSError, where: Path) -> SurgeryError:
+    if error.errno in _FULL:
+        return NoSpace(f"The disk filled up while {where} was written ({human(free_space(where))} free); nothing was "
+                       "kept, free some space and run again.")
+    return OutputError(f"{where} cannot be written ({error.strerror or error}); check the path and its permissions.")
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file in hexadecimal, read a chunk at a time; `progress` is called with the bytes of each chunk."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's values as safetensors stores them: contiguous, little-endian, no copy where it lies so already."""
+    import torch
+
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """The safetensors code of a torch dtype ("F32" for torch.float32)."""
+    codes = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+             "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
+             "float8_e5m2": "F8_E5M2", "uint16": "U16", "uint32": "U32", "uint64": "U64", "complex64": "C64"}
+    return codes[str(dtype).removeprefix("torch.")]
+
+
+class Stage:
+    """A hidden directory beside OUT that becomes OUT by `publish`, or goes elsewhere by `keep`, or is removed.
+
+    Use as a context manager. SIGTERM and SIGHUP are turned into SystemExit while it is open (main thread only, and only
+    where nobody else handles them), so that they clean up as KeyboardInterrupt does.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(out)
+        self._path: Path | None = None
+        self._hashes: dict[str, tuple[tuple[int, int], str]] = {}  # name -> ((size, mtime in ns), sha256)
+        self._handlers: dict[int, Any] = {}
+
+    @property
+    def path(self) -> Path:
+        if self._path is None:
+            raise RuntimeError("the stage is not open")
+        return self._path
+
+    def __enter__(self) -> Stage:
+        require_target(self.out)
+        parent = self.out.parent.resolve()
+        self._catch_signals()
+        try:
+            with disk_errors(self.out):
+                path = parent / f".{self.out.name}.surgery-{secrets.token_hex(8)}"
+                path.mkdir()  # not tempfile: its 0700 would become the mode of OUT
+                self._path = path
+        except BaseException:
+            self._release_signals()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        try:
+            if self._path is not None:
+                leftover, self._path = self._path, None
+                shutil.rmtree(leftover, ignore_errors=True)  # a second error must not hide the first; checked below
+                if leftover.exists() and error is None:
+                    raise OutputError(f"{leftover} could not be removed; remove it by hand.")
+        finally:
+            self._release_signals()
+        if isinstance(error, OSError) and error.errno in _FULL:  # from code that wrote into `path` by itself
+            raise _translated(error, self.out) from error
+
+    def add_file(self, src: Path, name: str, link: bool = False) -> None:
+        """Copy `src` into the stage as `name`, or hard-link it (then it shares its bytes and mode with the source)."""
+        target = self._new(name)
+        if link:
+            try:
+                os.link(os.path.realpath(src), target)
+            except OSError as error:
+                raise OutputError(f"{src} cannot be hard-linked into {self.out.parent} ({error.strerror}; both must be "
+                                  "on one filesystem that has hard links); run without hard links.") from error
+            return  # hashed when the hashes are asked for
+        digest = hashlib.sha256()
+        try:
+            source = Path(src).open("rb")
+        except OSError as error:
+            raise SourceError(f"{src} cannot be read ({error.strerror}); check the source.") from error
+        with source, disk_errors(self.out), _create(target) as file:
+            while chunk := source.read(CHUNK):
+                digest.update(chunk)
+                file.write(chunk)
+        self._remember(name, digest.hexdigest())
+
+    def add_tensors(self, name: str, tensors: Mapping[str, torch.Tensor],
+                    metadata: Mapping[str, str] | None = None) -> None:
+        """Write `tensors` as the safetensors file `name`, in the order given, dtypes as they are."""
+        target = self._new(name)
+        entries = [(key, dtype_code(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()]
+        header, _ = plan_file(name, entries, {"format": "pt"} if metadata is None else metadata)
+        digest = hashlib.sha256(header)
+        with disk_errors(self.out), _create(target) as file:
+            file.write(header)
+            for tensor in tensors.values():
+                data = tensor_bytes(tensor)
+                digest.update(data)
+                file.write(data)
+        self._remember(name, digest.hexdigest())
+
+    def add_text(self, name: str, text: str) -> None:
+        data, target = text.encode("utf-8"), self._new(name)
+        with disk_errors(self.out), _create(target) as file:
+            file.write(data)
+        self._remember(name, hashlib.sha256(data).hexdigest())
+
+    def add_json(self, name: str, obj: object) -> None:
+        self.add_text(name, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+
+    def replace_json(self, name: str, obj: object) -> None:
+        """Write `name` anew in place of what was staged under it."""
+        with disk_errors(self.out):
+            (self.path / name).unlink()
+        self.add_json(name, obj)
+
+    def hashes(self) -> dict[str, dict[str, Any]]:
+        """{file: {"sha256", "bytes"}} of every file in the stage, whoever wrote it; names relative, with slashes."""
+        result = {}
+        for path in sorted(path for path in self.path.rglob("*") if not path.is_dir()):
+            name = path.relative_to(self.path).as_posix()
+            if name not in self._hashes or self._hashes[name][0] != _state(path):  # not ours, or edited since
+                self._hashes[name] = (_state(path), sha256_of(path))
+            (size, _), digest = self._hashes[name]
+            result[name] = {"sha256": digest, "bytes": size}
+        return result
+
+    def publish(self) -> Path:
+        """Make the stage OUT, durably: files and directories synced, then one rename. Returns OUT."""
+        with disk_errors(self.out):
+            for path in self.path.rglob("*"):
+                _sync(path)
+            _sync(self.path)
+            if os.path.lexists(self.out):
+                raise OutputError(f"{self.out} appeared while it was being written; choose another path and run again.")
+            os.rename(self.path, self.out)
+            self._path = None
+            _sync(self.out.parent)
+        return self.out
+
+    def keep(self, directory: Path) -> Path:
+        """Move the stage to `directory` (which must not exist) instead of publishing it; for what failed its gates."""
+        directory = Path(directory)
+        require_target(directory)
+        with disk_errors(directory):
+            try:
+                os.rename(self.path, directory)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                _copy_tree(self.path, directory)
+                shutil.rmtree(self.path)
+            self._path = None
+        return directory
+
+    def _new(self, name: str) -> Path:
+        if not is_plain_name(name):
+            raise OutputError(f"{name!r} is not a plain file name, so it cannot be written to {self.out}; rename it.")
+        target = self.path / name
+        if os.path.lexists(target):
+            raise OutputError(f"{name} would be written to {self.out} twice; rename one of the two in the source.")
+        return target
+
+    def _remember(self, name: str, sha256: str) -> None:
+        self._hashes[name] = (_state(self.path / name), sha256)
+
+    def _catch_signals(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                self._handlers[number] = signal.signal(number, _exit_on_signal)
+
+    def _release_signals(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _create(path: Path) -> BinaryIO:
+    return path.open("xb")  # mode from the umask, never over something that is there
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    try:
+        shutil.copytree(source, target)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)  # half a directory is worse than none
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,39 @@
+"""What can go wrong in a way a person can mend: one base class, a leaf for each kind of mending.
+
+`str(error)` is one sentence that names the file or key at fault and the way out; the command line prints it as it is
+and exits with `exit_code`. Anything else that is raised is a bug in surgery and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class SurgeryError(Exception):
+    """Base of every error that a user can act on. `exit_code` is the process exit status (2: wrong use or input)."""
+
+    exit_code = 2
+
+
+class RecipeError(SurgeryError):
+    """The recipe does not say something we can do; the message names line and key."""
+
+
+class SourceError(SurgeryError):
+    """What was given as input (checkpoint, text, token) is not what the command takes."""
+
+
+class UnsupportedModel(SurgeryError):
+    """The model is readable, but the operation would not be exact on it; the message says why."""
+
+
+class OutputError(SurgeryError):
+    """The target exists already or cannot be written."""
+
+
+class NoSpace(SurgeryError):
+    """The disk cannot hold what the plan writes."""
+
+
+class DamagedCheckpoint(SurgeryError):
+    """The checkpoint's own bytes are wrong: truncated, inconsistent, tampered with, not finite."""
+
+    exit_code = 3

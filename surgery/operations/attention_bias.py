@@ -1,0 +1,90 @@
+"""Fold a token prefix into k', v' (EAB): what the prefix looks like to the text is constant, so it can be stored.
+
+The first tokens of a causal model see only themselves. Their keys (after rotary and norms) and values are therefore the same
+whatever follows, and attention over [prefix, text] equals attention over the text with those keys and values as slots. Exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from ..anatomy.probe import Call, observing
+from ..anatomy.sites import Anatomy
+from ..errors import UnsupportedModel
+from ..runtime.eab_runtime import install, require_slots
+
+FORMAT = 1
+
+Slots = dict[str, tuple[torch.Tensor, torch.Tensor]]  # site name -> key (n, H, D), value (n, H, E)
+
+
+def eab_config(anatomy: Anatomy, prefix: Sequence[int], slots_visible: str) -> dict:
+    """`config.eab` of the converted model."""
+    return {
+        "format": FORMAT,
+        "n_slots": len(prefix),
+        "slots_visible": slots_visible,
+        "prefix_ids": list(prefix),
+        "sites": anatomy.site_table(),
+    }
+
+
+def slot_names(anatomy: Anatomy) -> dict[str, tuple[str, int]]:
+    """Tensor name in the checkpoint -> (site name, 0 for key or 1 for value)."""
+    lead = f"{anatomy.trunk}." if anatomy.trunk else ""
+    parts = ("key", "value")
+    return {f"{lead}{site.name}.attention_bias.{part}": (site.name, i) for site in anatomy.sites for i, part in enumerate(parts)}
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int]) -> Slots:
+    """Keys and values of `prefix` (token ids) at every site of the original model, in the dtype it runs in."""
+    trunk = model.get_submodule(anatomy.trunk)
+    names = {trunk.get_submodule(site.name): site.name for site in anatomy.sites}
+    slots: Slots = {}
+
+    def keep(call: Call) -> None:
+        name = names.get(call.module)
+        if name is None or name in slots:
+            raise UnsupportedModel(f"{anatomy.model_type}: attention ran outside of the sites found at plan ({name or type(call.module).__name__})")
+        slots[name] = (call.key[0].transpose(0, 1).contiguous(), call.value[0].transpose(0, 1).contiguous())
+
+    tokens = torch.tensor([list(prefix)], device=trunk.device)
+    with observing(keep):
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    if missing := [site.name for site in anatomy.sites if site.name not in slots]:
+        raise UnsupportedModel(f"{anatomy.model_type}: {missing[0]} did not attend while the prefix ran")
+    return slots
+
+
+@contextlib.contextmanager
+def grafted(model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int], slots: Slots, visible: str) -> Iterator[PreTrainedModel]:
+    """The original model with slots installed in place; taken out again at the end, weights untouched.
+
+    The slots keep their own dtype, so that a float64 model can be compared exactly.
+    """
+    trunk = model.get_submodule(anatomy.trunk)
+    before = [(config, config._attn_implementation_internal) for config in {id(m.config): m.config for m in (model, trunk)}.values()]
+    had_eab = getattr(trunk.config, "eab", None)
+    handles = install(model, eab_config(anatomy, prefix, visible))
+    try:
+        for name, (key, value) in slots.items():
+            module = trunk.get_submodule(name).attention_bias
+            module.key = torch.nn.Parameter(key, requires_grad=False)
+            module.value = torch.nn.Parameter(value, requires_grad=False)
+        require_slots(trunk)
+        for config, _ in before:
+            config._attn_implementation_internal = "eab"
+        yield model
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        for handle in handles:
+            handle.remove()
+        for site in anatomy.sites:
+            del trunk.get_submodule(site.name).attention_bias
+        trunk.config.eab = had_eab

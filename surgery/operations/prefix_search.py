@@ -1,0 +1,153 @@
+"""Choose the prefix to fold: no massive activations left on the calibration text, then the lowest perplexity, then fewer slots.
+
+What a fold leaves, it leaves near the start of a text, where a token that could be a sink finds none yet. So candidates are first
+screened on many short openings, cut from all over the calibration text and from texts that begin with each candidate token; those
+that leave least are scored on long chunks. A trial costs one forward pass of the prefix and one of its text; nothing is written.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..anatomy.sites import Anatomy
+from ..survey.likelihood import Likelihood
+from ..survey.massive import MassiveActivations
+from ..survey.stream import Observer, stream
+from ..verification.perplexity import Score
+from .attention_bias import fold, grafted
+
+OPENINGS, OPENING = 128, 32  # short texts to screen on, and their tokens
+QUICK_CHUNKS = 8  # long chunks on which the prefixes that pass the screen are ranked
+SCORED, CONFIRMED = 4, 2  # prefixes of one length that are ranked, and confirmed on all calibration chunks
+PARENTS = 2  # prefixes of one length that are extended by a token
+FROM_SURVEY = 4  # candidate tokens taken from the survey: those that carry the most massive activations
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One prefix as tried: massive activations left on openings and on `chunks` long chunks, and perplexity on the latter."""
+
+    prefix: tuple[int, ...]
+    on_openings: int
+    on_chunks: int = 0
+    score: Score | None = None
+
+    @property
+    def massive(self) -> int:
+        return self.on_openings + self.on_chunks
+
+    @property
+    def chunks(self) -> int:
+        return len(self.score.chunks) if self.score is not None else 0
+
+    @property
+    def rank(self) -> tuple:
+        return (self.massive, self.score.nll if self.score is not None else float("inf"), len(self.prefix))
+
+
+class PrefixSearch:
+    """Candidates from the survey of the bare model, grown one token at a time from the best prefixes so far.
+
+    chunks: (N, T) of calibration text. The search is deterministic.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        tokenizer: PreTrainedTokenizerBase,
+        chunks: torch.Tensor,
+        visible: str,
+        progress: Callable[[str], None] = lambda what: None,
+    ):
+        self.model, self.anatomy, self.tokenizer, self.chunks = model, anatomy, tokenizer, chunks
+        self.visible, self.progress = visible, progress
+        self.trials: dict[tuple[int, ...], Trial] = {}
+
+    def run(self, max_slots: int) -> Trial:
+        """The best prefix of 1..max_slots tokens, stopping at the first length that leaves no massive activation."""
+        pool = self.candidates()
+        openings = self._openings(pool)
+        parents: list[tuple[int, ...]] = [()]
+        for _ in range(max_slots):
+            grown = [(*parent, token) for parent in parents for token in pool if token not in parent]
+            ranked = sorted((self._screen(prefix, openings) for prefix in grown), key=lambda trial: trial.rank)
+            scored = sorted((self._score(trial, QUICK_CHUNKS) for trial in ranked[:SCORED]), key=lambda trial: trial.rank)
+            best = sorted((self._score(trial, len(self.chunks)) for trial in scored[:CONFIRMED]), key=lambda trial: trial.rank)
+            if not best or best[0].massive == 0:
+                break
+            parents = [trial.prefix for trial in [*best, *scored[CONFIRMED:]][:PARENTS]]
+        return min((trial for trial in self.trials.values() if trial.chunks == len(self.chunks)), key=lambda trial: trial.rank)
+
+    def candidates(self) -> list[int]:
+        """Token ids worth folding: BOS, EOS, newline, space, and what carries massive activations in the text."""
+        self.progress("survey of the original")
+        found = MassiveActivations()
+        stream(self.model, self.anatomy, self.chunks[:QUICK_CHUNKS], [found])
+        later = collections.Counter()
+        for tally in found.layers.values():
+            later.update(+tally.later_tokens)  # the plus drops tokens counted zero times
+        tokenizer = self.tokenizer
+        named = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        for text in ("\n", " ", ".", " the"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            named += ids if len(ids) == 1 else []
+        pool = [token for token in named if token is not None] + [token for token, _ in later.most_common(FROM_SURVEY)]
+        return list(dict.fromkeys(pool))
+
+    def _openings(self, pool: Sequence[int]) -> torch.Tensor:
+        """(OPENINGS + len(pool), OPENING): cuts from all over the calibration text, and one that begins with each candidate."""
+        flat = self.chunks.flatten()
+        length = min(OPENING, self.chunks.shape[1])
+        starts = torch.linspace(0, len(flat) - length, min(OPENINGS, len(flat) // length)).long()
+        cuts = torch.stack([flat[start : start + length] for start in starts])
+        begun = cuts[torch.arange(len(pool)) % len(cuts)].roll(1, dims=1)
+        begun[:, 0] = torch.tensor(pool)
+        return torch.cat([begun, cuts])
+
+    def _screen(self, prefix: tuple[int, ...], openings: torch.Tensor) -> Trial:
+        if prefix not in self.trials:
+            self.progress(f"{self.shown(prefix)} on {len(openings)} openings")
+            left = MassiveActivations()
+            self._pass(prefix, openings, [left])
+            self.trials[prefix] = Trial(prefix, left.count)
+        return self.trials[prefix]
+
+    def _score(self, trial: Trial, count: int) -> Trial:
+        count = min(count, len(self.chunks))
+        if trial.chunks < count:
+            self.progress(f"{self.shown(trial.prefix)} on {count} chunks")
+            left, likelihood = MassiveActivations(), Likelihood()
+            self._pass(trial.prefix, self.chunks[:count], [left, likelihood])
+            trial = Trial(trial.prefix, trial.on_openings, left.count, Score(tuple(likelihood.nll), likelihood.targets))
+            self.trials[trial.prefix] = trial
+        return trial
+
+    def _pass(self, prefix: tuple[int, ...], rows: torch.Tensor, observers: Sequence[Observer]) -> None:
+        slots = fold(self.model, self.anatomy, prefix)
+        with grafted(self.model, self.anatomy, prefix, slots, self.visible):
+            stream(self.model, self.anatomy, rows, observers)
+
+    def shown(self, prefix: Sequence[int]) -> str:
+        return " ".join(repr(self.tokenizer.decode([token])) for token in prefix)
+
+    def to_dict(self) -> dict:
+        """What was tried, best first among those that were scored on the most text: `prefix_search` of the verdict."""
+        return {
+            "objective": "fewest massive activations on the calibration text, then lowest perplexity, then fewest slots",
+            "tried": [
+                {
+                    "prefix_ids": list(trial.prefix),
+                    "tokens": [self.tokenizer.decode([token]) for token in trial.prefix],
+                    "massive_activations": {"openings": trial.on_openings, "chunks": trial.on_chunks if trial.chunks else None},
+                    "chunks": trial.chunks,
+                    "ppl": trial.score.ppl if trial.score is not None else None,
+                }
+                for trial in sorted(self.trials.values(), key=lambda trial: (-trial.chunks, trial.rank))
+            ],
+        }

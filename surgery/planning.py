@@ -1,0 +1,120 @@
+"""The plan: the exact list of tensors and files a recipe will change, known before a weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .anatomy.sites import Anatomy, examine
+from .checkpoint.layout import INDEX
+from .checkpoint.manifest import MANIFEST
+from .checkpoint.source import Source
+from .checkpoint.stage import free_space, require_space, require_target
+from .errors import UnsupportedModel
+from .operations.derived import Derived, derive
+from .operations.emission import lowered_limits, shard_names, slot_layout
+from .recipe import AttentionBias, Recipe
+
+SMALL_FILES = 4 * 2**20  # what manifest, card, configuration and code can take, generously
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file of the output: `action` is copy, link, change or add; `bytes` is exact for weights, else the source's size."""
+
+    name: str
+    action: str
+    bytes: int | None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done. With `prefix: auto`, `n_slots` is the most there can be, and `prefix` is None until the search."""
+
+    source: Source
+    recipe: Recipe
+    anatomy: Anatomy
+    derived: Derived
+    prefix: tuple[int, ...] | None
+    n_slots: int
+    shards: dict[str, str]
+    slot_shard: str
+    tensors: dict[str, dict]
+    files: tuple[FilePlan, ...]
+    lowered: dict[str, int]
+    bytes_needed: int
+    bytes_free: int
+
+    @property
+    def operation(self) -> AttentionBias:
+        return self.recipe.operations[0].attention_bias
+
+    def to_dict(self) -> dict:
+        """The plan as JSON."""
+        return {
+            "source": {"spec": self.source.spec, "kind": self.source.kind, "revision": self.source.revision},
+            "model_type": {"from": self.anatomy.model_type, "to": self.derived.model_type},
+            "prefix_ids": list(self.prefix) if self.prefix is not None else None,
+            "n_slots": self.n_slots if self.prefix is not None else {"max": self.n_slots},
+            "sites": len(self.anatomy.sites),
+            "tensors": self.tensors,
+            "files": [vars(file) for file in self.files],
+            "config": {"lowered": self.lowered},
+            "disk": {"needed": self.bytes_needed, "free": self.bytes_free},
+        }
+
+
+def make_plan(source: Source, recipe: Recipe, prefix: tuple[int, ...] | None, out: Path | None, link: bool = False) -> Plan:
+    """Plan `recipe` on `source`. Without `out`, disk space is that of the working directory and is not insisted on.
+
+    Raises UnsupportedModel, OutputError, NoSpace: everything that a later step would refuse.
+    """
+    operation = recipe.operations[0].attention_bias
+    anatomy = examine(source.config)
+    n_slots = operation.max_slots if prefix is None else len(prefix)
+    if anatomy.max_positions is not None and n_slots >= anatomy.max_positions // 2:
+        raise UnsupportedModel(
+            f"config.json: max_position_embeddings is {anatomy.max_positions}, which leaves too little room behind {n_slots} slots; "
+            "use fewer slots"
+        )
+    shards, slot_shard = shard_names(source.layout)
+    slot_bytes, infos = slot_layout(anatomy, n_slots, slot_shard)
+    tensors = {
+        **{t.name: _entry("kept", shards[t.shard], t.dtype, t.shape) for t in source.layout.tensors.values()},
+        **{t.name: _entry("added", slot_shard, t.dtype, t.shape) for t in infos.values()},
+    }
+    if clash := [name for name in infos if name in source.layout.tensors]:
+        raise UnsupportedModel(f"{source.spec}: already has a tensor {clash[0]}, the name of one that would be added")
+    derived = derive(anatomy.model_type)
+    files = _files(source, derived, shards, slot_shard, slot_bytes, link)
+    needed = SMALL_FILES + slot_bytes + sum(file.bytes or 0 for file in files if file.action == "copy")
+    where = Path.cwd() if out is None else Path(out)
+    if out is not None:
+        require_target(where, source.root if source.root.is_dir() else None)
+        require_space(where, needed)
+    return Plan(
+        source, recipe, anatomy, derived, prefix, n_slots, shards, slot_shard, tensors, files,
+        lowered_limits(source.config, anatomy, n_slots), needed, free_space(where),
+    )  # fmt: skip
+
+
+def _entry(status: str, shard: str, dtype: str, shape) -> dict:
+    return {"status": status, "shard": shard, "dtype": dtype, "shape": list(shape)}
+
+
+def _files(source: Source, derived: Derived, shards: dict[str, str], slot_shard: str, slot_bytes: int, link: bool) -> tuple[FilePlan, ...]:
+    copy = "link" if link and source.kind != "gguf" else "copy"
+    files = [FilePlan(new, copy, source.layout.sizes[old], old) for old, new in shards.items()]
+    files.append(FilePlan(slot_shard, "add", slot_bytes))
+    files += [FilePlan("config.json", "change", None, "config.json"), FilePlan(INDEX, "add", None)]
+    for name in source.companions:
+        path = source.root / name
+        changes = name == "tokenizer_config.json"
+        files.append(FilePlan(name, "change" if changes else "copy", path.stat().st_size if path.is_file() else None, name))
+    if "tokenizer_config.json" not in source.companions and any(name.startswith("tokenizer") for name in source.companions):
+        files.append(FilePlan("tokenizer_config.json", "add", None))
+    files += [FilePlan(name, "add", len(text.encode())) for name, text in derived.files().items()]
+    return (*files, FilePlan("README.md", "add", None), FilePlan(MANIFEST, "add", None))
+
+

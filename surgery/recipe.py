@@ -1,0 +1,252 @@
+"""The recipe: the YAML a person writes to say what to change in a checkpoint and what must hold afterwards.
+
+Strict on purpose. A misspelt gate that is silently ignored is a gate that never fails, so unknown keys, duplicate
+keys, wrong types and numbers that are not finite are errors, each one sentence naming file, line and key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from surgery.errors import RecipeError
+from surgery.strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
+
+
+def _token(value: object) -> str | int:
+    """A prefix entry: the text of one token, or its id (>= 0). ValueError otherwise."""
+    if isinstance(value, str) and value:
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("holds half of a character pair, which is not text; write the whole character")
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f'is {shown(value)}; write the text of one token in quotes, such as "\\n", or its id, 0 or more')
+
+
+def _prefix_kind(value: object) -> str:
+    return "tokens" if isinstance(value, (list, tuple)) else "auto"
+
+
+_AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+_Tokens = Annotated[tuple[Annotated[str | int, PlainValidator(_token)], ...], _AsTuple, Field(min_length=1)]
+_Prefix = Annotated[
+    Annotated[Literal["auto"], Tag("auto")] | Annotated[_Tokens, Tag("tokens")], Discriminator(_prefix_kind)
+]
+_Gate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class AttentionBias(_Strict):
+    """Fold a token prefix into learnable key/value slots at every attention site.
+
+    `prefix`: "auto" searches for the tokens, at most `max_slots` of them; otherwise the tokens in order, each the text
+    of one token or its id. `slots_visible`: "as_prefix" shows a slot to a query exactly where the model's own mask
+    would have shown the prefix token; "always" shows it to every query, which is not exact for windowed layers.
+    """
+
+    prefix: _Prefix = "auto"
+    max_slots: Annotated[int, Field(ge=1, le=16)] = 4
+    slots_visible: Literal["as_prefix", "always"] = "as_prefix"
+
+    @field_validator("max_slots")
+    @classmethod
+    def _only_for_a_search(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("prefix", "auto") != "auto":
+            raise ValueError("bounds the search that 'prefix: auto' makes, but the prefix is given; remove one of them")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = plain(self)
+        if self.prefix != "auto":
+            del fields["max_slots"]
+        return fields
+
+
+class Operation(_Strict):
+    """One change to the model, written as a mapping with exactly one key: the operation's name."""
+
+    attention_bias: AttentionBias
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_known_name(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError(f"is {shown(value)}; write '- attention_bias: {{prefix: auto}}'")
+        for name in value:
+            if name not in cls.model_fields:
+                raise ValueError(f"names the unknown operation {shown(name)}; {_known(str(name), cls)}")
+        if len(value) != 1:
+            raise ValueError("holds no operation; write '- attention_bias: {prefix: auto}'")
+        return value
+
+
+class Equivalence(_Strict):
+    """|mean NLL difference| to the original with the same prefix, in nats per token."""
+
+    max_delta_nll: _Gate = 1e-5
+
+
+class Perplexity(_Strict):
+    """Perplexity over the bare original's, judged at the upper end of the paired 95% interval."""
+
+    max_ratio: _Gate = 1.01
+
+
+class MassiveActivations(_Strict):
+    """How many massive activations may remain on the evaluation text."""
+
+    max: Annotated[int, Field(ge=0)] = 0
+
+
+class Verify(_Strict):
+    """The gates. One that is left out still applies, with its default; none can be switched off."""
+
+    equivalence: Equivalence = Equivalence()
+    perplexity: Perplexity = Perplexity()
+    massive_activations: MassiveActivations = MassiveActivations()
+
+
+class Recipe(_Strict):
+    """A whole recipe; `surgery` is the version of this format."""
+
+    surgery: Literal[1]
+    operations: Annotated[tuple[Operation, ...], _AsTuple, Field(min_length=1)]
+    verify: Verify = Verify()
+
+    @field_validator("surgery", mode="before")
+    @classmethod
+    def _this_format(cls, value: object) -> object:
+        if type(value) is not int or value != 1:  # 1.0 and true equal 1 in Python, and a Literal would let them pass
+            raise ValueError(f"is {shown(value)}, and the only recipe format is 1; write 'surgery: 1'")
+        return value
+
+    @field_validator("operations")
+    @classmethod
+    def _each_once(cls, value: tuple[Operation, ...]) -> tuple[Operation, ...]:
+        if len(value) > 1:
+            raise ValueError("asks for attention_bias more than once; give all its tokens in one prefix")
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting in force, defaults included, as plain JSON types; `Recipe.model_validate` reads it back."""
+        return self.model_dump(mode="json")
+
+
+_MODELS: dict[str, type[_Strict]] = {
+    "": Recipe,
+    "attention_bias": AttentionBias,
+    "verify": Verify,
+    "equivalence": Equivalence,
+    "perplexity": Perplexity,
+    "massive_activations": MassiveActivations,
+}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read the recipe in the file `path`. RecipeError when it cannot be read or does not say something we can do."""
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; give the path of a recipe, such as recipes/eab.yaml.") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe file.") from error
+    except UnicodeDecodeError as error:
+        if len(raw) <= MAX_BYTES:
+            line = raw[: error.start].count(b"\n") + 1
+            raise RecipeError(f"{path}, line {line}: not UTF-8 text; save the recipe as UTF-8.") from error
+        text = " " * len(raw)  # cut in the middle of a character: too long is the complaint to make
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, name: str) -> Recipe:
+    """Parse recipe `text`; `name` stands for the file in messages.
+
+    RecipeError names the first error of the file and counts the further ones.
+    """
+    value, lines, problems = read_yaml(text, name)
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        # What is missing comes last: next to a misspelt key on the same line, the misspelling is the news.
+        details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] == "missing")
+        problems += [_problem(detail, lines) for detail in details]
+    if problems or recipe is None:
+        line, sentence = min(problems, key=lambda problem: problem[0])
+        more = {1: "", 2: " (and 1 further error)"}.get(len(problems), f" (and {len(problems) - 1} further errors)")
+        raise RecipeError(f"{name}, line {line}: {sentence}{more}.")
+    return recipe
+
+
+def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
+    """(line, sentence) for one pydantic error; the line is that of the nearest key that stands in the file."""
+    key: Key = ()
+    for part in detail["loc"]:
+        if (*key, part) in lines:
+            key = (*key, part)
+    line, given, context = lines[key], detail["input"], detail.get("ctx", {})
+    dotted, kind = dotted_key(key), detail["type"]
+    if kind == "extra_forbidden":
+        model = _MODELS[next((str(part) for part in reversed(key[:-1]) if part in _MODELS), "")]
+        return line, f"unknown key '{dotted}'; {_known(str(key[-1]), model)}"
+    if kind == "missing":
+        example = {"surgery": "surgery: 1", "operations": "operations: [attention_bias: {prefix: auto}]"}
+        return line, f"the key '{detail['loc'][-1]}' is missing; add '{example[detail['loc'][-1]]}'"
+    if kind == "value_error":
+        return line, f"{dotted} {context['error']}"
+    value = f"{dotted} is {shown(given)}"
+    if kind == "literal_error":
+        alternative = ", or a list of tokens" if key[-1] == "prefix" else ""
+        return line, f"{value}; it must be {context['expected']}{alternative}"
+    if kind in ("float_type", "finite_number"):
+        return line, f"{value}: a gate that is not a number; write one such as {_example(key)}"
+    if kind == "int_type":
+        return line, f"{value}, which is not a whole number; write one such as {_example(key)}"
+    if kind.startswith(("greater_than", "less_than")):
+        bound = {"gt": "more than", "ge": "at least", "le": "at most"}
+        return line, f"{value}; it must be " + " ".join(f"{bound[name]} {limit:g}" for name, limit in context.items())
+    if kind == "too_short":
+        return line, f"{dotted} is an empty list; it needs at least one entry"
+    if kind == "tuple_type":
+        return line, f"{value}; it must be a list"
+    model = _MODELS[str(key[-1]) if key else ""]
+    return line, f"{value}; it must be a mapping of " + ", ".join(model.model_fields)
+
+
+def _example(key: Key) -> str:
+    """The default of a numeric key, as a person would write it."""
+    model = next(model for model in _MODELS.values() if key[-1] in model.model_fields)
+    return f"{model.model_fields[str(key[-1])].default:g}".replace("1e-05", "1.0e-5")
+
+
+def _known(name: str, model: type[_Strict]) -> str:
+    """The way out for an unknown name: the nearest that exists, and all that do."""
+    known = list(model.model_fields)
+    near = difflib.get_close_matches(name, known, n=1)
+    listed = "known here: " + ", ".join(known)
+    return f"did you mean '{near[0]}'? ({listed})" if near else listed

@@ -1,0 +1,52 @@
+"""Make the derived model types known to transformers' Auto classes, without importing what nobody asks for.
+
+`import surgery` calls `register` once transformers' Auto classes are there (now, or when somebody imports them). Each derived type
+is built the first time its model type is looked up.
+"""
+
+from __future__ import annotations
+
+
+PREFIX = "eab_"  # what the model types of converted checkpoints begin with
+
+
+class _LazyTypes(dict):
+    """Stands in for the dict of configs that transformers keeps for registered types; knows every `eab_` type on demand."""
+
+    def _base(self, key) -> str | None:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        base = key[len(PREFIX) :] if isinstance(key, str) and key.startswith(PREFIX) else None
+        return base if base in CONFIG_MAPPING._mapping and base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+
+    def __contains__(self, key) -> bool:
+        return super().__contains__(key) or self._base(key) is not None
+
+    def __missing__(self, key):
+        base = self._base(key)
+        if base is None:
+            raise KeyError(key)
+        return _register_type(base)
+
+
+def _register_type(base_type: str) -> type:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from .operations.derived import derive, load_derived  # only now: `register` runs while transformers is half imported
+
+    derived, module = derive(base_type), load_derived(base_type)
+    config = getattr(module, derived.config_class)
+    AutoConfig.register(derived.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, getattr(module, derived.causal_class), exist_ok=True)
+    if derived.base_class is not None:
+        AutoModel.register(config, getattr(module, derived.base_class), exist_ok=True)
+    return config
+
+
+def register() -> None:
+    """Teach AutoConfig, AutoModel and AutoModelForCausalLM the derived types. Safe to call twice."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(CONFIG_MAPPING._extra_content, _LazyTypes):
+        CONFIG_MAPPING._extra_content = _LazyTypes(CONFIG_MAPPING._extra_content)

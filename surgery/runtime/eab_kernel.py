@@ -1,0 +1,144 @@
+"""Attention with slots: softmax over the keys of the text and a few constant keys k', with constant values v'.
+
+    Attention(Q, K, V; k', v') = softmax(Q [k'^T  K^T] * scale) [v' ; V]                (Sun et al. 2024, eq. 3)
+
+Two paths compute it. They agree to rounding; the first needs no longer mask and no concatenated keys:
+
+* merged: any flash kernel returns o = softmax(QK^T)V and its log-sum-exp L per query. With slot logits s_j = q.k'_j * scale and
+  Z = logaddexp(L, logsumexp_j s_j), the result is o * exp(L - Z) + sum_j exp(s_j - Z) v'_j. Cost O(T n d) on top of the kernel.
+* concatenated: slots are put in front of the keys and PyTorch does the rest. It carries gradients, dropout, soft-capped
+  logits and attention weights, and runs on every device.
+
+Notation: B batch, Hq query heads, H key/value heads, T queries, S keys, D key dim, E value dim, n slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def slot_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_key: torch.Tensor,
+    slot_value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+    slot_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+    need_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over text and slots in one softmax.
+
+    Args:
+        query: (B, Hq, T, D); key: (B, H, S, D); value: (B, H, S, E), Hq a multiple of H.
+        slot_key: (n, H, D); slot_value: (n, H, E).
+        scale: factor on every logit, slots included.
+        causal: query i sees keys 0..i (needs S == T and no mask).
+        mask: (B or 1, Hq or 1, T, S), bool (True: visible) or additive. None: all keys visible, unless `causal`.
+        slot_mask: (B or 1, Hq or 1, T, n) bool. None: every slot visible to every query.
+        dropout: probability on the attention weights. softcap: c * tanh(logits / c) before masking.
+        sink_logits: (Hq,) learned logits that take a share of the softmax and give no value (GPT-OSS).
+        need_weights: also return the weights over the S real keys, (B, Hq, T, S); their rows sum to less than 1.
+
+    Returns:
+        (B, Hq, T, E) in the dtype of `query`, and the weights or None. A row that sees nothing at all stays finite.
+    """
+    if causal and (mask is not None or query.shape[2] != key.shape[2]):
+        raise ValueError("causal=True needs as many keys as queries and no mask")
+    plain = softcap is None and not need_weights
+    if plain and _can_merge(query, key, value, slot_key, slot_value, dropout):
+        return _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits), None
+    if not plain or sink_logits is not None:
+        return _eager(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits)
+    keys, values, full_mask = _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask)
+    groups = query.shape[1] // key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query, _repeat(keys, groups), _repeat(values, groups), attn_mask=full_mask, dropout_p=dropout, scale=scale
+    )
+    return out, None
+
+
+def _can_merge(query, key, value, slot_key, slot_value, dropout: float) -> bool:
+    """Whether a kernel that returns its log-sum-exp takes these inputs. Only the CPU's has been tested."""
+    # The lse of the CPU kernel never carries a gradient, so this is a question of requires_grad, not of training mode.
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, slot_key, slot_value))
+    return query.device.type == "cpu" and not needs_grad and not dropout and query.shape[-1] == value.shape[-1]
+
+
+def _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits):
+    if mask is not None and mask.dtype == torch.bool:
+        # The kernel refuses bool masks; finfo.min rather than -inf, for which a fully masked row would report lse = 0.
+        low = torch.finfo(query.dtype).min
+        mask = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, low)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+    wide = lse.dtype  # float32 for half precision: the merge is done there
+    grouped = query.unflatten(1, (heads, groups)).to(wide)  # (B, H, G, T, D)
+    logits = torch.einsum("bhgtd,nhd->bhgtn", grouped, slot_key.to(wide)) * scale
+    if slot_mask is not None:
+        logits = logits.masked_fill(~_grouped_mask(slot_mask, heads), torch.finfo(wide).min)
+    lse = lse.unflatten(1, (heads, groups)).unsqueeze(-1)  # (B, H, G, T, 1)
+    terms = [lse, logits]
+    if sink_logits is not None:
+        terms.append(sink_logits.to(wide).view(1, heads, groups, 1, 1).expand_as(lse))
+    total = torch.logsumexp(torch.cat(terms, dim=-1), dim=-1, keepdim=True)
+    from_slots = torch.einsum("bhgtn,nhe->bhgte", (logits - total).exp(), slot_value.to(wide))
+    merged = torch.addcmul(from_slots, out.unflatten(1, (heads, groups)).to(wide), (lse - total).exp())
+    return merged.flatten(1, 2).to(query.dtype)
+
+
+def _eager(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits):
+    """Every logit written out, softmax in float32 or wider."""
+    keys, values, full_mask = _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask)
+    groups = query.shape[1] // key.shape[1]
+    logits = (query @ _repeat(keys, groups).transpose(2, 3)) * scale  # (B, Hq, T, n + S)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if full_mask is not None:
+        low = torch.finfo(logits.dtype).min
+        logits = logits.masked_fill(~full_mask, low) if full_mask.dtype == torch.bool else logits + full_mask
+    if sink_logits is not None:
+        sinks = sink_logits.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., : keys.shape[2]].to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=dropout > 0)
+    return weights @ _repeat(values, groups), weights[..., slot_key.shape[0] :]
+
+
+def _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask):
+    """Slots in front: keys (B, H, n + S, D), values (B, H, n + S, E), mask (B|1, Hq|1, T, n + S) or None."""
+    batch, queries = query.shape[0], query.shape[2]
+    keys = torch.cat([slot_key.to(key.dtype).transpose(0, 1).expand(batch, -1, -1, -1), key], dim=2)
+    values = torch.cat([slot_value.to(value.dtype).transpose(0, 1).expand(batch, -1, -1, -1), value], dim=2)
+    if causal:
+        mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is None and slot_mask is None:
+        return keys, values, None
+    if mask is None:
+        mask = slot_mask.new_ones(1, 1, queries, key.shape[2])
+    if slot_mask is None:
+        slot_mask = torch.ones(1, 1, queries, slot_key.shape[0], dtype=torch.bool, device=query.device)
+    if mask.dtype != torch.bool:
+        slot_mask = torch.zeros((), dtype=mask.dtype, device=mask.device).masked_fill(~slot_mask, torch.finfo(mask.dtype).min)
+    shape = [max(a, b) for a, b in zip(mask.shape[:3], slot_mask.shape[:3])]
+    return keys, values, torch.cat([slot_mask.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
+
+
+def _grouped_mask(mask: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B|1, Hq|1, T, n) -> (B|1, H|1, G|1, T, n)."""
+    return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (heads, -1))
+
+
+def _repeat(states: torch.Tensor, groups: int) -> torch.Tensor:
+    """(B, H, S, D) -> (B, H * groups, S, D), head h serving query heads h * groups ... h * groups + groups - 1."""
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)

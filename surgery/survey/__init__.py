@@ -1,0 +1,1 @@
+"""What a pass over text finds: one streaming pass, many observers, running statistics only."""

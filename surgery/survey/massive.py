@@ -1,0 +1,120 @@
+"""Massive activations (Sun et al. 2024, arXiv 2402.17762): a few scalars of the residual stream thousands of times the rest."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass, field
+
+import torch
+
+from .stream import Batch, Observer
+
+MIN_MAGNITUDE = 100.0  # Sun et al., section 2: |x| >= 100 and |x| >= 1000 x the median of the layer
+MIN_RATIO = 1000.0
+LISTED = 32  # the largest ones of each layer that are listed one by one; all are counted
+
+
+def massive(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """states (T, d) of one sequence -> bool (T, d) where Sun's criterion holds, and the median of |states|.
+
+    The median is over all entries of the sequence; of an even count, the lower of the middle two.
+    """
+    magnitude = states.abs()
+    median = magnitude.flatten().median()
+    return (magnitude >= MIN_MAGNITUDE) & (magnitude >= MIN_RATIO * median), median
+
+
+@dataclass
+class LayerTally:
+    """Running statistics of one layer over the sequences seen."""
+
+    sequences: int = 0
+    count: int = 0
+    max: float = 0.0  # sums over sequences until `LayerTally.mean`
+    median: float = 0.0
+    ratio: float = 0.0
+    first_norm: float = 0.0
+    rest_norm: float = 0.0
+    worst: float = 0.0  # largest |x| / median among massive activations
+    dims: collections.Counter = field(default_factory=collections.Counter)
+    tokens: collections.Counter = field(default_factory=collections.Counter)
+    later_tokens: collections.Counter = field(default_factory=collections.Counter)  # the same, position 0 left out
+    listed: list[tuple[float, int, int, int]] = field(default_factory=list)  # value, dim, position, token id
+
+    def mean(self, total: float) -> float:
+        return total / max(self.sequences, 1)
+
+
+class MassiveActivations(Observer):
+    """Counts massive activations of the text (a prefix in front is left out of the count and of the median)."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerTally] = {}
+
+    def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
+        tally = self.layers.setdefault(layer, LayerTally())
+        for tokens, row in zip(batch.tokens[:, batch.lead :], states[:, batch.lead :].float()):
+            self._row(tally, tokens, row)
+
+    def _row(self, tally: LayerTally, tokens: torch.Tensor, row: torch.Tensor) -> None:
+        hits, median = massive(row)
+        top, middle = row.abs().max().item(), median.item()
+        norms = row.norm(dim=-1)
+        tally.sequences += 1
+        tally.max += top
+        tally.median += middle
+        tally.ratio += top / max(middle, torch.finfo(torch.float32).tiny)
+        tally.first_norm += norms[0].item()
+        tally.rest_norm += norms[1:].mean().item() if len(norms) > 1 else 0.0
+        for position, dim in hits.nonzero().tolist():
+            value, token = row[position, dim].item(), tokens[position].item()
+            tally.count += 1
+            tally.dims[dim] += 1
+            tally.tokens[token] += 1
+            tally.later_tokens[token] += position > 0
+            tally.worst = max(tally.worst, abs(value) / max(middle, torch.finfo(torch.float32).tiny))
+            tally.listed.append((value, dim, position, token))
+        if len(tally.listed) > 4 * LISTED:  # bounded memory: text of any length keeps the largest few
+            tally.listed = _largest(tally.listed)
+
+    @property
+    def count(self) -> int:
+        return sum(tally.count for tally in self.layers.values())
+
+    def tokens(self) -> collections.Counter:
+        """Token id -> how many massive activations it carried, over all layers."""
+        return sum((tally.tokens for tally in self.layers.values()), collections.Counter())
+
+    def summary(self) -> dict:
+        """`massive_activations.before` / `.after` of the verdict."""
+        dims = sum((tally.dims for tally in self.layers.values()), collections.Counter())
+        return {
+            "count": self.count,
+            "worst_ratio": max((tally.worst for tally in self.layers.values()), default=0.0),
+            "dims": [dim for dim, _ in dims.most_common()],
+            "layers": [layer for layer, tally in sorted(self.layers.items()) if tally.count],
+            "token_ids": [token for token, _ in self.tokens().most_common()],
+        }
+
+    def rows(self) -> list[dict]:
+        """One entry per layer, keys of the survey."""
+        return [
+            {
+                "layer": layer,
+                "count": tally.count,
+                "max": tally.mean(tally.max),
+                "median": tally.mean(tally.median),
+                "ratio": tally.mean(tally.ratio),
+                "first_norm": tally.mean(tally.first_norm),
+                "rest_norm": tally.mean(tally.rest_norm),
+                "massive": [
+                    {"dim": dim, "position": position, "token": token, "value": value}
+                    for value, dim, position, token in _largest(tally.listed)
+                ],
+            }
+            for layer, tally in sorted(self.layers.items())
+        ]
+
+
+def _largest(listed: list[tuple]) -> list[tuple]:
+    return sorted(listed, key=lambda entry: -abs(entry[0]))[:LISTED]

@@ -1,0 +1,75 @@
+"""Attention sinks: how much of its attention each head gives to position 0, and to each slot (Xiao et al. 2023, arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..anatomy.probe import Call
+from .stream import Batch, Observer
+
+SINK_SCORE = 0.3  # a head with at least this score counts into the layer's sink rate
+BLOCK = 128  # queries at a time: attention is never written out beyond a block of rows
+
+
+class SinkScores(Observer):
+    """Mean over query positions and sequences of each head's attention to position 0, and to the slots where there are any."""
+
+    def __init__(self) -> None:
+        self.first: dict[int, torch.Tensor] = {}  # block -> (Hq,), summed over sequences
+        self.slots: dict[int, torch.Tensor] = {}  # block -> (Hq, n)
+        self.sequences: dict[int, int] = {}
+
+    def attention(self, block: int, call: Call, batch: Batch) -> None:
+        weights = torch.zeros(call.query.shape[1], 1 + _slot_count(call), dtype=torch.float64)
+        queries = call.query.shape[2]
+        for start in range(0, queries, BLOCK):
+            rows = _attention_rows(call, start, min(start + BLOCK, queries))  # (B, Hq, block, n + S)
+            n = rows.shape[-1] - call.key.shape[2]
+            seen = torch.cat([rows[..., n : n + 1], rows[..., :n]], dim=-1)
+            weights += seen.double().sum(dim=(0, 2)).cpu() / queries
+        self.first[block] = self.first.get(block, 0) + weights[:, 0]
+        self.slots[block] = self.slots.get(block, 0) + weights[:, 1:]
+        self.sequences[block] = self.sequences.get(block, 0) + call.query.shape[0]
+
+    def rows(self) -> dict[int, dict]:
+        """Block -> `sink_score` by head, `slot_score` by head and slot, `sink_rate` (position 0 and the slots together)."""
+        found = {}
+        for block, first in self.first.items():
+            first, slots = first / self.sequences[block], self.slots[block] / self.sequences[block]
+            strongest = torch.cat([first[:, None], slots], dim=1).amax(dim=1)
+            found[block] = {
+                "sink_score": first.tolist(),
+                "slot_score": slots.tolist(),
+                "sink_rate": (strongest >= SINK_SCORE).double().mean().item(),
+            }
+        return found
+
+
+def _slot_count(call: Call) -> int:
+    slots = getattr(call.module, "attention_bias", None)
+    return slots.key.shape[0] if slots is not None else 0
+
+
+def _attention_rows(call: Call, start: int, stop: int) -> torch.Tensor:
+    """Attention weights of queries start..stop over [slots, keys]: (B, Hq, stop - start, n + S)."""
+    groups = call.query.shape[1] // call.key.shape[1]
+    keys = call.key
+    n = _slot_count(call)
+    if n:
+        slot_keys = call.module.attention_bias()[0].to(keys.dtype).transpose(0, 1)
+        keys = torch.cat([slot_keys.expand(keys.shape[0], -1, -1, -1), keys], dim=2)
+    logits = (call.query[:, :, start:stop] @ keys.repeat_interleave(groups, dim=1).transpose(2, 3)).float() * call.scale
+    if (softcap := call.arguments.get("softcap")) is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if call.mask is None:
+        place = torch.arange(keys.shape[2], device=keys.device) - n
+        hidden = place[None, :] > torch.arange(start, stop, device=keys.device)[:, None]
+        logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+    elif call.mask.dtype == torch.bool:
+        logits = logits.masked_fill(~call.mask[:, :, start:stop], torch.finfo(logits.dtype).min)
+    else:
+        logits = logits + call.mask[:, :, start:stop]
+    if (sinks := call.arguments.get("s_aux")) is not None:
+        extra = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        return torch.softmax(torch.cat([logits, extra], dim=-1), dim=-1)[..., :-1]
+    return torch.softmax(logits, dim=-1)

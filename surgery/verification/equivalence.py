@@ -1,0 +1,113 @@
+"""The check that nothing skips: random token ids through original + prefix and through the folded model, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..anatomy.sites import Anatomy
+from ..errors import UnsupportedModel
+from ..operations.attention_bias import Slots, grafted
+
+ROWS, TOKENS, PADDING = 2, 48, 5
+
+# Largest |delta log-probability| that rounding explains, as a multiple of what sdpa and eager attention of the unchanged model
+# differ by, and never less than the floor. A wrong mask, shift or missing slot is off by 0.1 and more.
+NOISE_FACTOR, FLOOR = 30.0, {torch.float64: 1e-4, torch.float32: 2e-3}
+FLOOR_HALF = 0.1
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Largest |delta log-probability| over random ids, for each way of feeding the text, and the bound it was held to."""
+
+    plain: float
+    padded: float
+    cached: float
+    limit: float
+
+    def to_dict(self) -> dict:
+        return {"plain": self.plain, "padded": self.padded, "cached": self.cached, "limit": self.limit}
+
+
+@torch.inference_mode()
+def compare_random_ids(
+    model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int], slots: Slots, visible: str
+) -> Equivalence:
+    """Compare the folded model, live, against original + prefix. UnsupportedModel if they are not the same function.
+
+    With slots that are always visible ("always"), the two differ beyond a window by design; the text is then kept inside it.
+    """
+    length = _length(model, anatomy, len(prefix), visible)
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, length), generator=generator).to(device)
+    behind = torch.cat([torch.tensor(list(prefix), device=device).expand(ROWS, -1), ids], dim=1)
+
+    def log_probabilities(tokens, **kwargs):
+        return model(input_ids=tokens, **kwargs).logits.float().log_softmax(-1)
+
+    control = log_probabilities(behind, use_cache=False)[:, len(prefix) :]
+    noise = _implementation_noise(model, behind, control, len(prefix), log_probabilities)
+    floor = FLOOR.get(next(model.parameters()).dtype, FLOOR_HALF)
+    limit = max(floor, NOISE_FACTOR * noise)
+    with grafted(model, anatomy, prefix, slots, visible):
+        plain = _distance(log_probabilities(ids, use_cache=False), control)
+        padded = _distance(_padded(ids, log_probabilities), control)
+        cached = _distance(_cached(model, ids), control)
+    found = Equivalence(plain, padded, cached, limit)
+    for how, value in (("", plain), (" under left padding", padded), (" with a key/value cache", cached)):
+        if not value <= limit:
+            raise UnsupportedModel(
+                f"{anatomy.model_type}: on random token ids the folded model differs from original + prefix by {value:.3g} in "
+                f"log-probability{how} (rounding explains {limit:.3g}), so the fold is not exact for this model and nothing was written"
+            )
+    return found
+
+
+def _length(model, anatomy: Anatomy, n: int, visible: str) -> int:
+    room = (anatomy.max_positions or 10**9) - n - 1
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if visible == "always" and window:
+        room = min(room, window - n)
+    length = min(TOKENS, room)
+    if length < 4:
+        raise UnsupportedModel(f"{anatomy.model_type}: a prefix of {n} tokens leaves {length} positions to compare the fold on")
+    return length
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def _implementation_noise(model, behind, control, n: int, log_probabilities) -> float:
+    """How far eager attention of the unchanged model is from its default: the size of rounding in this model."""
+    config = model.config
+    before = config._attn_implementation
+    if before == "eager":
+        return 0.0
+    try:
+        config._attn_implementation = "eager"
+        return _distance(log_probabilities(behind, use_cache=False)[:, n:], control)
+    finally:
+        config._attn_implementation = before
+
+
+def _padded(ids: torch.Tensor, log_probabilities) -> torch.Tensor:
+    """The text behind PADDING tokens that the attention mask hides."""
+    padding = torch.zeros(ROWS, PADDING, dtype=torch.long, device=ids.device)
+    mask = torch.cat([padding, torch.ones_like(ids)], dim=1)
+    return log_probabilities(torch.cat([padding, ids], dim=1), attention_mask=mask, use_cache=False)[:, PADDING:]
+
+
+def _cached(model, ids: torch.Tensor) -> torch.Tensor:
+    """The text in three pieces through a growing cache, the last of them one token."""
+    cuts, cache, parts = (0, ids.shape[1] // 2, ids.shape[1] - 1, ids.shape[1]), None, []
+    for start, stop in zip(cuts, cuts[1:]):
+        out = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits.float().log_softmax(-1))
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,44 @@
+"""Gates: a value that was measured, the limit a recipe sets, and whether it holds. A gate that was not measured has not passed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from ..recipe import Verify
+from .measure import Measurement, Original
+from .perplexity import paired
+
+
+@dataclass(frozen=True)
+class Gate:
+    name: str
+    passed: bool
+    value: float | int | str
+    limit: float | int | str
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def at_most(name: str, value: float, limit: float) -> Gate:
+    """Passes where value <= limit; never on NaN."""
+    return Gate(name, bool(value <= limit), value, limit)
+
+
+def quality_gates(limits: Verify, original: Original | None, converted: Measurement) -> list[Gate]:
+    """The recipe's gates on what was measured. Those that compare with the original need it."""
+    gates = []
+    if original is not None:
+        against_control = paired(converted.score, original.control.score)
+        against_bare = paired(converted.score, original.bare.score)
+        # The interval, not the point: its far end must hold.
+        furthest = max(abs(against_control.low), abs(against_control.high))
+        gates.append(at_most("equivalence", furthest, limits.equivalence.max_delta_nll))
+        gates.append(at_most("perplexity", _exp(against_bare.high), limits.perplexity.max_ratio))
+    gates.append(at_most("massive_activations", converted.massive["count"], limits.massive_activations.max))
+    return gates
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,57 @@
+"""Measure a model on chunks of text: perplexity with and without a prefix, massive activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..anatomy.sites import Anatomy
+from ..survey.likelihood import Likelihood
+from ..survey.massive import MassiveActivations
+from ..survey.stream import stream
+from .perplexity import Score
+
+Progress = Callable[[str, int], None]  # what is measured, sequences done since the last call
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one pass found. `massive` is None where it was not asked for."""
+
+    score: Score
+    massive: dict | None = None
+
+
+@dataclass(frozen=True)
+class Original:
+    """The source model on the evaluation text: bare, behind BOS (None where it has none), behind the folded prefix."""
+
+    bare: Measurement
+    bos: Measurement | None
+    control: Measurement
+
+
+def measure(
+    model: PreTrainedModel, anatomy: Anatomy, chunks: torch.Tensor, what: str, progress: Progress,
+    prefix: Sequence[int] = (), massive: bool = False,
+) -> Measurement:  # fmt: skip
+    """Score `chunks` (N, T) behind `prefix`; every variant is scored on the same tokens."""
+    likelihood, found = Likelihood(), MassiveActivations()
+    observers = [likelihood, found] if massive else [likelihood]
+    stream(model, anatomy, chunks, observers, prefix=prefix, progress=lambda done: progress(what, done))
+    return Measurement(Score(tuple(likelihood.nll), likelihood.targets), found.summary() if massive else None)
+
+
+def measure_original(
+    model: PreTrainedModel, anatomy: Anatomy, chunks: torch.Tensor, prefix: Sequence[int], bos: int | None, progress: Progress
+) -> Original:
+    """The three baselines of the unchanged model."""
+    bare = measure(model, anatomy, chunks, "bare original", progress, massive=True)
+    control = measure(model, anatomy, chunks, "original + prefix", progress, prefix)
+    if bos is None:
+        return Original(bare, None, control)
+    same = tuple(prefix) == (bos,)  # then the control is the BOS baseline, and need not run twice
+    return Original(bare, control if same else measure(model, anatomy, chunks, "original + BOS", progress, (bos,)), control)

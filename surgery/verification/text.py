@@ -1,0 +1,60 @@
+"""Evaluation and calibration text, cut into chunks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import SourceError
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How much text a measurement reads: `count` chunks of `length` tokens, non-overlapping."""
+
+    count: int = 64
+    length: int = 512
+
+
+def read_texts(paths: Sequence[Path]) -> str:
+    """The files' contents, joined by blank lines. SourceError for a file that is missing, empty or not UTF-8."""
+    parts = []
+    for path in paths:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{path}: is not UTF-8 text (byte {error.start}); convert it, or give another --text") from error
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read ({error.strerror}); give a text file") from error
+        if not text.strip():
+            raise SourceError(f"{path}: holds no text; give a file with some")
+        parts.append(text)
+    return "\n\n".join(parts)
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """Calibration and evaluation halves of a single text, cut at a line end near the middle where there is one."""
+    middle = len(text) // 2
+    cut = text.find("\n", middle)
+    cut = middle if cut < 0 or cut > middle + len(text) // 10 else cut + 1
+    return text[:cut], text[cut:]
+
+
+def tokenize(tokenizer, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of `text`; without the tokens a tokenizer adds around a text, unless `special`."""
+    # A tokenizer warns about texts longer than the model; we cut the text into chunks ourselves.
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def chunk(ids: Sequence[int], chunking: Chunking, name: str) -> torch.Tensor:
+    """The first `count` chunks of `ids`: LongTensor (count, length). SourceError if the text is too short."""
+    needed = chunking.count * chunking.length
+    if len(ids) < needed:
+        raise SourceError(
+            f"{name}: has {len(ids)} tokens, and {chunking.count} chunks of {chunking.length} need {needed}; "
+            "give more text, or fewer or shorter chunks (--chunks, --chunk-length)"
+        )
+    return torch.tensor(ids[:needed], dtype=torch.long).view(chunking.count, chunking.length)

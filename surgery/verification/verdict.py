@@ -1,0 +1,89 @@
+"""The verdict: everything that verification found, as JSON and as JUnit XML."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+from .equivalence import Equivalence
+from .gates import Gate
+from .integrity import Check, integrity_to_dict
+from .measure import Measurement, Original
+from .perplexity import paired
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the steps of a verification found; None where a step did not run."""
+
+    checks: list[Check]
+    gates: list[Gate]
+    original: Original | None = None
+    converted: Measurement | None = None
+    random_ids: Equivalence | None = None
+    search: dict | None = None
+    prefix: dict | None = None
+
+
+def build_verdict(findings: Findings, tokenizer=None) -> dict:
+    """The JSON of `verdict.json`: passed only if every gate and every integrity check passed."""
+    integrity = integrity_to_dict(findings.checks)
+    passed = integrity["passed"] and all(gate.passed for gate in findings.gates)
+    verdict = {"passed": passed, "gates": [gate.to_dict() for gate in findings.gates], "integrity": integrity}
+    if findings.prefix is not None:
+        verdict["prefix"] = findings.prefix
+    if findings.random_ids is not None:
+        verdict["random_ids"] = findings.random_ids.to_dict()
+    if findings.converted is not None:
+        verdict["perplexity"] = _perplexities(findings)
+        verdict["delta_nll"] = _differences(findings)
+        before = findings.original.bare.massive if findings.original is not None else None
+        after = findings.converted.massive
+        verdict["massive_activations"] = {"before": _named(before, tokenizer), "after": _named(after, tokenizer)}
+    if findings.search is not None:
+        verdict["prefix_search"] = findings.search
+    return verdict
+
+
+def _perplexities(findings: Findings) -> dict:
+    original = findings.original
+    scores = {} if original is None else {"bare": original.bare, "bos": original.bos, "control": original.control}
+    scores["converted"] = findings.converted
+    return {name: measured.score.to_dict() if measured is not None else None for name, measured in scores.items()}
+
+
+def _differences(findings: Findings) -> dict:
+    if findings.original is None:
+        return {}
+    score, original = findings.converted.score, findings.original
+    return {
+        "vs_control": paired(score, original.control.score).to_dict(),
+        "vs_bare": paired(score, original.bare.score).to_dict(),
+    }
+
+
+def _named(massive: dict | None, tokenizer) -> dict | None:
+    """A summary of massive activations with its token ids also as text."""
+    if massive is None or tokenizer is None:
+        return massive
+    return {**massive, "tokens": [tokenizer.decode([token]) for token in massive["token_ids"]]}
+
+
+def write_junit(verdict: dict, path: Path) -> None:
+    """The gates and checks of a verdict as a JUnit XML file, one test case each, for CI servers."""
+    suite = ElementTree.Element("testsuite", name="surgery verify")
+    failures = 0
+    cases = [(f"gate.{g['name']}", g["passed"], f"{g['value']} against limit {g['limit']}") for g in verdict["gates"]]
+    cases += [(f"integrity.{c['name']}", c["passed"], c["detail"]) for c in verdict["integrity"]["checks"]]
+    for name, passed, detail in cases:
+        case = ElementTree.SubElement(suite, "testcase", classname="surgery", name=name)
+        if passed:
+            ElementTree.SubElement(case, "system-out").text = detail
+        else:
+            failures += 1
+            ElementTree.SubElement(case, "failure", message=detail)
+    suite.set("tests", str(len(cases)))
+    suite.set("failures", str(failures))
+    ElementTree.indent(suite)
+    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)

@@ -1,0 +1,54 @@
+"""What all tests share: no network, few threads, and the real material that bin/setup fetches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before any test module imports torch or transformers; child processes inherit it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "2"  # what torch.get_num_threads() starts from
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def _material_root() -> Path:
+    root = Path(__file__).resolve().parents[1]
+    return Path(os.environ.get("SURGERY_MATERIAL") or root / ".material").resolve()
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or a failure (never a skip: a test that does not run proves nothing) that tells how to get it."""
+    if not path.exists():
+        pytest.fail(f"{path} is missing: run bin/setup, or point SURGERY_MATERIAL at the material.", pytrace=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def material() -> Path:
+    """Folder with the real model and texts (SURGERY_MATERIAL, or .material in the repository)."""
+    return _existing(_material_root())
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(material: Path) -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, as its package ships it."""
+    return _existing(material / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def wikipedia_calibration(material: Path) -> Path:
+    """English Wikipedia articles, plain text; shares no article with `wikipedia_evaluation`."""
+    return _existing(material / "wikipedia" / "calibration.txt")
+
+
+@pytest.fixture(scope="session")
+def wikipedia_evaluation(material: Path) -> Path:
+    """English Wikipedia articles, plain text; shares no article with `wikipedia_calibration`."""
+    return _existing(material / "wikipedia" / "evaluation.txt")

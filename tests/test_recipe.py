@@ -1,0 +1,295 @@
+"""Recipes: what is accepted, what each key becomes, and that everything else is one sentence with line and key."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from surgery.errors import RecipeError
+from surgery.recipe import AttentionBias, Operation, Perplexity, Recipe, Verify, load_recipe, parse_recipe
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+HEAD = "surgery: 1\noperations:\n"
+BASE = HEAD + "  - attention_bias:\n      prefix: auto\n"  # 4 lines
+
+
+def refusal(text: str) -> str:
+    """The sentence that refuses recipe `text`: one printable line that ends in a full stop."""
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml")
+    sentence = str(caught.value)
+    assert sentence.startswith("r.yaml") and sentence.endswith(".") and sentence.isprintable(), sentence
+    return sentence
+
+
+def bias(text: str) -> AttentionBias:
+    return parse_recipe(text, "r.yaml").operations[0].attention_bias
+
+
+def test_shipped_recipes_load():
+    searched = load_recipe(RECIPES / "eab.yaml")
+    assert searched.operations[0].attention_bias == AttentionBias(prefix="auto", max_slots=4, slots_visible="as_prefix")
+    given_tokens = load_recipe(RECIPES / "eab-newline.yaml")
+    assert given_tokens.operations[0].attention_bias.prefix == (" ", "\n")
+    assert searched.verify == given_tokens.verify == Verify()
+    assert {path.name for path in RECIPES.iterdir()} == {"eab.yaml", "eab-newline.yaml"}
+
+
+def test_defaults_are_the_documented_ones():
+    recipe = parse_recipe("surgery: 1\noperations: [attention_bias: {}]", "r.yaml")
+    assert recipe.to_dict() == {
+        "surgery": 1,
+        "operations": [{"attention_bias": {"prefix": "auto", "max_slots": 4, "slots_visible": "as_prefix"}}],
+        "verify": {
+            "equivalence": {"max_delta_nll": 1e-5},
+            "perplexity": {"max_ratio": 1.01},
+            "massive_activations": {"max": 0},
+        },
+    }
+
+
+def test_a_gate_left_out_keeps_its_default():
+    verify = parse_recipe(BASE + "verify: {perplexity: {max_ratio: 1.005}}", "r.yaml").verify
+    assert verify == Verify(perplexity=Perplexity(max_ratio=1.005))
+    assert verify.equivalence.max_delta_nll == 1e-5 and verify.massive_activations.max == 0
+    assert parse_recipe(BASE + "verify: {perplexity: {}}", "r.yaml").verify == Verify()
+
+
+def test_yaml_is_1_2():
+    verify = parse_recipe(BASE + "verify: {equivalence: {max_delta_nll: 1e-4}}", "r.yaml").verify
+    assert verify.equivalence.max_delta_nll == 1e-4
+    assert bias(BASE.replace("auto", "[no, on, 0o17, 0x10, 1_000, 2020-01-01]")).prefix == (
+        "no", "on", 15, 16, 1000, "2020-01-01")  # fmt: skip
+
+
+def test_tokens_and_ids_keep_their_order_and_kind():
+    assert bias(BASE.replace("auto", "[' the', 0, \"\\n\", '1', '<|im_start|>']")).prefix == (
+        " the", 0, "\n", "1", "<|im_start|>")  # fmt: skip
+
+
+def test_an_integer_will_do_for_a_gate_that_is_a_number():
+    ratio = parse_recipe(BASE + "verify: {perplexity: {max_ratio: 2}}", "r.yaml").verify.perplexity.max_ratio
+    assert ratio == 2.0 and isinstance(ratio, float)
+
+
+def test_models_are_frozen():
+    recipe = parse_recipe(BASE, "r.yaml")
+    with pytest.raises(ValidationError):
+        recipe.verify.massive_activations.max = 7
+    assert hash(recipe) == hash(parse_recipe(BASE, "other.yaml"))
+    assert hash(load_recipe(RECIPES / "eab-newline.yaml"))
+
+
+PREFIX, SLOTS = "operations[0].attention_bias.prefix", "operations[0].attention_bias.max_slots"
+VISIBLE, DELTA = "operations[0].attention_bias.slots_visible", "verify.equivalence.max_delta_nll"
+ITEM = "      "  # indentation of a key of attention_bias; on line 5 of BASE + ITEM
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "fragments"),
+    [
+        # whole document
+        ("", 1, ["the recipe is empty"]),
+        ("# only a comment\n", 1, ["the recipe is empty"]),
+        ("[]", 1, ["the recipe is a list", "mapping of surgery, operations, verify"]),
+        ("surgery: 1", 1, ["'operations' is missing", "operations: [attention_bias: {prefix: auto}]"]),
+        ("# note\noperations: [attention_bias: {}]", 2, ["'surgery' is missing", "add 'surgery: 1'"]),
+        ("surgery: 2\noperations: [attention_bias: {}]", 1, ["surgery is 2", "write 'surgery: 1'"]),
+        ("surgery: true\noperations: [attention_bias: {}]", 1, ["surgery is true"]),
+        ("surgery: 1.0\noperations: [attention_bias: {}]", 1, ["surgery is 1.0"]),
+        ("surgery: '1'\noperations: [attention_bias: {}]", 1, ["surgery is '1'"]),
+        # unknown and duplicate keys
+        ("surgey: 1\noperations: [attention_bias: {}]", 1, ["unknown key 'surgey'", "did you mean 'surgery'?"]),
+        (BASE + "verfy: {}", 5, ["unknown key 'verfy'", "did you mean 'verify'?"]),
+        (BASE + ITEM + "max_slot: 3", 5, ["unknown key", SLOTS[:-1], "did you mean 'max_slots'?"]),
+        (BASE + "verify:\n  perplexty: {}", 6, ["'verify.perplexty'", "did you mean 'perplexity'?"]),
+        (BASE + "verify:\n  perplexity: {ratio: 1}", 6, ["'verify.perplexity.ratio'", "did you mean 'max_ratio'?"]),
+        (BASE + "verify:\n  <<: {}", 6, ["unknown key 'verify.<<'"]),
+        (BASE + '"a\\nb": 1', 5, ["unknown key 'a\\nb'"]),
+        (BASE + ITEM + "prefix: auto", 5, [PREFIX, "given twice, first on line 4"]),
+        (BASE + "surgery: 1", 5, ["'surgery' is given twice, first on line 1"]),
+        (BASE + "verify:\n  perplexity: {}\n  perplexity: {}", 7, ["'verify.perplexity' is given twice"]),
+        (BASE + "1: 2", 5, ["a key in the recipe is 1", "keys are plain words"]),
+        (BASE + "? [a]\n: 2", 5, ["a key in the recipe is a list or mapping"]),
+        # operations
+        (HEAD + "  []", 2, ["operations is an empty list"]),
+        (HEAD, 2, ["operations is empty; it must be a list"]),
+        (HEAD + "  attention_bias: {}", 2, ["operations is a mapping; it must be a list"]),
+        (HEAD + "  - attention_bias", 3, ["operations[0] is 'attention_bias'", "write '- attention_bias:"]),
+        (HEAD + "  - attention_bias:", 3, ["operations[0].attention_bias is empty; it must be a mapping of prefix"]),
+        (HEAD + "  - {}", 3, ["operations[0] holds no operation"]),
+        (HEAD + "  - head_norm: {}", 3, ["unknown operation 'head_norm'", "known here: attention_bias"]),
+        (HEAD + "  - atention_bias: {}", 3, ["did you mean 'attention_bias'?"]),
+        (BASE + "    head_norm: {}", 3, ["unknown operation 'head_norm'"]),
+        (BASE + "  - attention_bias: {}", 2, ["more than once"]),
+        # prefix and slots
+        (BASE.replace("auto", "Auto"), 4, [PREFIX, "is 'Auto'; it must be 'auto', or a list of tokens"]),
+        (BASE.replace("auto", "5"), 4, [PREFIX, "is 5"]),
+        (BASE.replace("auto", ""), 4, [PREFIX, "is empty"]),
+        (BASE.replace("auto", "[]"), 4, [PREFIX, "is an empty list; it needs at least one entry"]),
+        (BASE.replace("auto", "\n       - a\n       - -1"), 6, [PREFIX + "[1] is -1"]),
+        (BASE.replace("auto", "\n       - a\n       - true"), 6, [PREFIX + "[1] is true"]),
+        (BASE.replace("auto", "[1.0]"), 4, [PREFIX + "[0] is 1.0"]),
+        (BASE.replace("auto", "['']"), 4, [PREFIX + "[0] is ''"]),
+        (BASE.replace("auto", "[null]"), 4, [PREFIX + "[0] is empty"]),
+        (BASE.replace("auto", "[[a]]"), 4, [PREFIX + "[0] is a list"]),
+        (BASE.replace("auto", '["\\ud800"]'), 4, [PREFIX + "[0] holds half of a character pair"]),
+        (BASE + ITEM + "max_slots: 0", 5, [SLOTS + " is 0; it must be at least 1"]),
+        (BASE + ITEM + "max_slots: 17", 5, [SLOTS + " is 17; it must be at most 16"]),
+        (BASE + ITEM + "max_slots: true", 5, [SLOTS + " is true, which is not a whole number"]),
+        (BASE + ITEM + "max_slots: '3'", 5, [SLOTS + " is '3', which is not a whole number"]),
+        (BASE + ITEM + "max_slots: 3.0", 5, [SLOTS + " is 3.0, which is not a whole number"]),
+        (BASE + ITEM + "max_slots: null", 5, [SLOTS + " is empty, which is not a whole number"]),
+        (BASE.replace("auto", "[1]") + ITEM + "max_slots: 3", 5, [SLOTS, "remove one of them"]),
+        (BASE + ITEM + "slots_visible: allways", 5, [VISIBLE, "'as_prefix' or 'always'"]),
+        (BASE + ITEM + "slots_visible: true", 5, [VISIBLE + " is true"]),
+        # gates
+        (BASE + "verify:", 5, ["verify is empty; it must be a mapping"]),
+        (BASE + "verify: false", 5, ["verify is false; it must be a mapping"]),
+        (BASE + "verify:\n  massive_activations: null", 6, ["verify.massive_activations is empty", "mapping of max"]),
+        (BASE + "verify:\n  massive_activations: {max: -1}", 6, ["massive_activations.max is -1", "at least 0"]),
+        (BASE + "verify:\n  massive_activations: {max: 0.5}", 6, ["max is 0.5, which is not a whole number"]),
+        (BASE + "verify:\n  massive_activations: {max: false}", 6, ["max is false, which is not a whole number"]),
+        (BASE + "verify:\n  equivalence:\n    max_delta_nll: 0", 7, [DELTA + " is 0; it must be more than 0"]),
+        (BASE + "verify:\n  equivalence:\n    max_delta_nll: -1e-5", 7, [DELTA + " is -1e-05; it must be more than 0"]),
+        # what YAML can say and a recipe may not
+        (BASE + "x: &a 1\ny: *a", 5, ["anchors and aliases"]),
+        (BASE + "x: *a", 5, ["anchors and aliases"]),
+        (BASE + "x: !!python/object/apply:os.system [ls]", 5, ["tag", "is not allowed"]),
+        (BASE + "x: !!int 3", 5, ["tag", "is not allowed"]),
+        ("%YAML 1.1\n---\n" + BASE, 1, ["directives"]),
+        (BASE + "---\n" + BASE, 5, ["a second document"]),
+        (BASE + "x: " + "[" * 3000, 5, ["nested more than"]),
+        (BASE + "x: [", 5, ["not valid YAML"]),
+        (BASE + "\tx: 1", 5, ["not valid YAML"]),
+        (BASE + "x: \x07", 5, ["not valid YAML"]),
+        (BASE + "x: a: b", 5, ["not valid YAML"]),
+    ],
+)  # fmt: skip
+def test_refusals_name_line_and_key(text: str, line: int, fragments: list[str]):
+    sentence = refusal(text)
+    assert sentence.startswith(f"r.yaml, line {line}: "), sentence
+    for fragment in fragments:
+        assert fragment in sentence
+
+
+NOT_NUMBERS = [".nan", ".inf", "-.inf", "1e999", "'1e-5'", "small", "true", "null", "[1]", "9" * 400, "9" * 5000]
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+@pytest.mark.parametrize("gate", ["equivalence: {max_delta_nll: %s}", "perplexity: {max_ratio: %s}"])
+def test_a_gate_that_is_not_a_number_is_refused(gate: str, value: str):
+    sentence = refusal(BASE + "verify:\n  " + gate % value)
+    assert sentence.startswith("r.yaml, line 6: verify.") and "a gate that is not a number" in sentence
+
+
+def test_first_error_is_told_and_the_others_counted():
+    sentence = refusal(BASE + ITEM + "max_slots: 0\nverify:\n  perplexity: {max_ratio: no}\nextra: 1")
+    assert "line 5:" in sentence and "max_slots" in sentence and sentence.endswith("(and 2 further errors).")
+    assert refusal("surgery: 3").endswith("(and 1 further error).")
+
+
+def test_a_flood_of_text_is_refused_quickly():
+    assert "longer than 64 KiB" in refusal(" " * 70_000)
+
+
+def test_load_recipe_names_the_file(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"missing\.yaml: no such file; give the path of a recipe"):
+        load_recipe(tmp_path / "missing.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"surgery: 1\n# caf\xe9\n")
+    with pytest.raises(RecipeError, match=r"latin\.yaml, line 2: not UTF-8 text"):
+        load_recipe(latin)
+    large = tmp_path / "large.yaml"
+    large.write_bytes("é".encode() * 70_000)
+    with pytest.raises(RecipeError, match="longer than 64 KiB"):
+        load_recipe(large)
+    marked = tmp_path / "windows.yaml"
+    marked.write_bytes(b"\xef\xbb\xbf" + BASE.replace("\n", "\r\n").encode())
+    assert load_recipe(marked) == parse_recipe(BASE, "r.yaml")
+
+
+def as_yaml(value: object) -> str:
+    stream = io.StringIO()
+    YAML(typ="safe", pure=True).dump(value, stream)
+    return stream.getvalue()
+
+
+characters = st.characters(exclude_categories=["Cs"], max_codepoint=0xFFFF)  # JSON escapes the others in two halves
+tokens = st.lists(st.one_of(st.integers(0, 2**40), st.text(characters, min_size=1, max_size=8)), min_size=1, max_size=6)
+gates = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
+searches = st.builds(
+    AttentionBias, max_slots=st.integers(1, 16), slots_visible=st.sampled_from(["as_prefix", "always"])
+)
+biases = st.one_of(searches, st.builds(AttentionBias, prefix=tokens))
+recipes = st.builds(
+    Recipe,
+    surgery=st.just(1),
+    operations=st.tuples(st.builds(Operation, attention_bias=biases)),
+    verify=st.builds(Verify, perplexity=st.builds(Perplexity, max_ratio=gates)),
+)
+
+
+@given(recipes)
+def test_to_dict_is_plain_json_and_reads_back(recipe: Recipe):
+    plain = recipe.to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert Recipe.model_validate(json.loads(json.dumps(plain))) == recipe
+    assert parse_recipe(json.dumps(plain, ensure_ascii=True), "r.yaml") == recipe  # JSON is YAML 1.2
+
+
+@given(st.one_of(st.integers(), st.floats()))
+def test_max_slots_takes_whole_numbers_from_1_to_16_only(value: float):
+    text = BASE + ITEM + "max_slots: " + as_yaml(value).removesuffix("...\n")
+    if isinstance(value, int) and 1 <= value <= 16:
+        assert bias(text).max_slots == value
+    else:
+        assert SLOTS in refusal(text)
+
+
+@given(st.floats())
+def test_a_gate_takes_finite_positive_numbers_only(value: float):
+    text = BASE + "verify: {perplexity: {max_ratio: " + as_yaml(value).removesuffix("\n...\n") + "}}"
+    if math.isfinite(value) and value > 0:
+        assert parse_recipe(text, "r.yaml").verify.perplexity.max_ratio == value
+    else:
+        assert "verify.perplexity.max_ratio" in refusal(text)
+
+
+words = st.one_of(
+    st.sampled_from(["surgery", "operations", "verify", "attention_bias", "prefix", "perplexity", "max"]),
+    st.text(characters, max_size=8),
+)
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), words)
+json_like = st.recursive(
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(words, inner, max_size=4)),
+    max_leaves=12,
+)
+
+
+@given(json_like)
+@example({"surgery": 1, "operations": [{"attention_bias": {"prefix": {"a": []}}}], "verify": {"perplexity": []}})
+def test_any_structure_parses_or_is_refused_in_one_sentence(value: object):
+    try:
+        parse_recipe(json.dumps(value), "r.yaml")
+    except RecipeError as error:
+        assert str(error).isprintable() and str(error).endswith(".")
+
+
+@given(st.text(st.sampled_from("surgey: 1\n-[]{}&*!%'\"#|>?,\\0xU_.~=<\t@`\x85\ufeff"), max_size=60))
+def test_any_text_parses_or_is_refused_in_one_sentence(text: str):
+    try:
+        parse_recipe(text, "r.yaml")
+    except RecipeError as error:
+        assert str(error).isprintable() and str(error).endswith(".")
