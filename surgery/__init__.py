@@ -1,4 +1,4 @@
-"""surgery: convert Hugging Face checkpoints so that massive activations become an explicit attention bias, and prove it.
+"""surgery: convert checkpoints so that massive activations become an explicit attention bias, and prove it.
 
     surgery.plan(recipe, source)          what would change, from headers only
     surgery.run(recipe, source, out)      convert, verify, publish

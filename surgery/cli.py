@@ -1,11 +1,15 @@
-"""The command line: parse, call one verb, show the result. Exit 0 done and passed, 1 a gate failed, 2 wrong use or input, 3 damaged."""
+"""The command line: parse, call one verb, write and show the result.
+
+Exit 0 done and passed, 1 a gate failed, 2 wrong use or input, 3 a damaged checkpoint. And what no input can cause: 70 a
+bug in surgery, 130 interrupted, 141 nobody reads the output any more.
+"""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
+import traceback
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -13,8 +17,10 @@ from rich.console import Console
 
 from . import __version__
 from .errors import SurgeryError
+from .results import json_text, require_result_file, write_result
 
 FILE = click.Path(path_type=Path)
+BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 
 
 def _options(*options):
@@ -28,16 +34,24 @@ def _options(*options):
 
 _json = click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write the result as JSON too.")
 _revision = click.option("--revision", help="Branch, tag or commit of a hub id.")
-_dtype = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype to dequantise a GGUF to (float32).")
+_dtype = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype to dequantise a GGUF to (float32)."
+)
 _link = click.option("--link", is_flag=True, help="Hard-link unchanged shards instead of copying them.")
 _text = click.option("--text", multiple=True, type=FILE, metavar="FILE", help="Evaluation text, UTF-8 (repeatable).")
-_device = click.option("--device", default="cpu", show_default=True, help="torch device, or auto to spread over GPUs, memory and disk.")
+_device = click.option(
+    "--device", default="cpu", show_default=True, help="torch device, or auto to spread over GPUs, memory and disk."
+)
 
 
-def _chunking(count: int):
+def _chunking(count: int, least: int):
     return _options(
-        click.option("--chunks", type=click.IntRange(1), default=count, show_default=True, help="Chunks of text to evaluate on."),
-        click.option("--chunk-length", type=click.IntRange(8), default=512, show_default=True, help="Tokens in a chunk."),
+        click.option(
+            "--chunks", type=click.IntRange(least), default=count, show_default=True, help="Chunks of text to read."
+        ),
+        click.option(
+            "--chunk-length", type=click.IntRange(8), default=512, show_default=True, help="Tokens in a chunk."
+        ),
     )
 
 
@@ -50,15 +64,20 @@ def cli() -> None:
 @cli.command()
 @click.argument("recipe", type=FILE)
 @click.argument("source")
-@_options(click.option("--out", type=FILE, help="Also check that this output can be created."), _link, _dtype, _revision, _json)
-def plan(recipe, source, out, link, dtype, revision, json_file):
+@_options(
+    click.option("--out", type=FILE, help="Also check that this output can be created."),
+    _link, _dtype, _revision, _json,
+)  # fmt: skip
+def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
     """Print which tensors and files RECIPE would add, change and keep in SOURCE. Reads headers only, writes nothing."""
+    require_result_file(json_file, "--json", _given(recipe, source, out))
     from .reporting import show_plan
     from .verbs.plan import plan as verb
 
     result = verb(recipe, source, out=out, link=link, dtype=dtype, revision=revision).to_dict()
+    write_result(json_file, "--json", json_text(result))
     show_plan(_console(), result)
-    _write_json(json_file, result)
+    return 0
 
 
 @cli.command()
@@ -67,93 +86,119 @@ def plan(recipe, source, out, link, dtype, revision, json_file):
 @click.argument("out", type=FILE)
 @_options(
     _text,
-    click.option("--calibration", multiple=True, type=FILE, metavar="FILE", help="Text for the search (repeatable); else half of --text."),
+    click.option(
+        "--calibration", multiple=True, type=FILE, metavar="FILE",
+        help="Text for the search (repeatable); else half of --text.",
+    ),
     click.option("--no-verify", is_flag=True, help="Write without proof; the manifest says unverified."),
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
-    _chunking(64), _link, _dtype, _revision, _device, _json,
+    _chunking(64, 2), _link, _dtype, _revision, _device, _json,
 )  # fmt: skip
-def run(recipe, source, out, text, calibration, no_verify, keep_failed, chunks, chunk_length, link, dtype, revision, device, json_file):
+def run(
+    recipe, source, out, text, calibration, no_verify, keep_failed, chunks, chunk_length, link, dtype, revision,
+    device, json_file,
+) -> int:  # fmt: skip
     """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified."""
-    from .reporting import TerminalReporter, show_verdict
+    require_result_file(json_file, "--json", _given(recipe, source, out, keep_failed, *text, *calibration))
+    from .reporting import TerminalReporter, show_output, show_verdict
     from .verbs.run import run as verb
     from .verification.text import Chunking
+    from .verification.verdict import plain_json
 
     verdict = verb(
-        recipe, source, out, text=text, calibration=calibration, verify=not no_verify, keep_failed=keep_failed, link=link, dtype=dtype,
-        revision=revision, device=device, chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
+        recipe, source, out, text=text, calibration=calibration, verify=not no_verify, keep_failed=keep_failed,
+        link=link, dtype=dtype, revision=revision, device=device,
+        chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
     )  # fmt: skip
+    write_result(json_file, "--json", json_text(plain_json(verdict)))
     show_verdict(_console(), verdict)
-    _write_json(json_file, verdict)
-    if verdict["passed"] is False:
-        _console().print(f"\nNot published: {f'what was written is in {keep_failed}' if keep_failed else f'{out} was not created'}")
-    else:
-        from .reporting import show_output
-
+    if verdict["passed"] is not False:
         show_output(_console(), out, verdict)
-    sys.exit(_exit_code(verdict))
+    return _judged(verdict, f"what was written is in {keep_failed}" if keep_failed else f"{out} was not created")
 
 
 @cli.command()
 @click.argument("checkpoint", type=FILE)
 @_options(
-    click.option("--against", metavar="SOURCE", help="What it was converted from: compare every kept tensor, and measure both."),
-    _text, _chunking(64), _revision, _device,
+    click.option(
+        "--against", metavar="SOURCE", help="What it was converted from: compare every kept tensor, and measure both."
+    ),
+    _text, _chunking(64, 2), _revision, _device,
     click.option("--junit", type=FILE, metavar="FILE", help="Write gates and checks as JUnit XML."),
     _json,
 )  # fmt: skip
-def verify(checkpoint, against, text, chunks, chunk_length, revision, device, junit, json_file):
-    """Check the converted CHECKPOINT: its files and tensors; with --text also its quality; with --against also its source."""
+def verify(checkpoint, against, text, chunks, chunk_length, revision, device, junit, json_file) -> int:
+    """Check the converted CHECKPOINT: files and tensors; with --text also quality; with --against also the source."""
+    inputs = _given(checkpoint, against, *text)
+    require_result_file(json_file, "--json", _given(*inputs, junit))
+    require_result_file(junit, "--junit", inputs)
     from .reporting import TerminalReporter, show_verdict
     from .verbs.verify import verify as verb
     from .verification.text import Chunking
-    from .verification.verdict import write_junit
+    from .verification.verdict import junit_xml, plain_json
 
     verdict = verb(
-        checkpoint, against=against, text=text, revision=revision, device=device, chunking=Chunking(chunks, chunk_length),
-        reporter=TerminalReporter(),
+        checkpoint, against=against, text=text, revision=revision, device=device,
+        chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
     )  # fmt: skip
+    write_result(json_file, "--json", json_text(plain_json(verdict)))
+    write_result(junit, "--junit", junit_xml(verdict))
     show_verdict(_console(), verdict)
-    _write_json(json_file, verdict)
-    if junit is not None:
-        write_junit(verdict, junit)
-    sys.exit(_exit_code(verdict))
+    return _judged(verdict, f"do not use {checkpoint}")
 
 
 @cli.command()
 @click.argument("source")
-@_options(_text, _chunking(8), _dtype, _revision, _device, _json)
-def scan(source, text, chunks, chunk_length, dtype, revision, device, json_file):
+@_options(_text, _chunking(8, 1), _dtype, _revision, _device, _json)
+def scan(source, text, chunks, chunk_length, dtype, revision, device, json_file) -> int:
     """Survey SOURCE on text: massive activations and attention sinks, layer by layer."""
+    require_result_file(json_file, "--json", _given(source, *text))
     from .reporting import TerminalReporter, show_survey
     from .verbs.scan import scan as verb
     from .verification.text import Chunking
+    from .verification.verdict import plain_json
 
     survey = verb(
-        source, text=text, dtype=dtype, revision=revision, device=device, chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter()
-    )
+        source, text=text, dtype=dtype, revision=revision, device=device, chunking=Chunking(chunks, chunk_length),
+        reporter=TerminalReporter(),
+    )  # fmt: skip
+    write_result(json_file, "--json", json_text(plain_json(survey)))
     show_survey(_console(), survey)
-    _write_json(json_file, survey)
+    return 0
+
+
+def _given(*paths: Path | str | None) -> Iterable[Path | str]:
+    return [path for path in paths if path is not None]
+
+
+class _Output(Console):
+    """Standard output; a reader that has gone away does not change how the command ends, for its work is done."""
+
+    def on_broken_pipe(self) -> None:
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            pass
 
 
 def _console() -> Console:
-    """Standard output; when it is not a terminal, wide enough that no table is cut."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    """Where results are shown; when it is not a terminal, wide enough that no table is cut."""
+    return _Output(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def _exit_code(verdict: dict) -> int:
-    if not verdict["integrity"]["passed"]:
-        return 3
-    return 1 if verdict["passed"] is False else 0
-
-
-def _write_json(path: Path | None, result: dict) -> None:
-    if path is not None:
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            raise SurgeryError(f"{path}: cannot be written ({error.strerror}); give another path for --json") from error
+def _judged(verdict: dict, way_out: str) -> int:
+    """The exit code; where it is not 0, a sentence on standard error says what failed first."""
+    failed = [(3, f"{c['name']}: {c['detail']}") for c in verdict["integrity"]["checks"] if not c["passed"]]
+    failed += [
+        (1, f"the gate {g['name']} failed, {g['value']:.6g} is more than {g['limit']:.6g}")
+        for g in verdict["gates"]
+        if not g["passed"]
+    ]
+    if not failed:
+        return 0
+    code, sentence = failed[0]
+    _complain(f"{sentence.rstrip('.')}; {way_out}")
+    return code
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
@@ -162,12 +207,38 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
     print(message, file=sys.stderr)
 
 
+def _complain(sentence: str) -> None:
+    """One sentence on standard error, as it is: a path in it may look like markup."""
+    Console(stderr=True, highlight=False).print("[bold red]error[/]", end=" ")
+    print(sentence if sentence.endswith(".") else f"{sentence}.", file=sys.stderr)
+
+
+def _invoke() -> int:
+    """Run the command; every way it can end as an exit code."""
+    try:
+        return cli.main(standalone_mode=False) or 0
+    except SurgeryError as error:
+        _complain(str(error))
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return SurgeryError.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted; nothing unfinished is left behind")
+        return INTERRUPTED
+    except SystemExit as stop:
+        # A signal that `Stage` caught, or a pipe that nobody reads, for which click and rich say 1.
+        return BROKEN_PIPE if stop.code == 1 else stop.code
+    except Exception:
+        traceback.print_exc()
+        _complain("this is a bug in surgery, not in what you gave it; please report it with the lines above")
+        return BUG
+
+
 def main() -> None:
     """Entry point of the `surgery` command."""
     warnings.showwarning = _show_warning
-    try:
-        cli(standalone_mode=True)
-    except SurgeryError as error:
-        Console(stderr=True, highlight=False).print("[bold red]error[/]", end=" ")
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not stop the work
+    sys.exit(_invoke())

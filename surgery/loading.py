@@ -5,28 +5,58 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from .errors import DamagedCheckpoint, SourceError
+from .errors import DamagedCheckpoint, NoSpace, SourceError
+
+
+def require_device(device: str) -> None:
+    """SourceError unless `device` is "auto" or a torch device that this machine has."""
+    if device == "auto":
+        return
+    try:
+        usable = torch.device(device).type != "meta"
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SourceError(f"--device {device} cannot be used ({one_line(error)}); give cpu, auto or cuda:0.") from error
+    if not usable:
+        raise SourceError(f"--device {device} computes nothing; give cpu, auto or cuda:0.")
 
 
 def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """The unchanged model, through transformers' own code only (a checkpoint's Python files are never run).
 
-    `device` is a torch device, or "auto" to let accelerate place it over GPUs, memory and disk.
+    `device` is a torch device, or "auto" to let accelerate place it over GPUs, memory and disk. Raises
+    DamagedCheckpoint where tensors and config do not fit, SourceError where transformers cannot load them.
     """
-    with quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, device_map=None if device == "cpu" else device, local_files_only=True,
-            trust_remote_code=False, output_loading_info=True,
-        )  # fmt: skip
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(str(key) for key in report.get(kind, ())):
-            raise DamagedCheckpoint(
-                f"{directory}: its tensors do not fit its config.json ({len(found)} {kind.replace('_', ' ')}, first {found[0]})"
-            )
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            config._attn_implementation = None  # one that the file asks for may not be installed here
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
+                local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NoSpace(f"{directory} does not fit into memory; try --device auto, which also uses the disk.") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise SourceError(
+            f"{directory}: transformers cannot load it ({one_line(error)}); give a complete checkpoint."
+        ) from error
+    _require_fit(directory, report)
     return model.eval()
+
+
+def _require_fit(directory: Path, report: dict) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := sorted(report.get(kind, ()), key=str):
+            name, *shapes = found[0] if isinstance(found[0], tuple) else (found[0],)
+            sizes = " should be ".join(str(tuple(shape)) for shape in shapes)
+            raise DamagedCheckpoint(
+                f"{directory}: its tensors do not fit its config.json ({len(found)} {kind.replace('_', ' ')}, "
+                f"first {name}{f', {sizes}' if sizes else ''}); download or save the checkpoint again."
+            )
 
 
 def load_tokenizer(directory: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
@@ -35,11 +65,18 @@ def load_tokenizer(directory: Path, gguf_file: str | None = None) -> PreTrainedT
         with quiet():
             named = {} if gguf_file is None else {"gguf_file": gguf_file}
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **named)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    except Exception as error:  # the tokenizers library raises plain Exception for files it cannot read
         raise SourceError(
-            f"{directory}: has no tokenizer that loads ({reason}), and text needs one; add its files, or use token ids with --no-verify"
+            f"{directory}: has no tokenizer that loads ({one_line(error)}), and text needs one; add its files, or "
+            "leave text out and give the prefix as token ids (run --no-verify)."
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, as part of a sentence: its first line, cut short."""
+    lines = str(error).strip().splitlines()
+    first = lines[0].rstrip(" .:") if lines else ""
+    return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
 
 
 class quiet:

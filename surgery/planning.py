@@ -8,7 +8,7 @@ from pathlib import Path
 from .anatomy.sites import Anatomy, examine
 from .checkpoint.layout import INDEX
 from .checkpoint.manifest import MANIFEST
-from .checkpoint.source import Source
+from .checkpoint.source import Source, has_tokenizer
 from .checkpoint.stage import free_space, require_space, require_target
 from .errors import UnsupportedModel
 from .operations.derived import Derived, derive
@@ -16,11 +16,12 @@ from .operations.emission import lowered_limits, shard_names, slot_layout
 from .recipe import AttentionBias, Recipe
 
 SMALL_FILES = 4 * 2**20  # what manifest, card, configuration and code can take, generously
+REWRITTEN = {"copy": 1, "change": 2}  # how large a file of the source can become; a tokenizer.json grows by indentation
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One file of the output: `action` is copy, link, change or add; `bytes` is exact for weights, else the source's size."""
+    """One file of the output: `action` is copy, link, change or add; `bytes` is exact for weights."""
 
     name: str
     action: str
@@ -30,7 +31,7 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. With `prefix: auto`, `n_slots` is the most there can be, and `prefix` is None until the search."""
+    """What will be done. With `prefix: auto`, `n_slots` is the most there can be, and `prefix` is None."""
 
     source: Source
     recipe: Recipe
@@ -65,8 +66,18 @@ class Plan:
         }
 
 
-def make_plan(source: Source, recipe: Recipe, prefix: tuple[int, ...] | None, out: Path | None, link: bool = False) -> Plan:
-    """Plan `recipe` on `source`. Without `out`, disk space is that of the working directory and is not insisted on.
+def make_plan(
+    source: Source,
+    recipe: Recipe,
+    prefix: tuple[int, ...] | None,
+    out: Path | None,
+    link: bool = False,
+    folds_bos: bool = False,
+) -> Plan:
+    """Plan `recipe` on `source`.
+
+    Without `out`, disk space is that of the working directory and is not insisted on. `folds_bos`: BOS is in the
+    prefix, or may be once it is searched.
 
     Raises UnsupportedModel, OutputError, NoSpace: everything that a later step would refuse.
     """
@@ -75,8 +86,8 @@ def make_plan(source: Source, recipe: Recipe, prefix: tuple[int, ...] | None, ou
     n_slots = operation.max_slots if prefix is None else len(prefix)
     if anatomy.max_positions is not None and n_slots >= anatomy.max_positions // 2:
         raise UnsupportedModel(
-            f"config.json: max_position_embeddings is {anatomy.max_positions}, which leaves too little room behind {n_slots} slots; "
-            "use fewer slots"
+            f"config.json: max_position_embeddings is {anatomy.max_positions}, which leaves too little room "
+            f"behind {n_slots} slots; use fewer slots."
         )
     shards, slot_shard = shard_names(source.layout)
     slot_bytes, infos = slot_layout(anatomy, n_slots, slot_shard)
@@ -85,10 +96,12 @@ def make_plan(source: Source, recipe: Recipe, prefix: tuple[int, ...] | None, ou
         **{t.name: _entry("added", slot_shard, t.dtype, t.shape) for t in infos.values()},
     }
     if clash := [name for name in infos if name in source.layout.tensors]:
-        raise UnsupportedModel(f"{source.spec}: already has a tensor {clash[0]}, the name of one that would be added")
+        raise UnsupportedModel(
+            f"{source.spec}: already has a tensor {clash[0]}, the name of one that would be added; rename it."
+        )
     derived = derive(anatomy.model_type)
-    files = _files(source, derived, shards, slot_shard, slot_bytes, link)
-    needed = SMALL_FILES + slot_bytes + sum(file.bytes or 0 for file in files if file.action == "copy")
+    files = _files(source, derived, shards, slot_shard, slot_bytes, link, folds_bos)
+    needed = SMALL_FILES + slot_bytes + sum(REWRITTEN.get(file.action, 0) * (file.bytes or 0) for file in files)
     where = Path.cwd() if out is None else Path(out)
     if out is not None:
         require_target(where, source.root if source.root.is_dir() else None)
@@ -99,22 +112,36 @@ def make_plan(source: Source, recipe: Recipe, prefix: tuple[int, ...] | None, ou
     )  # fmt: skip
 
 
+def carried(source: Source) -> tuple[str, ...]:
+    """The source's companions that go along. Its Python files do not: transformers' own classes take their place."""
+    return tuple(name for name in source.companions if not name.endswith(".py"))
+
+
 def _entry(status: str, shard: str, dtype: str, shape) -> dict:
     return {"status": status, "shard": shard, "dtype": dtype, "shape": list(shape)}
 
 
-def _files(source: Source, derived: Derived, shards: dict[str, str], slot_shard: str, slot_bytes: int, link: bool) -> tuple[FilePlan, ...]:
+def _files(
+    source: Source,
+    derived: Derived,
+    shards: dict[str, str],
+    slot_shard: str,
+    slot_bytes: int,
+    link: bool,
+    folds_bos: bool,
+) -> tuple[FilePlan, ...]:
     copy = "link" if link and source.kind != "gguf" else "copy"
     files = [FilePlan(new, copy, source.layout.sizes[old], old) for old, new in shards.items()]
     files.append(FilePlan(slot_shard, "add", slot_bytes))
     files += [FilePlan("config.json", "change", None, "config.json"), FilePlan(INDEX, "add", None)]
-    for name in source.companions:
+    companions = carried(source)
+    for name in companions:
         path = source.root / name
-        changes = name == "tokenizer_config.json"
-        files.append(FilePlan(name, "change" if changes else "copy", path.stat().st_size if path.is_file() else None, name))
-    if "tokenizer_config.json" not in source.companions and any(name.startswith("tokenizer") for name in source.companions):
+        changes = name == "tokenizer_config.json" or folds_bos and name.endswith(("tokenizer.json", ".jinja"))
+        files.append(
+            FilePlan(name, "change" if changes else "copy", path.stat().st_size if path.is_file() else None, name)
+        )
+    if "tokenizer_config.json" not in companions and has_tokenizer(companions):
         files.append(FilePlan("tokenizer_config.json", "add", None))
     files += [FilePlan(name, "add", len(text.encode())) for name, text in derived.files().items()]
     return (*files, FilePlan("README.md", "add", None), FilePlan(MANIFEST, "add", None))
-
-

@@ -1,17 +1,16 @@
 """Make the derived model types known to transformers' Auto classes, without importing what nobody asks for.
 
-`import surgery` calls `register` once transformers' Auto classes are there (now, or when somebody imports them). Each derived type
-is built the first time its model type is looked up.
+`import surgery` calls `register` once transformers' Auto classes are there (now, or when somebody imports them). Each
+derived type is built the first time its model type is looked up.
 """
 
 from __future__ import annotations
-
 
 PREFIX = "eab_"  # what the model types of converted checkpoints begin with
 
 
 class _LazyTypes(dict):
-    """Stands in for the dict of configs that transformers keeps for registered types; knows every `eab_` type on demand."""
+    """Stands in for the dict in which transformers keeps registered types; knows every `eab_` type on demand."""
 
     def _base(self, key) -> str | None:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -33,7 +32,8 @@ class _LazyTypes(dict):
 def _register_type(base_type: str) -> type:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from .operations.derived import derive, load_derived  # only now: `register` runs while transformers is half imported
+    # Only now: `register` runs while transformers is half imported.
+    from .operations.derived import derive, load_derived
 
     derived, module = derive(base_type), load_derived(base_type)
     config = getattr(module, derived.config_class)

@@ -1,15 +1,20 @@
-"""Progress and tables on the terminal, by rich. Long work reports through one object, which tests and libraries can leave out."""
+"""Progress and tables on the terminal, by rich. Long work reports through one object, which callers can leave out."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .checkpoint.stage import human
+
+LOG_SECONDS = 30
 
 
 class Reporter:
@@ -34,17 +39,40 @@ class TerminalReporter(Reporter):
         self.console = Console(stderr=True, highlight=False)
 
     def step(self, text: str) -> None:
-        self.console.print(f"[bold]•[/] {text}")
+        self.console.print(f"[bold]•[/] {escape(text)}")
 
     def note(self, text: str) -> None:
-        self.console.print(f"  [yellow]note[/] {text}")
+        self.console.print(f"  [yellow]note[/] {escape(text)}")
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int | None) -> Iterator:
-        columns = (SpinnerColumn(), TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+        if not self.console.is_terminal:
+            yield self._log_lines(total)
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(what, total=total)
-            yield lambda count, what: progress.update(task, advance=count, description=what)
+            yield lambda count, what: progress.update(task, advance=count, description=escape(what))
+
+    def _log_lines(self, total: int | None):
+        """For logs, which cannot redraw a bar: a line every half minute."""
+        done, start, told = 0, time.monotonic(), time.monotonic()
+
+        def advance(count: int, what: str) -> None:
+            nonlocal done, told
+            done += count
+            if time.monotonic() - told >= LOG_SECONDS:
+                told = time.monotonic()
+                of = f" of {total:,}" if total is not None else ""
+                self.console.print(f"  {escape(what)}: {done:,}{of} after {told - start:.0f} s")
+
+        return advance
 
 
 # ---- tables
@@ -60,10 +88,11 @@ def _table(title: str, *columns: str) -> Table:
 def show_plan(console: Console, plan: dict) -> None:
     kind, slots = plan["model_type"], plan["n_slots"]
     count = f"up to {slots['max']}" if isinstance(slots, dict) else str(slots)
-    console.print(f"[bold]{plan['source']['spec']}[/]  {kind['from']} → {kind['to']}, {count} slots in each of {plan['sites']} sites\n")
+    console.print(f"[bold]{escape(plan['source']['spec'])}[/]")
+    console.print(f"{kind['from']} to {kind['to']}, {count} slots in each of {plan['sites']} attention sites\n")
     files = _table("Files", "name", "action", "bytes")
     for file in plan["files"]:
-        files.add_row(file["name"], file["action"], "" if file["bytes"] is None else f"{file['bytes']:,}")
+        files.add_row(escape(file["name"]), file["action"], "" if file["bytes"] is None else f"{file['bytes']:,}")
     console.print(files)
     console.print()
     statuses = _table("Tensors", "status", "count", "example", "dtype", "shape")
@@ -74,59 +103,79 @@ def show_plan(console: Console, plan: dict) -> None:
             statuses.add_row(status, f"{len(named):,}", name, entry["dtype"], " x ".join(map(str, entry["shape"])))
     console.print(statuses)
     disk = plan["disk"]
-    console.print(f"\nDisk: {human(disk['needed'])} needed, {human(disk['free'])} free. All tensors by name: --json FILE")
+    console.print(
+        f"\nDisk: {human(disk['needed'])} needed, {human(disk['free'])} free. All tensors by name: --json FILE"
+    )
 
 
 def show_verdict(console: Console, verdict: dict) -> None:
+    if prefix := verdict.get("prefix"):
+        tokens = " ".join(repr(token) for token in prefix["tokens"] or ())
+        console.print(f"Prefix {escape(tokens)} (ids {prefix['ids']}), folded into k', v'\n", markup=True)
     if verdict.get("perplexity"):
-        console.print(_perplexity_table(verdict))
-        console.print()
+        console.print(_perplexity_table(verdict), "")
     if verdict.get("massive_activations"):
-        console.print(_massive_table(verdict["massive_activations"]))
-        console.print()
-    gates = _table("Gates", "gate", "value", "limit", "")
-    for gate in verdict["gates"]:
-        gates.add_row(gate["name"], _number(gate["value"]), _number(gate["limit"]), "[green]passed[/]" if gate["passed"] else "[red]FAILED[/]")
-    console.print(gates)
+        console.print(_massive_table(verdict["massive_activations"]), "")
+    if verdict["gates"]:
+        gates = _table("Gates", "", "value", "limit", "result")
+        for gate in verdict["gates"]:
+            gates.add_row(gate["name"], _number(gate["value"]), _number(gate["limit"]), _result(gate["passed"]))
+        console.print(gates, "")
+    checks = _table("Integrity", "", "found", "result")
+    checks.columns[1].justify = "left"
     for check in verdict["integrity"]["checks"]:
-        if not check["passed"]:
-            console.print(f"[red]{check['name']}[/]: {check['detail']}")
+        checks.add_row(check["name"], escape(check["detail"]), _result(check["passed"]))
+    console.print(checks)
+
+
+def _result(passed: bool) -> str:
+    return "[green]passed[/]" if passed else "[red]FAILED[/]"
 
 
 def _perplexity_table(verdict: dict) -> Table:
-    table = _table("Perplexity", "variant", "perplexity", "nats/token", "tokens", "against bare, 95% interval")
-    labels = {"bare": "original, bare", "bos": "original + BOS", "control": "original + prefix", "converted": "converted"}
-    differences = verdict.get("delta_nll") or {}
+    table = _table("Perplexity", "", "perplexity", "nats/token", "of bare", "95% interval, paired")
+    labels = {
+        "bare": "original, bare",
+        "bos": "original + BOS",
+        "control": "original + prefix",
+        "converted": "converted",
+    }
+    interval = (verdict.get("delta_nll") or {}).get("vs_bare")
+    bare = verdict["perplexity"].get("bare")
     for key, label in labels.items():
-        score = verdict["perplexity"].get(key)
-        if score is None:
+        if (score := verdict["perplexity"].get(key)) is None:
             continue
-        interval = differences.get("vs_bare") if key == "converted" else None
-        shown = f"{interval['mean']:+.5f} [{interval['low']:+.5f}, {interval['high']:+.5f}]" if interval else ""
-        table.add_row(label, f"{score['ppl']:.4f}", f"{score['nll']:.6f}", f"{score['tokens']:,}", shown)
+        ratio = f"{math.exp(score['nll'] - bare['nll']):.4f}" if bare else ""
+        shown = (
+            f"{_exp(interval['low']):.4f} to {_exp(interval['high']):.4f}" if interval and key == "converted" else ""
+        )
+        table.add_row(label, f"{score['ppl']:.4f}", f"{score['nll']:.7f}", ratio, shown)
+    table.caption = f"{verdict['perplexity']['converted']['tokens']:,} target tokens, float32"
+    table.caption_justify = "left"
     return table
 
 
 def _massive_table(found: dict) -> Table:
-    table = _table("Massive activations", "", "count", "worst / median", "layers", "dims", "tokens")
-    for when, label in (("before", "before"), ("after", "after")):
-        entry = found.get(when)
-        if entry is None:
+    table = _table("Massive activations", "", "count", "worst / median", "layers", "dims", "on tokens")
+    for when in ("before", "after"):
+        if (entry := found.get(when)) is None:
             continue
-        tokens = ", ".join(repr(token) for token in entry.get("tokens", [])[:4]) or "-"
+        tokens = escape(", ".join(repr(token) for token in entry.get("tokens", [])[:4])) or "-"
         dims = ", ".join(map(str, entry["dims"][:4])) or "-"
-        table.add_row(label, f"{entry['count']:,}", f"{entry['worst_ratio']:,.0f}" if entry["count"] else "-", _ranges(entry["layers"]), dims, tokens)
+        worst = f"{entry['worst_ratio']:,.0f}" if entry["count"] else "-"
+        table.add_row(when, f"{entry['count']:,}", worst, _ranges(entry["layers"]), dims, tokens)
     return table
 
 
 def show_survey(console: Console, survey: dict) -> None:
-    table = _table(f"Survey of {survey['source']}", "layer", "max", "median", "ratio", "massive", "dims", "|x_0|", "|x_i|", "sink rate")
+    title = f"Survey of {escape(survey['source'])}"
+    table = _table(title, "layer", "max", "median", "ratio", "massive", "dims", "|x_0|", "|x_i|", "sink rate")
     for row in survey["layers"]:
         dims = ", ".join(str(dim) for dim in dict.fromkeys(entry["dim"] for entry in row["massive"])) or "-"
         sink = f"{row['sink_rate']:.2f}" if row.get("sink_rate") is not None else ""
         table.add_row(
-            str(row["layer"]), f"{row['max']:,.1f}", f"{row['median']:.3f}", f"{row['ratio']:,.0f}", str(row["count"]), dims,
-            f"{row['first_norm']:,.1f}", f"{row['rest_norm']:,.1f}", sink,
+            str(row["layer"]), f"{row['max']:,.1f}", f"{row['median']:.3f}", f"{row['ratio']:,.0f}", str(row["count"]),
+            dims, f"{row['first_norm']:,.1f}", f"{row['rest_norm']:,.1f}", sink,
         )  # fmt: skip
     console.print(table)
     total = survey["massive_activations"]
@@ -146,6 +195,10 @@ def _ranges(layers: list[int]) -> str:
         else:
             spans.append([layer, layer])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "-"
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _number(value) -> str:

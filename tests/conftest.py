@@ -52,3 +52,11 @@ def wikipedia_calibration(material: Path) -> Path:
 def wikipedia_evaluation(material: Path) -> Path:
     """English Wikipedia articles, plain text; shares no article with `wikipedia_calibration`."""
     return _existing(material / "wikipedia" / "evaluation.txt")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny llama with tokenizer, texts, recipe and converted checkpoint; shared, so copy before you change it."""
+    from tiny_checkpoint import build_place
+
+    return build_place(tmp_path_factory.mktemp("place"))

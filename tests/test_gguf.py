@@ -37,8 +37,15 @@ def tiny_llama(path: Path, edit: Edit | None = None, arch: str = "llama", skip: 
     """A GGUF of a random llama-like model; `edit` changes keys and tensors before they are written."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, arch)
-    numbers = {"block_count": LAYERS, "context_length": 128, "embedding_length": WIDTH, "feed_forward_length": INNER,
-               "attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "vocab_size": VOCAB}
+    numbers = {
+        "block_count": LAYERS,
+        "context_length": 128,
+        "embedding_length": WIDTH,
+        "feed_forward_length": INNER,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "vocab_size": VOCAB,
+    }
     for key, value in numbers.items():
         if key != skip:
             writer.add_uint32(f"{arch}.{key}", value)
@@ -47,10 +54,20 @@ def tiny_llama(path: Path, edit: Edit | None = None, arch: str = "llama", skip: 
     head = WIDTH // HEADS
     shapes = {"token_embd.weight": (VOCAB, WIDTH), "output_norm.weight": (WIDTH,), "output.weight": (VOCAB, WIDTH)}
     for i in range(LAYERS):
-        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in {
-            "attn_norm": (WIDTH,), "ffn_norm": (WIDTH,), "attn_q": (WIDTH, WIDTH), "attn_k": (KV_HEADS * head, WIDTH),
-            "attn_v": (KV_HEADS * head, WIDTH), "attn_output": (WIDTH, WIDTH), "ffn_gate": (INNER, WIDTH),
-            "ffn_up": (INNER, WIDTH), "ffn_down": (WIDTH, INNER)}.items()}
+        shapes |= {
+            f"blk.{i}.{name}.weight": shape
+            for name, shape in {
+                "attn_norm": (WIDTH,),
+                "ffn_norm": (WIDTH,),
+                "attn_q": (WIDTH, WIDTH),
+                "attn_k": (KV_HEADS * head, WIDTH),
+                "attn_v": (KV_HEADS * head, WIDTH),
+                "attn_output": (WIDTH, WIDTH),
+                "ffn_gate": (INNER, WIDTH),
+                "ffn_up": (INNER, WIDTH),
+                "ffn_down": (WIDTH, INNER),
+            }.items()
+        }
     tensors = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     if edit is not None:
         edit(writer, tensors)
@@ -121,8 +138,13 @@ print(json.dumps({"grown": grown, "steps": steps, "companions": source.companion
 def run(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """SmolLM2 opened and materialised as the commands do it, in a process whose memory is watched."""
     root = tmp_path_factory.mktemp("gguf") / "model"
-    done = subprocess.run([sys.executable, "-c", STREAM, str(smollm2_gguf), str(root)], check=True, cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM, str(smollm2_gguf), str(root)],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     return {"root": root, "stderr": done.stderr, **json.loads(done.stdout)}
 
 
@@ -162,8 +184,11 @@ def test_a_gguf_source_is_one_file_with_the_dtype_asked_for(tmp_path: Path) -> N
     path = tiny_llama(tmp_path / "tiny.gguf")
     source = open_source(str(path), dtype="bfloat16")
     assert (source.kind, source.root, source.config["dtype"]) == ("gguf", path, "bfloat16")
-    assert {info.dtype for info in source.layout.tensors.values()} == {"BF16"} == {
-        info.dtype for info in read_layout(materialise(source, tmp_path / "out")).tensors.values()}
+    assert (
+        {info.dtype for info in source.layout.tensors.values()}
+        == {"BF16"}
+        == {info.dtype for info in read_layout(materialise(source, tmp_path / "out")).tensors.values()}
+    )
     assert gguf_layout(path, "bfloat16") == source.layout
     assert source_hashes(source) == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
 
@@ -196,18 +221,40 @@ def test_other_families_are_bit_equal(tmp_path: Path) -> None:
 def test_gpt2_which_transposes_and_places_its_own_head(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     writer = gguf.GGUFWriter(tmp_path / "gpt2.gguf", "gpt2")
-    for key, value in {"block_count": 1, "context_length": 1024, "embedding_length": 32, "feed_forward_length": 128,
-                       "attention.head_count": 4}.items():
+    for key, value in {
+        "block_count": 1,
+        "context_length": 1024,
+        "embedding_length": 32,
+        "feed_forward_length": 128,
+        "attention.head_count": 4,
+    }.items():
         writer.add_uint32(f"gpt2.{key}", value)
     writer.add_float32("gpt2.attention.layer_norm_epsilon", 1e-5)
     writer.add_uint32("gpt2.vocab_size", VOCAB)
-    shapes = {"token_embd.weight": (50257, 32), "position_embd.weight": (1024, 32), "output.weight": (50257, 32),
-              "output_norm.weight": (32,), "output_norm.bias": (32,)}
-    shapes |= {f"blk.0.{name}": shape for name, shape in {
-        "attn_norm.weight": (32,), "attn_norm.bias": (32,), "ffn_norm.weight": (32,), "ffn_norm.bias": (32,),
-        "attn_qkv.weight": (96, 32), "attn_qkv.bias": (96,), "attn_output.weight": (32, 32), "attn_output.bias": (32,),
-        "ffn_up.weight": (128, 32), "ffn_up.bias": (128,), "ffn_down.weight": (32, 128),
-        "ffn_down.bias": (32,)}.items()}
+    shapes = {
+        "token_embd.weight": (50257, 32),
+        "position_embd.weight": (1024, 32),
+        "output.weight": (50257, 32),
+        "output_norm.weight": (32,),
+        "output_norm.bias": (32,),
+    }
+    shapes |= {
+        f"blk.0.{name}": shape
+        for name, shape in {
+            "attn_norm.weight": (32,),
+            "attn_norm.bias": (32,),
+            "ffn_norm.weight": (32,),
+            "ffn_norm.bias": (32,),
+            "attn_qkv.weight": (96, 32),
+            "attn_qkv.bias": (96,),
+            "attn_output.weight": (32, 32),
+            "attn_output.bias": (32,),
+            "ffn_up.weight": (128, 32),
+            "ffn_up.bias": (128,),
+            "ffn_down.weight": (32, 128),
+            "ffn_down.bias": (32,),
+        }.items()
+    }
     for name, shape in shapes.items():
         writer.add_tensor(name, rng.standard_normal(shape, dtype=np.float32))
     writer.write_header_to_file()
@@ -257,19 +304,22 @@ def add_tensor(name: str, *shape: int) -> Edit:
     return lambda _, tensors: tensors.update({name: np.ones(shape, dtype=np.float32)})
 
 
-@pytest.mark.parametrize(("edit", "words"), [
-    (add_string("llama.rope.scaling.type", "linear"), ("rotary", "llama.rope.scaling.type", "linear")),
-    (add_float("llama.rope.scaling.factor", 8.0), ("llama.rope.scaling.factor", "8.0")),
-    (add_tensor("rope_freqs.weight", 8), ("rope_freqs.weight", "does not read")),
-    (add_tensor("blk.0.attn_sinks.weight", 4), ("attn_sinks", "does not read")),
-    (add_tensor("blk.7.attn_norm.weight", WIDTH), ("blk.7", "does not read")),
-    (add_uint("llama.attention.sliding_window", 64), ("llama.attention.sliding_window", "64")),
-    (add_uint("llama.rope.dimension_count", 8), ("attn_q", "shape")),  # becomes the head size
-    (add_uint("llama.expert_count", 8), ("llama.expert_count", "does not read")),
-    (add_float("llama.logit_scale", 0.5), ("llama.logit_scale", "does not read")),
-    (lambda _, tensors: tensors.pop("blk.1.ffn_up.weight"), ("no tensor", "model.layers.1.mlp.up_proj.weight")),
-    (add_tensor("blk.0.ffn_up.weight", INNER + 1, WIDTH), ("blk.0.ffn_up.weight", "shape")),
-])
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (add_string("llama.rope.scaling.type", "linear"), ("rotary", "llama.rope.scaling.type", "linear")),
+        (add_float("llama.rope.scaling.factor", 8.0), ("llama.rope.scaling.factor", "8.0")),
+        (add_tensor("rope_freqs.weight", 8), ("rope_freqs.weight", "does not read")),
+        (add_tensor("blk.0.attn_sinks.weight", 4), ("attn_sinks", "does not read")),
+        (add_tensor("blk.7.attn_norm.weight", WIDTH), ("blk.7", "does not read")),
+        (add_uint("llama.attention.sliding_window", 64), ("llama.attention.sliding_window", "64")),
+        (add_uint("llama.rope.dimension_count", 8), ("attn_q", "shape")),  # becomes the head size
+        (add_uint("llama.expert_count", 8), ("llama.expert_count", "does not read")),
+        (add_float("llama.logit_scale", 0.5), ("llama.logit_scale", "does not read")),
+        (lambda _, tensors: tensors.pop("blk.1.ffn_up.weight"), ("no tensor", "model.layers.1.mlp.up_proj.weight")),
+        (add_tensor("blk.0.ffn_up.weight", INNER + 1, WIDTH), ("blk.0.ffn_up.weight", "shape")),
+    ],
+)
 def test_what_would_not_be_read_is_refused(tmp_path: Path, edit: Edit, words: tuple[str, ...]) -> None:
     refused(tiny_llama(tmp_path / "tiny.gguf", edit), UnsupportedModel, *words, "original safetensors")
 
@@ -303,10 +353,12 @@ def test_merged_experts_are_refused(tmp_path: Path) -> None:
         for i in range(LAYERS):
             for name in ("gate", "up", "down"):
                 tensors.pop(f"blk.{i}.ffn_{name}.weight")
-            tensors |= {f"blk.{i}.ffn_gate_inp.weight": np.ones((4, WIDTH), dtype=np.float32),
-                        f"blk.{i}.ffn_gate_exps.weight": np.ones((4, 768, WIDTH), dtype=np.float32),
-                        f"blk.{i}.ffn_up_exps.weight": np.ones((4, 768, WIDTH), dtype=np.float32),
-                        f"blk.{i}.ffn_down_exps.weight": np.ones((4, WIDTH, 768), dtype=np.float32)}
+            tensors |= {
+                f"blk.{i}.ffn_gate_inp.weight": np.ones((4, WIDTH), dtype=np.float32),
+                f"blk.{i}.ffn_gate_exps.weight": np.ones((4, 768, WIDTH), dtype=np.float32),
+                f"blk.{i}.ffn_up_exps.weight": np.ones((4, 768, WIDTH), dtype=np.float32),
+                f"blk.{i}.ffn_down_exps.weight": np.ones((4, WIDTH, 768), dtype=np.float32),
+            }
             tensors |= {f"blk.{i}.attn_{x}_norm.weight": np.ones(WIDTH // HEADS, dtype=np.float32) for x in "qk"}
 
     path = tiny_llama(tmp_path / "moe.gguf", experts, arch="qwen3moe")
@@ -348,20 +400,23 @@ def test_wrong_inputs_are_named(tmp_path: Path) -> None:
         refused(tiny_llama(tmp_path / f"{key}.gguf", skip=key), DamagedCheckpoint, f"llama.{key}")
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"", ("not a GGUF",)),
-    (b"GGUF", ("not a GGUF",)),
-    (b"PK\3\4" + bytes(100), ("not a GGUF",)),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", ("git lfs pull",)),
-    (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), ("version 9",)),
-    (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), ("version",)),
-    (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), ("general.architecture",)),
-    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60) + bytes(40), ("damaged",)),
-    (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 60) + bytes(40), ("damaged",)),
-    (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 5, 1 << 60), ("damaged",)),
-    (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 60), ("damaged",)),
-    (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 99), ("unknown type 99",)),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ("not a GGUF",)),
+        (b"GGUF", ("not a GGUF",)),
+        (b"PK\3\4" + bytes(100), ("not a GGUF",)),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", ("git lfs pull",)),
+        (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), ("version 9",)),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), ("version",)),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), ("general.architecture",)),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60) + bytes(40), ("damaged",)),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 60) + bytes(40), ("damaged",)),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 5, 1 << 60), ("damaged",)),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 60), ("damaged",)),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 99), ("unknown type 99",)),
+    ],
+)
 def test_damaged_headers_are_damage_and_end_at_once(tmp_path: Path, content: bytes, words: tuple[str, ...]) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
@@ -398,8 +453,9 @@ def test_any_extension_is_damage(tiny_bytes: tuple[Path, bytes, int], extra: byt
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
-def test_a_wrong_header_byte_is_a_sentence_or_harmless(tiny_bytes: tuple[Path, bytes, int], where: float,
-                                                       value: int) -> None:
+def test_a_wrong_header_byte_is_a_sentence_or_harmless(
+    tiny_bytes: tuple[Path, bytes, int], where: float, value: int
+) -> None:
     scratch, whole, header = tiny_bytes
     content = bytearray(whole)
     content[int(header * where)] = value

@@ -60,11 +60,18 @@ def refused(root: Path, kind: type[SurgeryError], *words: str) -> None:
 @st.composite
 def files(draw: st.DrawFn) -> tuple[list[tuple[str, str, tuple[int, ...]]], bytes]:
     """Entries of a safetensors file and the bytes of its tensors."""
-    names = draw(st.lists(st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"), min_size=1,
-                          max_size=5, unique=True).filter(lambda names: all(_utf8(name) for name in names)))
+    names = draw(
+        st.lists(
+            st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
+            min_size=1,
+            max_size=5,
+            unique=True,
+        ).filter(lambda names: all(_utf8(name) for name in names))
+    )
     whole = sorted(code for code, bits in BITS.items() if bits >= 8)
-    entries = [(name, draw(st.sampled_from(whole)), tuple(draw(st.lists(st.integers(0, 4), max_size=3))))
-               for name in names]
+    entries = [
+        (name, draw(st.sampled_from(whole)), tuple(draw(st.lists(st.integers(0, 4), max_size=3)))) for name in names
+    ]
     size = sum(info.nbytes for info in plan_file("x", entries)[1].values())
     return entries, draw(st.binary(min_size=size, max_size=size))
 
@@ -126,8 +133,9 @@ def test_any_extension_is_damage(tmp_path_factory: pytest.TempPathFactory, conte
 
 @settings(max_examples=150, deadline=None)
 @given(content=files(), where=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255))
-def test_a_wrong_header_byte_never_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, content, where,
-                                                     value) -> None:
+def test_a_wrong_header_byte_never_breaks_the_reader(
+    tmp_path_factory: pytest.TempPathFactory, content, where, value
+) -> None:
     entries, data = content
     header = bytearray(plan_file(SINGLE, entries)[0])
     header[int(len(header) * where)] = value
@@ -140,28 +148,31 @@ def test_a_wrong_header_byte_never_breaks_the_reader(tmp_path_factory: pytest.Te
     assert layout.total_bytes == len(header) + len(data)  # whatever the names now are, every byte is accounted for
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"", ("truncated",)),
-    (b"\x10\0\0", ("truncated",)),
-    (raw_file({"a": entry()}, bytes(4)), ("truncated", "instead of")),
-    (raw_file({"a": entry()}, bytes(9)), ("trailing bytes",)),
-    ((1 << 60).to_bytes(8, "little") + b"{}", ("header",)),
-    (LFS_POINTER, ("Git-LFS pointer", "git lfs pull")),
-    (raw_file(b"[]"), ("not JSON",)),
-    (raw_file(b'{"a": '), ("JSON",)),
-    (raw_file(b'{"a": ' + b"[" * 100_000), ("JSON",)),
-    (raw_file(b'{"a": 1, "a": 2}'), ("JSON", "twice")),
-    (raw_file(b'{"\\ud800": 1}'), ("JSON",)),
-    (raw_file({"a": 3}), ('"a"', "dtype, shape and data_offsets")),
-    (raw_file({"a": entry("F33")}, bytes(8)), ('"a"', "unknown dtype", "F33")),
-    (raw_file({"a": entry(shape=(3,))}, bytes(8)), ('"a"', "8 bytes", "shape")),
-    (raw_file({"a": entry(shape=(-2,))}, bytes(8)), ('"a"', "shape")),
-    (raw_file({"a": {**entry(), "shape": [True, 2]}}, bytes(8)), ('"a"', "shape")),
-    (raw_file({"a": {**entry(), "data_offsets": [0]}}, bytes(8)), ('"a"', "data_offsets")),
-    (raw_file({"a": entry(), "b": entry()}, bytes(8)), ("gap or overlaps",)),
-    (raw_file({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)), ('"b"', "gap or overlaps")),
-    (raw_file({"__metadata__": {"format": "pt"}}), ("no tensors",)),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ("truncated",)),
+        (b"\x10\0\0", ("truncated",)),
+        (raw_file({"a": entry()}, bytes(4)), ("truncated", "instead of")),
+        (raw_file({"a": entry()}, bytes(9)), ("trailing bytes",)),
+        ((1 << 60).to_bytes(8, "little") + b"{}", ("header",)),
+        (LFS_POINTER, ("Git-LFS pointer", "git lfs pull")),
+        (raw_file(b"[]"), ("not JSON",)),
+        (raw_file(b'{"a": '), ("JSON",)),
+        (raw_file(b'{"a": ' + b"[" * 100_000), ("JSON",)),
+        (raw_file(b'{"a": 1, "a": 2}'), ("JSON", "twice")),
+        (raw_file(b'{"\\ud800": 1}'), ("JSON",)),
+        (raw_file({"a": 3}), ('"a"', "dtype, shape and data_offsets")),
+        (raw_file({"a": entry("F33")}, bytes(8)), ('"a"', "unknown dtype", "F33")),
+        (raw_file({"a": entry(shape=(3,))}, bytes(8)), ('"a"', "8 bytes", "shape")),
+        (raw_file({"a": entry(shape=(-2,))}, bytes(8)), ('"a"', "shape")),
+        (raw_file({"a": {**entry(), "shape": [True, 2]}}, bytes(8)), ('"a"', "shape")),
+        (raw_file({"a": {**entry(), "data_offsets": [0]}}, bytes(8)), ('"a"', "data_offsets")),
+        (raw_file({"a": entry(), "b": entry()}, bytes(8)), ("gap or overlaps",)),
+        (raw_file({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)), ('"b"', "gap or overlaps")),
+        (raw_file({"__metadata__": {"format": "pt"}}), ("no tensors",)),
+    ],
+)
 def test_damaged_files_are_named(tmp_path: Path, content: bytes, words: tuple[str, ...]) -> None:
     (tmp_path / SINGLE).write_bytes(content)
     refused(tmp_path, DamagedCheckpoint, SINGLE, *words)
@@ -186,8 +197,9 @@ def test_shards_may_be_links_as_in_the_hub_cache(tmp_path: Path) -> None:
     refused(root, DamagedCheckpoint, "a.safetensors", "missing")
 
 
-@pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "", "a\0b",
-                                   "a\\b", 3, None])
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "", "a\0b", "a\\b", 3, None]
+)
 def test_an_index_cannot_leave_the_directory(tmp_path: Path, shard: object) -> None:
     sharded(tmp_path, {"a.safetensors": {"x": 2}}, {"x": "a.safetensors", "y": shard})
     refused(tmp_path, DamagedCheckpoint, INDEX, "not a plain file name")
@@ -199,10 +211,16 @@ def test_index_disagreements_are_named(tmp_path: Path) -> None:
         ({"a.safetensors": {"x": 2}}, {"x": "a.bin"}, ("a.bin", "not a .safetensors")),
         ({"a.safetensors": {"x": 2}}, {"x": "a.safetensors", "y": "a.safetensors"}, ('"y"', "lacks it")),
         ({"a.safetensors": {"x": 2, "y": 1}}, {"x": "a.safetensors"}, ('"y"', "does not name")),
-        ({"a.safetensors": {"x": 2}, "b.safetensors": {"x": 2, "y": 1}}, {"x": "a.safetensors", "y": "b.safetensors"},
-         ('"x"', "two shards", "a.safetensors", "b.safetensors")),
-        ({"a.safetensors": {"x": 2}, "b.safetensors": {"y": 1}}, {"y": "a.safetensors", "x": "b.safetensors"},
-         ("lacks it",)),
+        (
+            {"a.safetensors": {"x": 2}, "b.safetensors": {"x": 2, "y": 1}},
+            {"x": "a.safetensors", "y": "b.safetensors"},
+            ('"x"', "two shards", "a.safetensors", "b.safetensors"),
+        ),
+        (
+            {"a.safetensors": {"x": 2}, "b.safetensors": {"y": 1}},
+            {"y": "a.safetensors", "x": "b.safetensors"},
+            ("lacks it",),
+        ),
     ]
     for number, (shards, weight_map, words) in enumerate(cases):
         root = tmp_path / str(number)
@@ -210,14 +228,17 @@ def test_index_disagreements_are_named(tmp_path: Path) -> None:
         refused(sharded(root, shards, weight_map), DamagedCheckpoint, *words)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ('{"weight_map": {"x": "a.safetensors", "x": "b.safetensors"}}', ("twice", "'x'")),
-    ('{"weight_map": {}}', ("weight_map",)),
-    ('{"metadata": {}}', ("weight_map",)),
-    ("[]", ("not a JSON object",)),
-    ("{", ("not valid JSON",)),
-    (LFS_POINTER.decode(), ("git lfs pull",)),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"weight_map": {"x": "a.safetensors", "x": "b.safetensors"}}', ("twice", "'x'")),
+        ('{"weight_map": {}}', ("weight_map",)),
+        ('{"metadata": {}}', ("weight_map",)),
+        ("[]", ("not a JSON object",)),
+        ("{", ("not valid JSON",)),
+        (LFS_POINTER.decode(), ("git lfs pull",)),
+    ],
+)
 def test_a_bad_index_is_named(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
     sharded(tmp_path, {"a.safetensors": {"x": 2}})
     (tmp_path / INDEX).write_text(text)

@@ -58,14 +58,46 @@ def test_hashes_cover_weights_and_config(tmp_path: Path) -> None:
 
 
 def test_companions_are_what_belongs_to_the_model_and_no_more(tmp_path: Path) -> None:
-    root = checkpoint(tmp_path / "model", {"model_type": "llama", "auto_map": {"AutoModel": "modeling_x.Model",
-                                                                              "AutoConfig": "other/repo--conf.Config",
-                                                                              "AutoTokenizer": ["tok.Slow", None]}})
-    carried = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model", "LICENSE",
-               "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "added_tokens.json",
-               "NOTICE.txt", "modeling_x.py", "tok.py"]
-    left = ["README.md", "pytorch_model.bin", "tokenizer.pkl", "vocab.pt", "extra.safetensors", "training_args.bin",
-            "conf.py", "setup.py", "tokenizer.py", "notes.txt", "model.onnx", "tokenizer.bin"]
+    root = checkpoint(
+        tmp_path / "model",
+        {
+            "model_type": "llama",
+            "auto_map": {
+                "AutoModel": "modeling_x.Model",
+                "AutoConfig": "other/repo--conf.Config",
+                "AutoTokenizer": ["tok.Slow", None],
+            },
+        },
+    )
+    carried = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "LICENSE",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "added_tokens.json",
+        "NOTICE.txt",
+        "modeling_x.py",
+        "tok.py",
+    ]
+    left = [
+        "README.md",
+        "pytorch_model.bin",
+        "tokenizer.pkl",
+        "vocab.pt",
+        "extra.safetensors",
+        "training_args.bin",
+        "conf.py",
+        "setup.py",
+        "tokenizer.py",
+        "notes.txt",
+        "model.onnx",
+        "tokenizer.bin",
+    ]
     for name in carried + left:
         (root / name).write_text("{}")
     (root / "tokenizer_dir").mkdir()
@@ -78,19 +110,26 @@ def test_a_companion_that_is_an_lfs_pointer_is_named(tmp_path: Path) -> None:
     refused(DamagedCheckpoint, "tokenizer.json", "git lfs pull", spec=root)
 
 
-@pytest.mark.parametrize(("config", "kind", "words"), [
-    ("{", DamagedCheckpoint, ("config.json", "JSON")),
-    ("[]", DamagedCheckpoint, ("config.json", "JSON object")),
-    ('{"model_type": "llama", "model_type": "gpt2"}', DamagedCheckpoint, ("config.json", "twice")),
-    ("version https://git-lfs.github.com/spec/v1\n", DamagedCheckpoint, ("config.json", "git lfs pull")),
-    ({}, SourceError, ("config.json", "model_type")),
-    ({"model_type": 3}, SourceError, ("model_type",)),
-    ({"model_type": "eab_llama"}, SourceError, ("already converted", "eab_llama")),
-    ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, SourceError,
-     ("quantization_config", "gptq", "quantised from")),
-])
-def test_configs_that_are_refused(tmp_path: Path, config: dict | str, kind: type[SurgeryError],
-                                  words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("config", "kind", "words"),
+    [
+        ("{", DamagedCheckpoint, ("config.json", "JSON")),
+        ("[]", DamagedCheckpoint, ("config.json", "JSON object")),
+        ('{"model_type": "llama", "model_type": "gpt2"}', DamagedCheckpoint, ("config.json", "twice")),
+        ("version https://git-lfs.github.com/spec/v1\n", DamagedCheckpoint, ("config.json", "git lfs pull")),
+        ({}, SourceError, ("config.json", "model_type")),
+        ({"model_type": 3}, SourceError, ("model_type",)),
+        ({"model_type": "eab_llama"}, SourceError, ("already converted", "eab_llama")),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
+            SourceError,
+            ("quantization_config", "gptq", "quantised from"),
+        ),
+    ],
+)
+def test_configs_that_are_refused(
+    tmp_path: Path, config: dict | str, kind: type[SurgeryError], words: tuple[str, ...]
+) -> None:
     refused(kind, *words, spec=checkpoint(tmp_path / "model", config))
 
 
@@ -138,11 +177,14 @@ def test_options_that_do_not_fit_the_source(tmp_path: Path) -> None:
 
 
 def test_offline_hub_ids_are_one_sentence(tmp_path: Path) -> None:
-    code = ("from surgery.checkpoint.source import open_source\nfrom surgery.errors import SourceError\n"
-            "try: open_source('owner/name')\nexcept SourceError as error: print(error)")
+    code = (
+        "from surgery.checkpoint.source import open_source\nfrom surgery.errors import SourceError\n"
+        "try: open_source('owner/name')\nexcept SourceError as error: print(error)"
+    )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.stdout.count("\n") == 1
     assert "owner/name" in done.stdout and "HF_HUB_OFFLINE" in done.stdout
 
@@ -159,23 +201,38 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pyt
     source = open_source("owner/name", revision="main")
     assert (source.kind, source.revision, source.root) == ("hub", "0123abcd", root)
     assert (asked["repo"], asked["revision"]) == ("owner/name", "main")
-    names = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "pytorch_model.bin", "vocab.pkl",
-             "original/model.safetensors", "consolidated.safetensors", "tokenizer.pt", "README.md", "LICENSE"]
-    taken = huggingface_hub.utils.filter_repo_objects(names, allow_patterns=asked["allow_patterns"],
-                                                      ignore_patterns=asked["ignore_patterns"])
+    names = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.model",
+        "pytorch_model.bin",
+        "vocab.pkl",
+        "original/model.safetensors",
+        "consolidated.safetensors",
+        "tokenizer.pt",
+        "README.md",
+        "LICENSE",
+    ]
+    taken = huggingface_hub.utils.filter_repo_objects(
+        names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
     assert list(taken) == ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "LICENSE"]
     (root / SINGLE).unlink()
     refused(SourceError, "no safetensors weights on the hub", "pickles", spec="owner/name")
 
 
-@pytest.mark.parametrize(("error", "words"), [
-    (hub_errors.OfflineModeIsEnabled("offline"), ("cache", "HF_HUB_OFFLINE")),
-    (hub_errors.LocalEntryNotFoundError("no network\nmore"), ("cache",)),
-    (hub_errors.HFValidationError("bad id"), ("neither",)),
-    (ConnectionError("reset by peer\nmore"), ("could not be downloaded", "reset by peer")),
-])
-def test_hub_failures_are_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception,
-                                       words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (hub_errors.OfflineModeIsEnabled("offline"), ("cache", "HF_HUB_OFFLINE")),
+        (hub_errors.LocalEntryNotFoundError("no network\nmore"), ("cache",)),
+        (hub_errors.HFValidationError("bad id"), ("neither",)),
+        (ConnectionError("reset by peer\nmore"), ("could not be downloaded", "reset by peer")),
+    ],
+)
+def test_hub_failures_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: tuple[str, ...]
+) -> None:
     def download(*_: object, **__: object) -> str:
         raise error
 
@@ -184,9 +241,13 @@ def test_hub_failures_are_one_sentence(monkeypatch: pytest.MonkeyPatch, error: E
 
 
 def test_http_refusals_of_the_hub_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [(hub_errors.GatedRepoError, "gated"), (hub_errors.RepositoryNotFoundError, "neither"),
-             (hub_errors.RevisionNotFoundError, "no revision v9")]
+    cases = [
+        (hub_errors.GatedRepoError, "gated"),
+        (hub_errors.RepositoryNotFoundError, "neither"),
+        (hub_errors.RevisionNotFoundError, "no revision v9"),
+    ]
     for kind, word in cases:
+
         def download(*_: object, kind: type[Exception] = kind, **__: object) -> str:
             raise kind.__new__(kind)  # their constructors want a live HTTP response
 

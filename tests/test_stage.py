@@ -134,11 +134,14 @@ def test_nothing_is_left_where_nobody_published(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_clean_up(tmp_path: Path, number: signal.Signals) -> None:
-    code = ("import sys, time\nfrom pathlib import Path\nfrom surgery.checkpoint.stage import Stage\n"
-            "with Stage(Path(sys.argv[1])) as stage:\n    stage.add_text('a', 'x' * 1000)\n"
-            "    print('ready', flush=True)\n    time.sleep(60)\n")
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL)
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom surgery.checkpoint.stage import Stage\n"
+        "with Stage(Path(sys.argv[1])) as stage:\n    stage.add_text('a', 'x' * 1000)\n"
+        "    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert child.stdout is not None and child.stdout.readline() == b"ready\n"
     assert len(list(tmp_path.iterdir())) == 1
     child.send_signal(number)
@@ -294,7 +297,13 @@ def test_space_is_asked_for_in_human_units(tmp_path: Path) -> None:
         require_space(tmp_path / "out", 10**18)
     one_sentence(caught, "out", "1000000.0 TB", "free")
     assert [human(n) for n in (0, 999, 1500, 2_500_000, 538_090_408, 3 * 10**12)] == [
-        "0 B", "999 B", "1.5 kB", "2.5 MB", "538.1 MB", "3.0 TB"]
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "2.5 MB",
+        "538.1 MB",
+        "3.0 TB",
+    ]
 
 
 @pytest.mark.parametrize("across", [False, True])
@@ -322,12 +331,15 @@ def test_copying_is_a_stream(tmp_path: Path) -> None:
     """A sparse 256 MiB file passes through a process that may use little more than Python itself."""
     with (tmp_path / "big").open("wb") as file:
         file.truncate(1 << 28)
-    code = ("import resource, sys\nfrom pathlib import Path\nfrom surgery.checkpoint.stage import Stage\n"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "with Stage(Path(sys.argv[1]) / 'out') as stage:\n    stage.add_file(Path(sys.argv[1]) / 'big', 'big')\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT, capture_output=True,
-                          text=True)
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom surgery.checkpoint.stage import Stage\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "with Stage(Path(sys.argv[1]) / 'out') as stage:\n    stage.add_file(Path(sys.argv[1]) / 'big', 'big')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT, capture_output=True, text=True
+    )
     assert int(done.stdout) < 64 * 1024  # ru_maxrss is in KiB
 
 
@@ -336,8 +348,14 @@ TENSOR = {"status": "kept", "shard": "model.safetensors", "dtype": "F32", "shape
 
 
 def manifest(**changes: object) -> dict:
-    parts = {"source": {"id": "x"}, "recipe": {}, "versions": {"torch": "2"}, "tensors": {"a": TENSOR},
-             "files": {"model.safetensors": FILE}, "verdict": {"passed": True}}
+    parts = {
+        "source": {"id": "x"},
+        "recipe": {},
+        "versions": {"torch": "2"},
+        "tensors": {"a": TENSOR},
+        "files": {"model.safetensors": FILE},
+        "verdict": {"passed": True},
+    }
     return build_manifest(**{**parts, **changes})
 
 
@@ -348,17 +366,27 @@ def test_a_manifest_is_read_back(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) == built
 
 
-@pytest.mark.parametrize(("verdict", "status"), [
-    (None, "unverified"), ({"passed": False}, "unverified"), ({}, "unverified"), ({"passed": 1}, "unverified"),
-    ({"passed": True}, "verified"),
-])
+@pytest.mark.parametrize(
+    ("verdict", "status"),
+    [
+        (None, "unverified"),
+        ({"passed": False}, "unverified"),
+        ({}, "unverified"),
+        ({"passed": 1}, "unverified"),
+        ({"passed": True}, "verified"),
+    ],
+)
 def test_only_a_verdict_that_passed_verifies(verdict: dict | None, status: str) -> None:
     assert manifest(verdict=verdict)["status"] == status
 
 
 def test_wrong_entries_are_a_bug_of_the_caller() -> None:
-    for changes in ({"tensors": {"a": {**TENSOR, "status": "moved"}}}, {"files": {"../x": FILE}},
-                    {"files": {"x": {"sha256": "0", "bytes": 1}}}, {"files": {"/x": FILE}}):
+    for changes in (
+        {"tensors": {"a": {**TENSOR, "status": "moved"}}},
+        {"files": {"../x": FILE}},
+        {"files": {"x": {"sha256": "0", "bytes": 1}}},
+        {"files": {"/x": FILE}},
+    ):
         with pytest.raises(ValueError):
             manifest(**changes)
 
@@ -369,11 +397,25 @@ def test_a_missing_manifest_is_damage(tmp_path: Path) -> None:
     one_sentence(caught, MANIFEST, "missing")
 
 
-@pytest.mark.parametrize("changes", [
-    {"format": 2}, {"format": True}, {"status": "proved"}, {"files": []}, {"tensors": None}, {"verdict": "passed"},
-    {"files": {"../../etc/passwd": FILE}}, {"files": {"x": {"bytes": 1}}}, {"files": {MANIFEST: FILE}},
-    {"files": {"x": {**FILE, "bytes": -1}}}, {"tensors": {"a": {}}}, {"source": None}, {"recipe": 1}, {"versions": []},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": 2},
+        {"format": True},
+        {"status": "proved"},
+        {"files": []},
+        {"tensors": None},
+        {"verdict": "passed"},
+        {"files": {"../../etc/passwd": FILE}},
+        {"files": {"x": {"bytes": 1}}},
+        {"files": {MANIFEST: FILE}},
+        {"files": {"x": {**FILE, "bytes": -1}}},
+        {"tensors": {"a": {}}},
+        {"source": None},
+        {"recipe": 1},
+        {"versions": []},
+    ],
+)
 def test_an_invalid_manifest_is_damage(tmp_path: Path, changes: dict) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps({**manifest(), **changes}))
     with pytest.raises(DamagedCheckpoint) as caught:
@@ -381,9 +423,13 @@ def test_an_invalid_manifest_is_damage(tmp_path: Path, changes: dict) -> None:
     one_sentence(caught, MANIFEST, "manifest")
 
 
-@given(text=st.text(max_size=60) | st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-                                                lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
-                                                ).map(json.dumps))
+@given(
+    text=st.text(max_size=60)
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ).map(json.dumps)
+)
 def test_no_manifest_text_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     root = tmp_path_factory.mktemp("manifest")
     (root / MANIFEST).write_bytes(text.encode("utf-8", "surrogatepass"))

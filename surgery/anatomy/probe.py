@@ -1,6 +1,6 @@
-"""The seam: every attention site of a transformers model asks `ALL_ATTENTION_FUNCTIONS` for its function before calling it.
+"""The seam: each attention site of a transformers model asks `ALL_ATTENTION_FUNCTIONS` for its function, then calls it.
 
-`observing` stands at that point. It changes nothing about which function a model gets, or which mask; it only sees each call.
+`observing` stands at that point. It changes nothing about which function or which mask a model gets; it sees each call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an attention function. query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E), after rotary and norms."""
+    """One attention call: query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E), after rotary and norms."""
 
     module: nn.Module
     query: torch.Tensor
@@ -35,7 +35,7 @@ class Call:
 def observing(observe: Callable[[Call], None], compute: bool = True) -> Iterator[None]:
     """While active, `observe` sees every attention call in this process, before it is computed.
 
-    With `compute=False` the attention itself is left out and returns an empty tensor of the right shape: for the meta device.
+    With `compute=False` attention is left out and gives an empty tensor of the right shape: for the meta device.
     """
     ask = ALL_ATTENTION_FUNCTIONS.get_interface
 

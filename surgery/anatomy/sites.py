@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import inspect
 from dataclasses import dataclass
 
@@ -13,10 +14,10 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..errors import UnsupportedModel
+from ..errors import SourceError, UnsupportedModel
 from .probe import Call, observing
 
-# Keyword arguments that a site may pass on and that leave attention what it is. Everything else that is not None is refused.
+# Arguments that a site may pass on and that leave attention what it is. All others that are not None are refused.
 KNOWN_ARGUMENTS = {
     "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux",
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
@@ -25,6 +26,9 @@ KNOWN_ARGUMENTS = {
 
 # Rotary kinds whose frequencies depend on how long the text is: the folded keys would have to change with it.
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+# Kinds of layer (`config.layer_types`) that hand nothing but keys and values from token to token.
+PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 _STRUCTURE_ONLY = "surgery_structure_only"
 
@@ -63,12 +67,19 @@ def parse_config(config: dict):
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(
-            f"config.json: model_type {model_type!r} is not an architecture of the installed transformers; upgrade transformers, "
-            "or check the spelling"
+            f"config.json: model_type {model_type!r} is not an architecture of the installed transformers; "
+            "upgrade transformers, or check the spelling"
         )
-    parsed = CONFIG_MAPPING[model_type].from_dict(config)
+    try:
+        parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))  # it completes nested dicts in place
+    except Exception as error:  # each config class validates in its own way, with its own errors
+        raise SourceError(
+            f"config.json: transformers does not accept it as {model_type!r} ({_brief(error)})"
+        ) from error
     if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModel(f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold")
+        raise UnsupportedModel(
+            f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold"
+        )
     return parsed
 
 
@@ -86,17 +97,26 @@ def examine(config: dict) -> Anatomy:
 
 def _refuse_config(config) -> None:
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise UnsupportedModel(f"{config.model_type}: attends to an encoder, and a prefix of the decoder is then not constant")
+        raise UnsupportedModel(
+            f"{config.model_type}: attends to an encoder, and a prefix of the decoder is then not constant"
+        )
     for rope in _rope_parameters(config):
         if (kind := rope.get("rope_type", rope.get("type"))) in LENGTH_DEPENDENT_ROPE:
             raise UnsupportedModel(
                 f"{config.model_type}: rotary embeddings of type {kind!r} change with the length of the text, "
                 "so the keys of a prefix are not constant"
             )
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    if other := sorted(set(kinds) - PLAIN_LAYERS):
+        raise UnsupportedModel(
+            f"{config.model_type}: layers of type {other[0]!r} are not plain attention over keys and values, "
+            "so slots cannot carry all of a prefix"
+        )
 
 
 def _rope_parameters(config) -> list[dict]:
     """The rotary settings, one dict for all layers or one per layer type."""
+    config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     return nested or [rope]
@@ -113,7 +133,7 @@ class _structure_only:
 
 
 def _no_attention(module, query, key, value, attention_mask=None, **kwargs):
-    raise RuntimeError("structure only")
+    raise RuntimeError(_STRUCTURE_ONLY)  # asked for in another way than the one that `observing` stands at
 
 
 def _probe(config) -> tuple[PreTrainedModel, list[Call]]:
@@ -121,19 +141,30 @@ def _probe(config) -> tuple[PreTrainedModel, list[Call]]:
     calls: list[Call] = []
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):  # this warning would look at token ids
+                part.warn_if_padding_and_no_attention_mask = lambda *args, **kwargs: None
         with torch.no_grad(), observing(calls.append, compute=False):
             model(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False)
     except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
         if _STRUCTURE_ONLY in str(error):
             raise _off_the_seam(config) from error
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
-        raise UnsupportedModel(f"{config.model_type}: its structure could not be read without weights ({reason})") from error
+        raise UnsupportedModel(
+            f"{config.model_type}: its structure could not be read without weights ({_brief(error)})"
+        ) from error
     return model, calls
+
+
+def _brief(error: Exception) -> str:
+    """An error of foreign code on one line: its type and the start of what it says."""
+    said = " ".join(str(error).split())[:160].rstrip(". ")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _off_the_seam(config) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{config.model_type}: its attention does not go through transformers' AttentionInterface, so slots cannot reach it"
+        f"{config.model_type}: its attention does not go through transformers' AttentionInterface, "
+        "so slots cannot reach it"
     )
 
 
@@ -144,18 +175,28 @@ def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
         raise _off_the_seam(model.config)
     for module, count in collections.Counter(call.module for call in calls).items():
         if count != 1:
-            raise UnsupportedModel(f"{kind}: {names[module]} attends {count} times in one forward pass, and slots would count twice")
+            raise UnsupportedModel(
+                f"{kind}: {names[module]} attends {count} times in one forward pass, and slots would count twice"
+            )
     for call in calls:
         unknown = sorted(k for k, v in call.arguments.items() if v is not None and k not in KNOWN_ARGUMENTS)
         if unknown:
-            raise UnsupportedModel(f"{kind}: {names[call.module]} passes {', '.join(unknown)} to its attention, which slots do not know")
+            raise UnsupportedModel(
+                f"{kind}: {names[call.module]} passes {', '.join(unknown)} to its attention, which slots do not know"
+            )
         if not getattr(call.module, "is_causal", True):
-            raise UnsupportedModel(f"{kind}: {names[call.module]} is not causal, and a prefix is constant only under causal attention")
+            raise UnsupportedModel(
+                f"{kind}: {names[call.module]} is not causal, and a prefix is constant only under causal attention"
+            )
         if hasattr(call.module, "attention_bias"):
-            raise UnsupportedModel(f"{kind}: {names[call.module]} already has an attribute attention_bias, where slots would live")
+            raise UnsupportedModel(
+                f"{kind}: {names[call.module]} already has an attribute attention_bias, where slots would live"
+            )
     trunk_name, trunk = _innermost(model, [names[call.module] for call in calls])
     if "position_ids" not in inspect.signature(trunk.forward).parameters:
-        raise UnsupportedModel(f"{kind}: {type(trunk).__name__} takes no position_ids, so its text cannot be shifted behind the prefix")
+        raise UnsupportedModel(
+            f"{kind}: {type(trunk).__name__} takes no position_ids, so its text cannot be shifted behind the prefix"
+        )
     within = {module: name for name, module in trunk.named_modules()}
     blocks, block_of = _blocks(kind, trunk, [within[call.module] for call in calls])
     sites = tuple(
@@ -179,12 +220,15 @@ def _innermost(model: PreTrainedModel, sites: list[str]) -> tuple[str, PreTraine
 
 
 def _blocks(kind: str, trunk: nn.Module, sites: list[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The list of blocks that hold the sites, in order, and each site's block. Every block must hold exactly one site."""
+    """The list of blocks that hold the sites, in order, and each site's block. Every block must hold exactly one."""
     owner = {}
     stacks: dict[str, int] = {}
     for site in sites:
         parts = site.split(".")
-        depth = next((i for i in range(1, len(parts)) if isinstance(trunk.get_submodule(".".join(parts[:i])), nn.ModuleList)), None)
+        depth = next(
+            (i for i in range(1, len(parts)) if isinstance(trunk.get_submodule(".".join(parts[:i])), nn.ModuleList)),
+            None,
+        )
         if depth is None:
             raise UnsupportedModel(f"{kind}: {site} does not sit in a list of blocks, so its layer is unknown")
         stack = ".".join(parts[:depth])
@@ -195,8 +239,8 @@ def _blocks(kind: str, trunk: nn.Module, sites: list[str]) -> tuple[tuple[str, .
     without = [block for block in blocks if held[block] != 1]
     if without:
         raise UnsupportedModel(
-            f"{kind}: {without[0]} (one of {len(without)} such blocks) holds {held[without[0]]} attention sites instead of one: "
-            "state-space, linear or looped layers carry the prefix in ways that slots do not"
+            f"{kind}: {without[0]} (one of {len(without)} such blocks) holds {held[without[0]]} attention sites "
+            "instead of one: state-space, linear or looped layers carry the prefix in ways that slots do not"
         )
     order = {block: i for i, block in enumerate(blocks)}
     return blocks, {site: order[block] for site, block in owner.items()}

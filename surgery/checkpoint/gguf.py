@@ -59,8 +59,9 @@ def plan_gguf(path: Path, dtype: str = "float32", max_shard: int = MAX_SHARD) ->
         raise SourceError(f"{dtype} is not a dtype that a GGUF is converted to; choose one of {', '.join(DTYPES)}.")
     header = read_header(Path(path))
     model = derive(header)
-    entries = [(model.names[stored.name], DTYPES[dtype], model.shapes[model.names[stored.name]])
-               for stored in header.tensors]
+    entries = [
+        (model.names[stored.name], DTYPES[dtype], model.shapes[model.names[stored.name]]) for stored in header.tensors
+    ]
     layout = _plan_shards(header.path, entries, max_shard)
     reads = tuple((stored, layout.tensors[model.names[stored.name]]) for stored in header.tensors)
     model.config.dtype = dtype
@@ -92,8 +93,13 @@ def _plan_shards(path: Path, entries: list[tuple[str, str, tuple[int, ...]]], ma
     return Layout(path, tensors, tuple(shards), sizes)
 
 
-def stream_gguf(path: Path, into: Path, dtype: str = "float32", progress: Callable[[int, int], None] | None = None,
-                max_shard: int = MAX_SHARD) -> None:
+def stream_gguf(
+    path: Path,
+    into: Path,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+    max_shard: int = MAX_SHARD,
+) -> None:
     """Plan and write in one: the GGUF `path` to the directory `into`. Errors as `plan_gguf` and `write_plan`."""
     write_plan(plan_gguf(path, dtype, max_shard), into, progress)
 
@@ -153,15 +159,18 @@ def _read_tensor(plan: GgufPlan, stored: Stored, info: TensorInfo) -> torch.Tens
     if not np.isfinite(values).all():
         raise DamagedCheckpoint(f'Tensor "{stored.name}" of {path} holds NaN or Inf; download the file again.')
     placed: dict[str, dict] = {"tensors": {}}  # where some processors put a tensor by themselves
-    result = plan.processor.process(weights=values, name=stored.name, tensor_key_mapping={stored.name: info.name},
-                                    parsed_parameters=placed)
+    result = plan.processor.process(
+        weights=values, name=stored.name, tensor_key_mapping={stored.name: info.name}, parsed_parameters=placed
+    )
     if result.name is None:
         whole = placed["tensors"].get(info.name)
     else:
         whole = torch.from_numpy(np.ascontiguousarray(result.weights))
     if whole is None or tuple(whole.shape) != info.shape:
-        raise UnsupportedModel(f'Tensor "{stored.name}" of {path} does not become "{info.name}" of shape {info.shape} '
-                               "one to one; give the original safetensors checkpoint instead.")
+        raise UnsupportedModel(
+            f'Tensor "{stored.name}" of {path} does not become "{info.name}" of shape {info.shape} '
+            "one to one; give the original safetensors checkpoint instead."
+        )
     cast = whole.to(getattr(torch, plan.dtype))
     if not torch.isfinite(cast).all():
         raise SourceError(f'Tensor "{stored.name}" of {path} has values beyond {plan.dtype}; ask for float32.')

@@ -95,8 +95,10 @@ def _parse(path: Path, cursor: _Cursor) -> Header:
     cursor.at = 4
     version = cursor.unpack("<I")
     if version not in _VERSIONS:
-        raise DamagedCheckpoint(f"{path} has GGUF version {version}, and only 2 and 3 (little-endian) can be read; "
-                                "convert it with a current llama.cpp.")
+        raise DamagedCheckpoint(
+            f"{path} has GGUF version {version}, and only 2 and 3 (little-endian) can be read; "
+            "convert it with a current llama.cpp."
+        )
     tensor_count, pair_count = cursor.unpack("<Q"), cursor.unpack("<Q")
     metadata: dict[str, Any] = {}
     for _ in range(pair_count):
@@ -106,7 +108,7 @@ def _parse(path: Path, cursor: _Cursor) -> Header:
         metadata[key] = _value(cursor, cursor.unpack("<I"))
     if not isinstance(metadata.get("general.architecture"), str):
         raise ValueError("general.architecture is missing")
-    if metadata.get("split.count", 0) > 1:
+    if metadata.get("split.count") not in (None, 0, 1):
         raise SourceError(f"{path} is one part of a split GGUF; join the parts with: llama-gguf-split --merge.")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
@@ -144,8 +146,9 @@ def _table_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, tuple(reversed(shape)), cursor.unpack("<I"), cursor.unpack("<Q")
 
 
-def _tensors(path: Path, table: list[tuple[str, tuple[int, ...], int, int]], base: int, alignment: int,
-             cursor: _Cursor) -> tuple[Stored, ...]:
+def _tensors(
+    path: Path, table: list[tuple[str, tuple[int, ...], int, int]], base: int, alignment: int, cursor: _Cursor
+) -> tuple[Stored, ...]:
     """The tensors with sizes; they must lie one after the other, aligned, and end where the file ends."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -170,8 +173,9 @@ def _tensors(path: Path, table: list[tuple[str, tuple[int, ...], int, int]], bas
             raise ValueError(f"tensor {tensor.name!r} leaves a gap or overlaps another")
         end = tensor.start + tensor.nbytes
         if end > size:
-            raise DamagedCheckpoint(f'{path} is truncated: tensor "{tensor.name}" ends at byte {end}, the file at '
-                                    f"{size}; {_AGAIN}.")
+            raise DamagedCheckpoint(
+                f'{path} is truncated: tensor "{tensor.name}" ends at byte {end}, the file at {size}; {_AGAIN}.'
+            )
     if size - end >= alignment:
         raise DamagedCheckpoint(f"{path} has {size - end} trailing bytes after its last tensor; {_AGAIN}.")
     return tuple(stored)

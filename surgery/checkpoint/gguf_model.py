@@ -48,8 +48,10 @@ def derive(header: Header) -> Derived:
         raise DamagedCheckpoint(f"{header.path} lacks the key {header.architecture}.{missing[0]}; download it again.")
     blocks = header.metadata[f"{header.architecture}.block_count"]
     if type(blocks) is not int or blocks > len(header.tensors):  # a model is built from it, so it must be sane
-        raise DamagedCheckpoint(f"{header.path} says {header.architecture}.block_count = {blocks}, more than it has "
-                                "tensors for; download it again.")
+        raise DamagedCheckpoint(
+            f"{header.path} says {header.architecture}.block_count = {blocks}, more than it has "
+            "tensors for; download it again."
+        )
     _check_rope_scaling(header)
     with deriving(header):
         processor, config = _config(header)
@@ -70,21 +72,29 @@ def deriving(header: Header) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UnsupportedModel(f"transformers cannot read {header.path} (architecture {header.architecture}: "
-                               f"{reason}); {_INSTEAD}.") from error
+        raise UnsupportedModel(
+            f"transformers cannot read {header.path} (architecture {header.architecture}: {reason}); {_INSTEAD}."
+        ) from error
 
 
 def _check_rope_scaling(header: Header) -> None:
     prefix = f"{header.architecture}.rope.scaling."
-    neutral = {"type": "none", "finetuned": None, "factor": 1.0, "attn_factor": 1.0,
-               "original_context_length": header.metadata[f"{header.architecture}.context_length"]}
+    neutral = {
+        "type": "none",
+        "finetuned": None,
+        "factor": 1.0,
+        "attn_factor": 1.0,
+        "original_context_length": header.metadata[f"{header.architecture}.context_length"],
+    }
     for key, value in header.metadata.items():
         if not key.startswith(prefix):
             continue
         suffix = key.removeprefix(prefix)
         if suffix not in neutral or neutral[suffix] is not None and value != neutral[suffix]:
-            raise UnsupportedModel(f"{header.path} scales its rotary positions ({key} = {value}), which transformers "
-                                   f"does not read from a GGUF; {_INSTEAD}.")
+            raise UnsupportedModel(
+                f"{header.path} scales its rotary positions ({key} = {value}), which transformers "
+                f"does not read from a GGUF; {_INSTEAD}."
+            )
 
 
 def _config(header: Header) -> tuple[Any, PreTrainedConfig]:
@@ -92,8 +102,10 @@ def _config(header: Header) -> tuple[Any, PreTrainedConfig]:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, load_gguf_checkpoint
 
     if header.architecture in _packed_architectures():
-        raise UnsupportedModel(f"{header.path} has the architecture {header.architecture}, which transformers converts "
-                               f"while loading and surgery cannot stream; {_INSTEAD}.")
+        raise UnsupportedModel(
+            f"{header.path} has the architecture {header.architecture}, which transformers converts "
+            f"while loading and surgery cannot stream; {_INSTEAD}."
+        )
     raw = load_gguf_checkpoint(str(header.path), return_tensors=False)["config"]
     processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=raw)
     config = {key: value for key, value in raw.items() if key != "_model_name_or_path"}  # a title, not a path
@@ -124,8 +136,10 @@ def _check_config(header: Header, config: PreTrainedConfig) -> None:
             continue  # families without a limit, such as ALiBi's
         if suffix in expected:
             if not _agree(value, expected[suffix]):
-                raise UnsupportedModel(f"{header.path} says {key} = {value}, and transformers would compute with "
-                                       f"{expected[suffix]}; {_INSTEAD}.")
+                raise UnsupportedModel(
+                    f"{header.path} says {key} = {value}, and transformers would compute with "
+                    f"{expected[suffix]}; {_INSTEAD}."
+                )
         elif mapping.get(suffix) is None:
             raise UnsupportedModel(f"{header.path} says {key} = {value}, which transformers does not read; {_INSTEAD}.")
 
@@ -162,8 +176,9 @@ def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _names(header: Header, model: PreTrainedModel, processor: Any,
-           shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+def _names(
+    header: Header, model: PreTrainedModel, processor: Any, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, str]:
     """Stored tensor to parameter, one to one, none of either left over."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
@@ -177,14 +192,19 @@ def _names(header: Header, model: PreTrainedModel, processor: Any,
         name = table.get(stored.name)
         whole = name or table.get(stored.name.removesuffix(".weight"))  # merged experts lose the suffix
         if name in taken or name is None and whole in shapes:
-            raise UnsupportedModel(f'{header.path} stores "{whole}" in pieces ("{stored.name}"), as mixtures of '
-                                   f"experts do, which cannot be streamed one to one; {_INSTEAD}.")
+            raise UnsupportedModel(
+                f'{header.path} stores "{whole}" in pieces ("{stored.name}"), as mixtures of '
+                f"experts do, which cannot be streamed one to one; {_INSTEAD}."
+            )
         if name not in shapes:
-            raise UnsupportedModel(f'{header.path} holds the tensor "{stored.name}", which transformers does not read; '
-                                   f"{_INSTEAD}.")
+            raise UnsupportedModel(
+                f'{header.path} holds the tensor "{stored.name}", which transformers does not read; {_INSTEAD}.'
+            )
         if math.prod(stored.shape) != math.prod(shapes[name]):
-            raise UnsupportedModel(f'Tensor "{stored.name}" of {header.path} has shape {stored.shape}, and "{name}" '
-                                   f"needs {shapes[name]}; {_INSTEAD}.")
+            raise UnsupportedModel(
+                f'Tensor "{stored.name}" of {header.path} has shape {stored.shape}, and "{name}" '
+                f"needs {shapes[name]}; {_INSTEAD}."
+            )
         _check_kind(header, stored.name, stored.kind)
         names[stored.name] = name
         taken.add(name)
@@ -213,8 +233,10 @@ def _check_kind(header: Header, name: str, kind: Any) -> None:
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
     except NotImplementedError as error:
-        raise UnsupportedModel(f'Tensor "{name}" of {header.path} is stored as {kind.name}, which the gguf package '
-                               f"cannot unpack; {_INSTEAD}.") from error
+        raise UnsupportedModel(
+            f'Tensor "{name}" of {header.path} is stored as {kind.name}, which the gguf package '
+            f"cannot unpack; {_INSTEAD}."
+        ) from error
 
 
 def tokenizer_files(header: Header) -> tuple[str, ...]:
@@ -223,8 +245,11 @@ def tokenizer_files(header: Header) -> tuple[str, ...]:
         return ()
     split = header.metadata.get("tokenizer.ggml.pre", "default")
     if header.metadata["tokenizer.ggml.model"] == "gpt2" and split not in (*_GPT2_SPLITS, *_known_splits()):
-        warnings.warn(f"{header.path.name} names the pre-tokenizer {split!r}, which transformers does not know: it "
-                      "splits text as GPT-2 does, so compare token ids with the original tokenizer.", stacklevel=4)
+        warnings.warn(
+            f"{header.path.name} names the pre-tokenizer {split!r}, which transformers does not know: it "
+            "splits text as GPT-2 does, so compare token ids with the original tokenizer.",
+            stacklevel=4,
+        )
     template = ("chat_template.jinja",) if "tokenizer.chat_template" in header.metadata else ()
     return (*template, "tokenizer.json", "tokenizer_config.json")
 

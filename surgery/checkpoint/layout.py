@@ -25,9 +25,11 @@ CHUNK = 8 << 20  # bytes read at a time when a whole tensor need not be in memor
 _LFS = b"version https://git-lfs"
 _AGAIN = "download or save the checkpoint again"
 
-BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-        "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
-        "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}  # bits per element, by safetensors dtype code
+BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip  # bits per element, by safetensors dtype code
 
 
 @dataclass(frozen=True)
@@ -83,24 +85,29 @@ def _indexed_layout(root: Path) -> Layout:
     weight_map = _read_index(root)
     shards = tuple(sorted(set(weight_map.values())))
     if os.path.lexists(root / SINGLE) and SINGLE not in shards:
-        raise DamagedCheckpoint(f"{root} holds both {SINGLE} and {INDEX}, which does not name it, so loaders disagree "
-                                "on which to load; remove the one that is stale.")
+        raise DamagedCheckpoint(
+            f"{root} holds both {SINGLE} and {INDEX}, which does not name it, so loaders disagree "
+            "on which to load; remove the one that is stale."
+        )
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[str, int] = {}
     for shard in shards:
         sizes[shard], found = _read_header(root, shard)
         for name, info in found.items():
             if name in tensors:
-                raise DamagedCheckpoint(f'Tensor "{name}" is in two shards of {root}, {tensors[name].shard} and '
-                                        f"{shard}; {_AGAIN}.")
+                raise DamagedCheckpoint(
+                    f'Tensor "{name}" is in two shards of {root}, {tensors[name].shard} and {shard}; {_AGAIN}.'
+                )
             if name not in weight_map:
-                raise DamagedCheckpoint(f'{root / shard} holds tensor "{name}", which {INDEX} does not name (a stale '
-                                        f"duplicate?); {_AGAIN}.")
+                raise DamagedCheckpoint(
+                    f'{root / shard} holds tensor "{name}", which {INDEX} does not name (a stale duplicate?); {_AGAIN}.'
+                )
             tensors[name] = info
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].shard != shard:
-            raise DamagedCheckpoint(f'{root / INDEX} puts tensor "{name}" in {shard}, but that shard lacks it; '
-                                    f"{_AGAIN}.")
+            raise DamagedCheckpoint(
+                f'{root / INDEX} puts tensor "{name}" in {shard}, but that shard lacks it; {_AGAIN}.'
+            )
     return Layout(root, tensors, shards, sizes)
 
 
@@ -113,11 +120,15 @@ def _read_index(root: Path) -> dict[str, str]:
         raise DamagedCheckpoint(f'{path} has no "weight_map" that names tensors; {_AGAIN}.')
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not is_plain_name(shard):
-            raise DamagedCheckpoint(f'{path} puts tensor "{name}" in {shard!r}, which is not a plain file name inside '
-                                    "the directory; do not use this checkpoint unless you trust where it came from.")
+            raise DamagedCheckpoint(
+                f'{path} puts tensor "{name}" in {shard!r}, which is not a plain file name inside '
+                "the directory; do not use this checkpoint unless you trust where it came from."
+            )
         if not shard.endswith(".safetensors"):
-            raise DamagedCheckpoint(f'{path} puts tensor "{name}" in {shard!r}, which is not a .safetensors file; '
-                                    "save the checkpoint again with safe serialization.")
+            raise DamagedCheckpoint(
+                f'{path} puts tensor "{name}" in {shard!r}, which is not a .safetensors file; '
+                "save the checkpoint again with safe serialization."
+            )
         if not os.path.lexists(root / shard):
             raise DamagedCheckpoint(f"{path} names the shard {shard}, which is missing; {_AGAIN}.")
     return weight_map
@@ -134,9 +145,10 @@ def _no_weights(root: Path) -> SourceError:
     if pickles:
         return SourceError(
             f"{root} holds only pickle weights ({pickles[0]}), which can run code when opened and are refused; if you "
-            "trust them, convert them with: python -c \"from transformers import AutoModelForCausalLM as M; "
+            'trust them, convert them with: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{root}', dtype='auto').save_pretrained('{root}-safetensors')\" and copy the tokenizer "
-            "files there.")
+            "files there."
+        )
     ggufs = [name for name in names if name.endswith(".gguf")]
     if ggufs:
         return SourceError(f"{root} holds GGUF files and no safetensors weights; name the file: {root / ggufs[0]}.")
@@ -195,8 +207,10 @@ def _read_header(root: Path, shard: str) -> tuple[int, dict[str, TensorInfo]]:
                 raise lfs_pointer(path)
             length = int.from_bytes(head[:8], "little")
             if size < 8 or length < 2 or length > min(size - 8, MAX_HEADER):
-                raise DamagedCheckpoint(f"{path} is truncated or not a safetensors file: its header cannot fit in "
-                                        f"{size} bytes; download it again.")
+                raise DamagedCheckpoint(
+                    f"{path} is truncated or not a safetensors file: its header cannot fit in "
+                    f"{size} bytes; download it again."
+                )
             file.seek(8)
             raw = file.read(length)
     except OSError as error:
@@ -260,8 +274,9 @@ def iter_tensor_chunks(layout: Layout, name: str, size: int = CHUNK) -> Iterator
             yield chunk
 
 
-def plan_file(shard: str, entries: Iterable[tuple[str, str, tuple[int, ...]]],
-              metadata: Mapping[str, str] | None = None) -> tuple[bytes, dict[str, TensorInfo]]:
+def plan_file(
+    shard: str, entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, TensorInfo]]:
     """(header bytes, where each tensor comes to lie) for a new file of (name, dtype code, shape), in the order given.
 
     Writing the header and then each tensor's bytes in that order makes a valid file, so it can be written as a stream.

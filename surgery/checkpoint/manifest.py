@@ -11,13 +11,27 @@ from surgery.errors import DamagedCheckpoint
 MANIFEST = "surgery.json"
 FORMAT = 1
 TENSOR_STATUS = ("kept", "changed", "added")
-_REQUIRED = {"format": int, "status": str, "source": dict, "recipe": dict, "versions": dict, "tensors": dict,
-             "files": dict}
+_REQUIRED = {
+    "format": int,
+    "status": str,
+    "source": dict,
+    "recipe": dict,
+    "versions": dict,
+    "tensors": dict,
+    "files": dict,
+}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def build_manifest(*, source: dict, recipe: dict, versions: dict, tensors: dict[str, dict], files: dict[str, dict],
-                   verdict: dict | None) -> dict:
+def build_manifest(
+    *,
+    source: dict,
+    recipe: dict,
+    versions: dict,
+    tensors: dict[str, dict],
+    files: dict[str, dict],
+    verdict: dict | None,
+) -> dict:
     """The content of surgery.json.
 
     source: id, revision and hashes; recipe: as parsed; versions: package name to version;
@@ -77,13 +91,24 @@ def read_manifest(root: Path) -> dict:
 
 
 def _is_tensor_entry(entry: object) -> bool:
-    return (isinstance(entry, dict) and entry.get("status") in TENSOR_STATUS and isinstance(entry.get("shard"), str)
-            and isinstance(entry.get("dtype"), str) and isinstance(entry.get("shape"), (list, tuple))
-            and all(type(n) is int and n >= 0 for n in entry["shape"]))
+    return (
+        isinstance(entry, dict)
+        and entry.get("status") in TENSOR_STATUS
+        and isinstance(entry.get("shard"), str)
+        and isinstance(entry.get("dtype"), str)
+        and isinstance(entry.get("shape"), (list, tuple))
+        and all(type(n) is int and n >= 0 for n in entry["shape"])
+    )
 
 
 def _is_file_entry(name: str, entry: object) -> bool:
     parts = name.split("/")
     safe = all(part not in ("", ".", "..") for part in parts) and "\\" not in name and "\0" not in name
-    return (safe and isinstance(entry, dict) and type(entry.get("bytes")) is int and entry["bytes"] >= 0
-            and isinstance(entry.get("sha256"), str) and _SHA256.fullmatch(entry["sha256"]) is not None)
+    return (
+        safe
+        and isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and entry["bytes"] >= 0
+        and isinstance(entry.get("sha256"), str)
+        and _SHA256.fullmatch(entry["sha256"]) is not None
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,15 +19,49 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 CONFIG = "config.json"
 COMPANION_PATTERNS = (
-    "tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "*.jinja", "special_tokens_map.json",
-    "added_tokens.json", "generation_config.json", "chat_template*", "tekken.json", "preprocessor_config.json",
-    "processor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template*",
+    "tekken.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "COPYING*",
 )
 # Never carried along, whatever their name begins with: pickles, weights of any kind, code.
 REFUSED_SUFFIXES = (
-    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".onnx", ".tflite",
-    ".safetensors", ".gguf", ".py", ".pyc", ".so", ".sh",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".joblib",
+    ".npy",
+    ".npz",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".tflite",
+    ".safetensors",
+    ".gguf",
+    ".py",
+    ".pyc",
+    ".so",
+    ".sh",
 )
+# A choice of kernel, not a part of the model: transformers writes neither, and one that is not installed would stop it.
+NOT_CARRIED = ("_attn_implementation", "attn_implementation")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -58,6 +92,10 @@ def open_source(spec: str, *, revision: str | None = None, dtype: str | None = N
     Raises SourceError for what is not a checkpoint we take, DamagedCheckpoint for one whose bytes are wrong,
     UnsupportedModel for a GGUF that would not come out exactly.
     """
+    try:
+        spec.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SourceError(f"{spec!a} is not a UTF-8 path, and the manifest could not name it; rename it.") from None
     path = Path(spec).expanduser()
     is_gguf = spec.endswith(".gguf") and not path.is_dir()
     if dtype is not None and not is_gguf:
@@ -74,8 +112,10 @@ def open_source(spec: str, *, revision: str | None = None, dtype: str | None = N
         raise SourceError(f"{spec} does not exist, nor is it a hub id of the form owner/name; check the path.")
     root = _download(spec, revision)
     if not any((root / name).exists() for name in (SINGLE, INDEX)):
-        raise SourceError(f"{spec} has no safetensors weights on the hub, and its pickles, which can run code, are not "
-                          "downloaded; if you trust them, save them anew with transformers and give that directory.")
+        raise SourceError(
+            f"{spec} has no safetensors weights on the hub, and its pickles, which can run code, are not "
+            "downloaded; if you trust them, save them anew with transformers and give that directory."
+        )
     return _open_directory(spec, "hub", root, root.name)
 
 
@@ -100,9 +140,11 @@ def _read_config(root: Path) -> dict:
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise SourceError(f'{path} has a "quantization_config" (method {method}): slots cannot be folded exactly from '
-                          "packed weights; give the checkpoint it was quantised from.")
-    return config
+        raise SourceError(
+            f'{path} has a "quantization_config" (method {method}): slots cannot be folded exactly from '
+            "packed weights; give the checkpoint it was quantised from."
+        )
+    return {key: value for key, value in config.items() if key not in NOT_CARRIED}
 
 
 def _companions(root: Path, config: dict) -> tuple[str, ...]:
@@ -123,6 +165,14 @@ def _companions(root: Path, config: dict) -> tuple[str, ...]:
     return tuple(found)
 
 
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether there are files of a tokenizer among these."""
+    return any(
+        name.startswith(("tokenizer", "vocab", "merges", "tekken")) or name.endswith((".model", ".tiktoken"))
+        for name in names
+    )
+
+
 def _code_files(config: dict) -> set[str]:
     """The Python files that `auto_map` names ("file.Class", one or a list of them), other repositories' left out."""
     auto_map = config.get("auto_map")
@@ -138,22 +188,32 @@ def _download(repo: str, revision: str | None) -> Path:
 
     at = f"{repo} at revision {revision}" if revision else repo
     try:
-        return Path(snapshot_download(
-            repo, revision=revision,
-            allow_patterns=[CONFIG, MANIFEST, "*.safetensors", INDEX, "*.py", *COMPANION_PATTERNS],
-            ignore_patterns=["*/*", "consolidated*", *(f"*{suffix}" for suffix in REFUSED_SUFFIXES
-                                                       if suffix not in (".safetensors", ".py"))],
-        ))
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=[CONFIG, MANIFEST, "*.safetensors", INDEX, "*.py", *COMPANION_PATTERNS],
+                ignore_patterns=[
+                    "*/*",
+                    "consolidated*",
+                    *(f"*{suffix}" for suffix in REFUSED_SUFFIXES if suffix not in (".safetensors", ".py")),
+                ],
+            )
+        )
     except hub.GatedRepoError as error:
         raise SourceError(f"{repo} is gated on the hub; accept its terms there, then log in: hf auth login.") from error
     except hub.RevisionNotFoundError as error:
         raise SourceError(f"The hub has no revision {revision} of {repo}; check the branch, tag or commit.") from error
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        raise SourceError(f"{repo} is neither a directory here nor a model on the hub; check the name (a private one "
-                          "needs: hf auth login).") from error
+        raise SourceError(
+            f"{repo} is neither a directory here nor a model on the hub; check the name (a private one "
+            "needs: hf auth login)."
+        ) from error
     except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) as error:
-        raise SourceError(f"{at} is not complete in the local hub cache and the hub cannot be reached; go online, "
-                          "unset HF_HUB_OFFLINE, or give a directory.") from error
+        raise SourceError(
+            f"{at} is not complete in the local hub cache and the hub cannot be reached; go online, "
+            "unset HF_HUB_OFFLINE, or give a directory."
+        ) from error
     except (hub.HTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise SourceError(f"{at} could not be downloaded ({reason}); try again or give a directory.") from error

@@ -48,8 +48,10 @@ def require_space(where: Path, needed: int) -> None:
     """Raise NoSpace unless `needed` bytes fit on the filesystem of `where`."""
     free = free_space(where)
     if needed > free:
-        raise NoSpace(f"{where} needs {human(needed)} but its disk has {human(free)} free; free some space or write to "
-                      "another disk.")
+        raise NoSpace(
+            f"{where} needs {human(needed)} but its disk has {human(free)} free; free some space or write to "
+            "another disk."
+        )
 
 
 def require_target(out: Path, source_root: Path | None = None) -> None:
@@ -76,8 +78,10 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 def _translated(error: OSError, where: Path) -> SurgeryError:
     if error.errno in _FULL:
-        return NoSpace(f"The disk filled up while {where} was written ({human(free_space(where))} free); nothing was "
-                       "kept, free some space and run again.")
+        return NoSpace(
+            f"The disk filled up while {where} was written ({human(free_space(where))} free); nothing was "
+            "kept, free some space and run again."
+        )
     return OutputError(f"{where} cannot be written ({error.strerror or error}); check the path and its permissions.")
 
 
@@ -102,9 +106,11 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 def dtype_code(dtype: torch.dtype) -> str:
     """The safetensors code of a torch dtype ("F32" for torch.float32)."""
-    codes = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-             "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
-             "float8_e5m2": "F8_E5M2", "uint16": "U16", "uint32": "U32", "uint64": "U64", "complex64": "C64"}
+    codes = {
+        "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+        "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
+        "float8_e5m2": "F8_E5M2", "uint16": "U16", "uint32": "U32", "uint64": "U64", "complex64": "C64",
+    }  # fmt: skip
     return codes[str(dtype).removeprefix("torch.")]
 
 
@@ -141,8 +147,9 @@ class Stage:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if self._path is not None:
                 leftover, self._path = self._path, None
@@ -161,8 +168,10 @@ class Stage:
             try:
                 os.link(os.path.realpath(src), target)
             except OSError as error:
-                raise OutputError(f"{src} cannot be hard-linked into {self.out.parent} ({error.strerror}; both must be "
-                                  "on one filesystem that has hard links); run without hard links.") from error
+                raise OutputError(
+                    f"{src} cannot be hard-linked into {self.out.parent} ({error.strerror}; both must be "
+                    "on one filesystem that has hard links); run without hard links."
+                ) from error
             return  # hashed when the hashes are asked for
         digest = hashlib.sha256()
         try:
@@ -175,8 +184,9 @@ class Stage:
                 file.write(chunk)
         self._remember(name, digest.hexdigest())
 
-    def add_tensors(self, name: str, tensors: Mapping[str, torch.Tensor],
-                    metadata: Mapping[str, str] | None = None) -> None:
+    def add_tensors(
+        self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Write `tensors` as the safetensors file `name`, in the order given, dtypes as they are."""
         target = self._new(name)
         entries = [(key, dtype_code(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()]

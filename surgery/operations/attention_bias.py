@@ -1,7 +1,8 @@
 """Fold a token prefix into k', v' (EAB): what the prefix looks like to the text is constant, so it can be stored.
 
-The first tokens of a causal model see only themselves. Their keys (after rotary and norms) and values are therefore the same
-whatever follows, and attention over [prefix, text] equals attention over the text with those keys and values as slots. Exact.
+The first tokens of a causal model see only themselves. Their keys (after rotary and norms) and values are therefore the
+same whatever follows, and attention over [prefix, text] equals attention over the text with those keys and values as
+slots. Exact.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ def slot_names(anatomy: Anatomy) -> dict[str, tuple[str, int]]:
     """Tensor name in the checkpoint -> (site name, 0 for key or 1 for value)."""
     lead = f"{anatomy.trunk}." if anatomy.trunk else ""
     parts = ("key", "value")
-    return {f"{lead}{site.name}.attention_bias.{part}": (site.name, i) for site in anatomy.sites for i, part in enumerate(parts)}
+    return {
+        f"{lead}{site.name}.attention_bias.{part}": (site.name, i)
+        for site in anatomy.sites
+        for i, part in enumerate(parts)
+    }
 
 
 @torch.no_grad()
@@ -50,7 +55,10 @@ def fold(model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int]) -> Slo
     def keep(call: Call) -> None:
         name = names.get(call.module)
         if name is None or name in slots:
-            raise UnsupportedModel(f"{anatomy.model_type}: attention ran outside of the sites found at plan ({name or type(call.module).__name__})")
+            raise UnsupportedModel(
+                f"{anatomy.model_type}: attention ran outside of the sites found at plan "
+                f"({name or type(call.module).__name__})"
+            )
         slots[name] = (call.key[0].transpose(0, 1).contiguous(), call.value[0].transpose(0, 1).contiguous())
 
     tokens = torch.tensor([list(prefix)], device=trunk.device)
@@ -62,13 +70,18 @@ def fold(model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int]) -> Slo
 
 
 @contextlib.contextmanager
-def grafted(model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int], slots: Slots, visible: str) -> Iterator[PreTrainedModel]:
+def grafted(
+    model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int], slots: Slots, visible: str
+) -> Iterator[PreTrainedModel]:
     """The original model with slots installed in place; taken out again at the end, weights untouched.
 
     The slots keep their own dtype, so that a float64 model can be compared exactly.
     """
     trunk = model.get_submodule(anatomy.trunk)
-    before = [(config, config._attn_implementation_internal) for config in {id(m.config): m.config for m in (model, trunk)}.values()]
+    before = [
+        (config, config._attn_implementation_internal)
+        for config in {id(m.config): m.config for m in (model, trunk)}.values()
+    ]
     had_eab = getattr(trunk.config, "eab", None)
     handles = install(model, eab_config(anatomy, prefix, visible))
     try:
@@ -87,4 +100,7 @@ def grafted(model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int], slo
             handle.remove()
         for site in anatomy.sites:
             del trunk.get_submodule(site.name).attention_bias
-        trunk.config.eab = had_eab
+        if had_eab is None:
+            del trunk.config.eab
+        else:
+            trunk.config.eab = had_eab

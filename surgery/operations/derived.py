@@ -1,7 +1,7 @@
 """The derived model type of a converted checkpoint: `eab_llama` from `llama`, and so on for every family.
 
-The class is a few lines of generated Python that mix `AttentionBiasMixin` into the class of transformers. The same text is
-written into checkpoints (loaded with trust_remote_code) and imported here (loaded after `import surgery`, without it).
+The class is a few lines of generated Python that mix `AttentionBiasMixin` into the class of transformers. The same text
+is written into checkpoints (loaded with trust_remote_code) and imported here (loaded after `import surgery`, without).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from .. import runtime
 from ..registration import PREFIX
 
-RUNTIME_FILES = ("eab_kernel.py", "eab_runtime.py")
+RUNTIME_FILES = ("eab_kernel.py", "eab_positions.py", "eab_runtime.py")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ class Derived:
     @property
     def auto_map(self) -> dict[str, str]:
         """config.json's `auto_map`: which class of which file the Auto classes load."""
-        auto = {"AutoConfig": f"{self.module}.{self.config_class}", "AutoModelForCausalLM": f"{self.module}.{self.causal_class}"}
+        auto = {
+            "AutoConfig": f"{self.module}.{self.config_class}",
+            "AutoModelForCausalLM": f"{self.module}.{self.causal_class}",
+        }
         if self.base_class is not None:
             auto["AutoModel"] = f"{self.module}.{self.base_class}"
         return auto
@@ -52,7 +55,7 @@ class Derived:
         return {**carried, f"{self.module}.py": self.source}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def derive(base_type: str) -> Derived:
     """The derived type of a transformers model type that has a causal language model (KeyError otherwise)."""
     config = CONFIG_MAPPING[base_type]
@@ -73,7 +76,7 @@ def _source(base_type: str, config: type, causal: type, base: type | None) -> st
     for model in (config, *models):
         imports.setdefault(model.__module__, set()).add(model.__name__)
     lines = [
-        f'"""{causal.__name__} with an explicit attention bias: k\', v\' in every attention site. Written by surgery."""',
+        f'"""{causal.__name__} with an explicit attention bias: slots in every attention site. Written by surgery."""',
         "",
         *(f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())),
         "",
@@ -84,7 +87,12 @@ def _source(base_type: str, config: type, causal: type, base: type | None) -> st
         f'    model_type = "{PREFIX}{base_type}"',
     ]
     for model in models:
-        lines += ["", "", f"class Eab{model.__name__}(AttentionBiasMixin, {model.__name__}):", f"    config_class = Eab{config.__name__}"]
+        lines += [
+            "",
+            "",
+            f"class Eab{model.__name__}(AttentionBiasMixin, {model.__name__}):",
+            f"    config_class = Eab{config.__name__}",
+        ]
     lines += ["", ""]
     for model in models:
         auto = "AutoModelForCausalLM" if model is causal else "AutoModel"
@@ -95,7 +103,7 @@ def _source(base_type: str, config: type, causal: type, base: type | None) -> st
     return "\n".join([*lines, f"Eab{config.__name__}.register_for_auto_class()", ""])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_derived(base_type: str) -> ModuleType:
     """Import the derived type's module in this process, from real files, so that `save_pretrained` can copy them."""
     derived = derive(base_type)
@@ -105,6 +113,8 @@ def load_derived(base_type: str) -> ModuleType:
     (folder / "__init__.py").write_text("", encoding="utf-8")
     for name, text in derived.files().items():
         (folder / name).write_text(text, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(package, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     sys.modules[package] = importlib.util.module_from_spec(spec)
     return importlib.import_module(f"{package}.{derived.module}")

@@ -14,6 +14,7 @@ from ..anatomy.sites import Anatomy, parse_config
 from ..checkpoint.layout import SINGLE, Layout, TensorInfo, plan_file
 from ..errors import SourceError
 from .attention_bias import Slots, slot_names
+from .bos import silent_processor, silent_template, silent_templates
 from .derived import Derived
 
 # Rotary kinds that compute nothing from max_position_embeddings, so that lowering it lowers only the limit.
@@ -42,56 +43,75 @@ def slot_tensors(anatomy: Anatomy, n_slots: int) -> dict[str, tuple[int, ...]]:
 
 def slot_layout(anatomy: Anatomy, n_slots: int, shard: str) -> tuple[int, dict[str, TensorInfo]]:
     """Bytes of the slot shard, and where its tensors will lie."""
-    header, infos = plan_file(shard, [(name, "F32", shape) for name, shape in slot_tensors(anatomy, n_slots).items()], {"format": "pt"})
+    header, infos = plan_file(
+        shard, [(name, "F32", shape) for name, shape in slot_tensors(anatomy, n_slots).items()], {"format": "pt"}
+    )
     return len(header) + sum(info.nbytes for info in infos.values()), infos
 
 
 def slot_values(anatomy: Anatomy, slots: Slots) -> dict[str, torch.Tensor]:
     """Tensor name -> float32 value, ready to be written."""
-    return {name: slots[site][part].to("cpu", torch.float32).contiguous() for name, (site, part) in slot_names(anatomy).items()}
+    return {
+        name: slots[site][part].to("cpu", torch.float32).contiguous()
+        for name, (site, part) in slot_names(anatomy).items()
+    }
 
 
 def converted_config(config: dict, derived: Derived, eab: dict, lowered: Mapping[str, int]) -> dict:
-    """config.json of the converted checkpoint: the source's, with the derived type, its code and the slots' description."""
+    """config.json of the converted checkpoint: the source's, with derived type, its code and the slots described."""
     emitted = copy.deepcopy(config)
     emitted.update(lowered)
-    emitted.update(model_type=derived.model_type, architectures=[derived.causal_class], auto_map=derived.auto_map, eab=eab)
+    emitted.update(
+        model_type=derived.model_type, architectures=[derived.causal_class], auto_map=derived.auto_map, eab=eab
+    )
     return emitted
 
 
 def lowered_limits(config: dict, anatomy: Anatomy, n_slots: int) -> dict[str, int]:
     """max_position_embeddings less the positions that the prefix takes, where that number is a limit and nothing else.
 
-    A learned table is as long as this number says, and some rotary kinds compute with it: those keep it, and the runtime's
-    positions simply end n earlier.
+    A learned table is as long as this number says, and some rotary kinds compute with it: those keep it, and the
+    runtime's positions simply end n earlier.
     """
     limit = config.get("max_position_embeddings")
     if not isinstance(limit, int) or limit <= n_slots:
         return {}
     lowered = {"max_position_embeddings": limit - n_slots}
-    parsed = parse_config(config)
-    rope = getattr(parsed, "rope_parameters", None) or {}
+    rope = _rope(config)
     kinds = {r.get("rope_type", "default") for r in ([v for v in rope.values() if isinstance(v, dict)] or [rope])}
-    if not kinds <= LIMIT_ONLY_ROPE or _shapes(config) != _shapes({**config, **lowered}):
+    if not kinds <= LIMIT_ONLY_ROPE:
+        return {}
+    # A rotary setting that is absent may be taken from this limit, and would change with it.
+    if rope != _rope({**config, **lowered}) or _shapes(config) != _shapes({**config, **lowered}):
         return {}
     return lowered
 
 
+def _parsed(config: dict):
+    return parse_config(copy.deepcopy(config))  # config classes complete the dicts inside the one they are given
+
+
+def _rope(config: dict) -> dict:
+    return getattr(_parsed(config), "rope_parameters", None) or {}
+
+
 def _shapes(config: dict) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(parse_config(config), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(_parsed(config), dtype=torch.bfloat16)
     return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
 # ---- tokenizer
 
 
-def converted_tokenizer(directory: Path, files: Sequence[str], tokenizer, n_slots: int, folded_bos: str | None) -> dict[str, str]:
+def converted_tokenizer(
+    directory: Path, files: Sequence[str], tokenizer, n_slots: int, folded_bos: str | None
+) -> dict[str, str]:
     """File name -> new text of the tokenizer files that must change; the others are carried along as they are.
 
     * `tokenizer_class` is written out: transformers chooses some tokenizers by model type, which is a new one now.
     * `model_max_length` is lowered by the slots, which take positions.
-    * A folded BOS replaces the real one (`folded_bos` is its text): no flag, post-processor or chat template adds it again.
+    * A folded BOS replaces the real one (`folded_bos` is its text): no flag, post-processor or chat template adds it.
     """
     name = "tokenizer_config.json"
     settings = json.loads((directory / name).read_text(encoding="utf-8")) if name in files else {}
@@ -101,41 +121,16 @@ def converted_tokenizer(directory: Path, files: Sequence[str], tokenizer, n_slot
         settings["model_max_length"] = limit - n_slots
     changed: dict[str, str] = {}
     if folded_bos is not None:
-        settings["add_bos_token"] = False
+        # Beside a tokenizer.json the flag is not needed, and some versions would rebuild the post-processor from it.
+        if "add_bos_token" in settings or "tokenizer.json" not in files:
+            settings["add_bos_token"] = False
         if "chat_template" in settings:
-            settings["chat_template"] = _silence_templates(settings["chat_template"])
+            settings["chat_template"] = silent_templates(settings["chat_template"], tokenizer)
         for template in (file for file in files if file.endswith(".jinja")):
-            changed[template] = _silence_bos((directory / template).read_text(encoding="utf-8"))
+            changed[template] = silent_template((directory / template).read_text(encoding="utf-8"), tokenizer)
         if "tokenizer.json" in files:
             data = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-            data["post_processor"] = _without_token(data.get("post_processor"), folded_bos)
+            data["post_processor"] = silent_processor(data.get("post_processor"), tokenizer.bos_token_id)
             changed["tokenizer.json"] = json.dumps(data, ensure_ascii=False, indent=2)
     changed[name] = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
     return changed
-
-
-def _silence_templates(templates):
-    if isinstance(templates, str):
-        return _silence_bos(templates)
-    return [{**entry, "template": _silence_bos(entry["template"])} for entry in templates]
-
-
-def _silence_bos(template: str) -> str:
-    """A chat template in which bos_token is empty: the slots stand for it."""
-    return "{%- set bos_token = '' -%}" + template if "bos_token" in template else template
-
-
-def _without_token(processor: dict | None, token: str) -> dict | None:
-    """A post-processor of the tokenizers library that no longer adds `token`."""
-    if processor is None:
-        return None
-    if processor.get("type") == "Sequence":
-        kept = [_without_token(step, token) for step in processor["processors"]]
-        return {**processor, "processors": [step for step in kept if step is not None]}
-    if processor.get("type") != "TemplateProcessing":
-        return processor
-    cleaned = dict(processor)
-    for part in ("single", "pair"):
-        cleaned[part] = [piece for piece in processor[part] if piece.get("SpecialToken", {}).get("id") != token]
-    cleaned["special_tokens"] = {name: entry for name, entry in processor["special_tokens"].items() if name != token}
-    return cleaned

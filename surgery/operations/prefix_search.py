@@ -1,8 +1,9 @@
-"""Choose the prefix to fold: no massive activations left on the calibration text, then the lowest perplexity, then fewer slots.
+"""Choose the prefix to fold: no massive activations left on the calibration text, then the lowest perplexity.
 
-What a fold leaves, it leaves near the start of a text, where a token that could be a sink finds none yet. So candidates are first
-screened on many short openings, cut from all over the calibration text and from texts that begin with each candidate token; those
-that leave least are scored on long chunks. A trial costs one forward pass of the prefix and one of its text; nothing is written.
+What a fold leaves, it leaves near the start of a text, where a token that could be a sink finds none yet. So candidates
+are first screened on many short openings, cut from all over the calibration text, and on texts that begin with each
+candidate token; those that leave nothing are scored on long chunks. A trial costs one forward pass of the prefix and
+one of its text; nothing is written.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..anatomy.sites import Anatomy
+from ..errors import SourceError
 from ..survey.likelihood import Likelihood
 from ..survey.massive import MassiveActivations
 from ..survey.stream import Observer, stream
@@ -30,10 +32,14 @@ FROM_SURVEY = 4  # candidate tokens taken from the survey: those that carry the 
 
 @dataclass(frozen=True)
 class Trial:
-    """One prefix as tried: massive activations left on openings and on `chunks` long chunks, and perplexity on the latter."""
+    """One prefix as tried: massive activations left on openings and on long chunks, and perplexity on the latter.
+
+    `loudest` is the largest |x| / median left on openings, of the loudest layer: it ranks prefixes that leave none.
+    """
 
     prefix: tuple[int, ...]
     on_openings: int
+    loudest: float
     on_chunks: int = 0
     score: Score | None = None
 
@@ -47,7 +53,8 @@ class Trial:
 
     @property
     def rank(self) -> tuple:
-        return (self.massive, self.score.nll if self.score is not None else float("inf"), len(self.prefix))
+        nll = self.score.nll if self.score is not None else float("inf")
+        return (self.massive, nll, len(self.prefix), self.loudest)
 
 
 class PrefixSearch:
@@ -72,17 +79,27 @@ class PrefixSearch:
     def run(self, max_slots: int) -> Trial:
         """The best prefix of 1..max_slots tokens, stopping at the first length that leaves no massive activation."""
         pool = self.candidates()
+        if not pool:
+            raise SourceError("prefix: auto found no candidate token in this vocabulary; list the prefix in the recipe")
         openings = self._openings(pool)
         parents: list[tuple[int, ...]] = [()]
-        for _ in range(max_slots):
+        for length in range(1, min(max_slots, len(pool)) + 1):
             grown = [(*parent, token) for parent in parents for token in pool if token not in parent]
-            ranked = sorted((self._screen(prefix, openings) for prefix in grown), key=lambda trial: trial.rank)
-            scored = sorted((self._score(trial, QUICK_CHUNKS) for trial in ranked[:SCORED]), key=lambda trial: trial.rank)
-            best = sorted((self._score(trial, len(self.chunks)) for trial in scored[:CONFIRMED]), key=lambda trial: trial.rank)
-            if not best or best[0].massive == 0:
-                break
-            parents = [trial.prefix for trial in [*best, *scored[CONFIRMED:]][:PARENTS]]
-        return min((trial for trial in self.trials.values() if trial.chunks == len(self.chunks)), key=lambda trial: trial.rank)
+            screened = sorted((self._screen(prefix, openings) for prefix in grown), key=lambda trial: trial.rank)
+            clean = [trial for trial in screened if trial.on_openings == 0]
+            # What fails the screen is not worth scoring, unless there will be nothing longer to score.
+            if clean or length in (max_slots, len(pool)):
+                if self._confirm(clean or screened)[0].massive == 0:
+                    break
+            parents = [trial.prefix for trial in screened[:PARENTS]]
+        confirmed = [trial for trial in self.trials.values() if trial.chunks == len(self.chunks)]
+        return min(confirmed, key=lambda trial: trial.rank)
+
+    def _confirm(self, trials: Sequence[Trial]) -> list[Trial]:
+        """The best of `trials` on all calibration chunks, best first; the others fall behind on a few of them."""
+        scored = sorted((self._score(trial, QUICK_CHUNKS) for trial in trials[:SCORED]), key=lambda trial: trial.rank)
+        finalists = [self._score(trial, len(self.chunks)) for trial in scored[:CONFIRMED]]
+        return sorted(finalists, key=lambda trial: trial.rank)
 
     def candidates(self) -> list[int]:
         """Token ids worth folding: BOS, EOS, newline, space, and what carries massive activations in the text."""
@@ -101,7 +118,7 @@ class PrefixSearch:
         return list(dict.fromkeys(pool))
 
     def _openings(self, pool: Sequence[int]) -> torch.Tensor:
-        """(OPENINGS + len(pool), OPENING): cuts from all over the calibration text, and one that begins with each candidate."""
+        """(len(pool) + OPENINGS, OPENING): texts that begin with each candidate, and cuts from all over."""
         flat = self.chunks.flatten()
         length = min(OPENING, self.chunks.shape[1])
         starts = torch.linspace(0, len(flat) - length, min(OPENINGS, len(flat) // length)).long()
@@ -115,7 +132,7 @@ class PrefixSearch:
             self.progress(f"{self.shown(prefix)} on {len(openings)} openings")
             left = MassiveActivations()
             self._pass(prefix, openings, [left])
-            self.trials[prefix] = Trial(prefix, left.count)
+            self.trials[prefix] = Trial(prefix, left.count, left.loudest)
         return self.trials[prefix]
 
     def _score(self, trial: Trial, count: int) -> Trial:
@@ -124,7 +141,13 @@ class PrefixSearch:
             self.progress(f"{self.shown(trial.prefix)} on {count} chunks")
             left, likelihood = MassiveActivations(), Likelihood()
             self._pass(trial.prefix, self.chunks[:count], [left, likelihood])
-            trial = Trial(trial.prefix, trial.on_openings, left.count, Score(tuple(likelihood.nll), likelihood.targets))
+            trial = Trial(
+                trial.prefix,
+                trial.on_openings,
+                trial.loudest,
+                left.count,
+                Score(tuple(likelihood.nll), likelihood.targets),
+            )
             self.trials[trial.prefix] = trial
         return trial
 
@@ -137,14 +160,18 @@ class PrefixSearch:
         return " ".join(repr(self.tokenizer.decode([token])) for token in prefix)
 
     def to_dict(self) -> dict:
-        """What was tried, best first among those that were scored on the most text: `prefix_search` of the verdict."""
+        """What was tried, best first among those scored on the most text: `prefix_search` of the verdict."""
         return {
-            "objective": "fewest massive activations on the calibration text, then lowest perplexity, then fewest slots",
+            "objective": "fewest massive activations on the calibration text, then lowest perplexity, "
+            "then fewest slots",
             "tried": [
                 {
                     "prefix_ids": list(trial.prefix),
                     "tokens": [self.tokenizer.decode([token]) for token in trial.prefix],
-                    "massive_activations": {"openings": trial.on_openings, "chunks": trial.on_chunks if trial.chunks else None},
+                    "massive_activations": {
+                        "openings": trial.on_openings,
+                        "chunks": trial.on_chunks if trial.chunks else None,
+                    },
                     "chunks": trial.chunks,
                     "ppl": trial.score.ppl if trial.score is not None else None,
                 }

@@ -4,8 +4,9 @@
 
 Two paths compute it. They agree to rounding; the first needs no longer mask and no concatenated keys:
 
-* merged: any flash kernel returns o = softmax(QK^T)V and its log-sum-exp L per query. With slot logits s_j = q.k'_j * scale and
-  Z = logaddexp(L, logsumexp_j s_j), the result is o * exp(L - Z) + sum_j exp(s_j - Z) v'_j. Cost O(T n d) on top of the kernel.
+* merged: any flash kernel returns o = softmax(QK^T)V and its log-sum-exp L per query. With slot logits
+  s_j = q.k'_j * scale and Z = logaddexp(L, logsumexp_j s_j), the result is o * exp(L - Z) + sum_j exp(s_j - Z) v'_j.
+  Cost O(T n d) on top of the kernel.
 * concatenated: slots are put in front of the keys and PyTorch does the rest. It carries gradients, dropout, soft-capped
   logits and attention weights, and runs on every device.
 
@@ -52,11 +53,17 @@ def slot_attention(
     """
     if causal and (mask is not None or query.shape[2] != key.shape[2]):
         raise ValueError("causal=True needs as many keys as queries and no mask")
+    if mask is not None and mask.dtype != torch.bool:
+        # Kernels want the mask in the dtype of the query, and no -inf: a row of them has no log-sum-exp.
+        mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
     plain = softcap is None and not need_weights
-    if plain and _can_merge(query, key, value, slot_key, slot_value, dropout):
+    if plain and _can_merge(query, key, value, slot_key, slot_value, mask, dropout):
         return _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits), None
     if not plain or sink_logits is not None:
-        return _eager(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits)
+        out, weights = _eager(
+            query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits
+        )
+        return out, weights if need_weights else None
     keys, values, full_mask = _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask)
     groups = query.shape[1] // key.shape[1]
     out = F.scaled_dot_product_attention(
@@ -65,10 +72,11 @@ def slot_attention(
     return out, None
 
 
-def _can_merge(query, key, value, slot_key, slot_value, dropout: float) -> bool:
+def _can_merge(query, key, value, slot_key, slot_value, mask, dropout: float) -> bool:
     """Whether a kernel that returns its log-sum-exp takes these inputs. Only the CPU's has been tested."""
     # The lse of the CPU kernel never carries a gradient, so this is a question of requires_grad, not of training mode.
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, slot_key, slot_value))
+    inputs = (query, key, value, slot_key, slot_value, mask)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     return query.device.type == "cpu" and not needs_grad and not dropout and query.shape[-1] == value.shape[-1]
 
 
@@ -83,7 +91,8 @@ def _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_m
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     wide = lse.dtype  # float32 for half precision: the merge is done there
     grouped = query.unflatten(1, (heads, groups)).to(wide)  # (B, H, G, T, D)
-    logits = torch.einsum("bhgtd,nhd->bhgtn", grouped, slot_key.to(wide)) * scale
+    # matmul, not einsum: the same sum in a tenth of the time. (1, H, 1, D, n) and (1, H, 1, n, E) broadcast.
+    logits = grouped @ slot_key.to(wide).permute(1, 2, 0)[None, :, None] * scale  # (B, H, G, T, n)
     if slot_mask is not None:
         logits = logits.masked_fill(~_grouped_mask(slot_mask, heads), torch.finfo(wide).min)
     lse = lse.unflatten(1, (heads, groups)).unsqueeze(-1)  # (B, H, G, T, 1)
@@ -91,7 +100,7 @@ def _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_m
     if sink_logits is not None:
         terms.append(sink_logits.to(wide).view(1, heads, groups, 1, 1).expand_as(lse))
     total = torch.logsumexp(torch.cat(terms, dim=-1), dim=-1, keepdim=True)
-    from_slots = torch.einsum("bhgtn,nhe->bhgte", (logits - total).exp(), slot_value.to(wide))
+    from_slots = (logits - total).exp() @ slot_value.to(wide).transpose(0, 1)[None, :, None]
     merged = torch.addcmul(from_slots, out.unflatten(1, (heads, groups)).to(wide), (lse - total).exp())
     return merged.flatten(1, 2).to(query.dtype)
 
@@ -129,8 +138,10 @@ def _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mas
     if slot_mask is None:
         slot_mask = torch.ones(1, 1, queries, slot_key.shape[0], dtype=torch.bool, device=query.device)
     if mask.dtype != torch.bool:
-        slot_mask = torch.zeros((), dtype=mask.dtype, device=mask.device).masked_fill(~slot_mask, torch.finfo(mask.dtype).min)
-    shape = [max(a, b) for a, b in zip(mask.shape[:3], slot_mask.shape[:3])]
+        slot_mask = torch.zeros((), dtype=mask.dtype, device=mask.device).masked_fill(
+            ~slot_mask, torch.finfo(mask.dtype).min
+        )
+    shape = [max(a, b) for a, b in zip(mask.shape[:3], slot_mask.shape[:3], strict=True)]
     return keys, values, torch.cat([slot_mask.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
 
 

@@ -20,7 +20,7 @@ class Likelihood(Observer):
 
     def logits(self, logits: torch.Tensor, batch: Batch) -> None:
         self.targets = batch.tokens.shape[1] - batch.lead - 1
-        for tokens, row in zip(batch.tokens, logits):
+        for tokens, row in zip(batch.tokens, logits, strict=True):
             predicting = row[batch.lead : -1].float() if row.dtype != torch.float64 else row[batch.lead : -1]
             losses = F.cross_entropy(predicting, tokens[batch.lead + 1 :].to(row.device), reduction="none")
             self.nll.append(losses.double().sum().item())

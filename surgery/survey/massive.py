@@ -1,4 +1,4 @@
-"""Massive activations (Sun et al. 2024, arXiv 2402.17762): a few scalars of the residual stream thousands of times the rest."""
+"""Massive activations: a few scalars of the residual stream thousands of times the rest (Sun et al. 2024)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from .stream import Batch, Observer
 
-MIN_MAGNITUDE = 100.0  # Sun et al., section 2: |x| >= 100 and |x| >= 1000 x the median of the layer
+MIN_MAGNITUDE = 100.0  # Sun et al., arXiv 2402.17762, section 2: |x| >= 100 and |x| >= 1000 x the median of the layer
 MIN_RATIO = 1000.0
 LISTED = 32  # the largest ones of each layer that are listed one by one; all are counted
 
@@ -53,7 +53,7 @@ class MassiveActivations(Observer):
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
         tally = self.layers.setdefault(layer, LayerTally())
-        for tokens, row in zip(batch.tokens[:, batch.lead :], states[:, batch.lead :].float()):
+        for tokens, row in zip(batch.tokens[:, batch.lead :], states[:, batch.lead :].float(), strict=True):
             self._row(tally, tokens, row)
 
     def _row(self, tally: LayerTally, tokens: torch.Tensor, row: torch.Tensor) -> None:
@@ -80,6 +80,11 @@ class MassiveActivations(Observer):
     @property
     def count(self) -> int:
         return sum(tally.count for tally in self.layers.values())
+
+    @property
+    def loudest(self) -> float:
+        """The largest |x| / median of a layer, mean over sequences, of the layer where it is largest."""
+        return max((tally.mean(tally.ratio) for tally in self.layers.values()), default=0.0)
 
     def tokens(self) -> collections.Counter:
         """Token id -> how many massive activations it carried, over all layers."""

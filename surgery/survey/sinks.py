@@ -1,4 +1,4 @@
-"""Attention sinks: how much of its attention each head gives to position 0, and to each slot (Xiao et al. 2023, arXiv 2309.17453)."""
+"""Attention sinks (Xiao et al., arXiv 2309.17453): how much attention each head gives to position 0 and to slots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLOCK = 128  # queries at a time: attention is never written out beyond a block 
 
 
 class SinkScores(Observer):
-    """Mean over query positions and sequences of each head's attention to position 0, and to the slots where there are any."""
+    """Mean over query positions and sequences of each head's attention to position 0, and to each slot."""
 
     def __init__(self) -> None:
         self.first: dict[int, torch.Tensor] = {}  # block -> (Hq,), summed over sequences
@@ -32,7 +32,7 @@ class SinkScores(Observer):
         self.sequences[block] = self.sequences.get(block, 0) + call.query.shape[0]
 
     def rows(self) -> dict[int, dict]:
-        """Block -> `sink_score` by head, `slot_score` by head and slot, `sink_rate` (position 0 and the slots together)."""
+        """Block -> `sink_score` by head, `slot_score` by head and slot, and `sink_rate` over position 0 and slots."""
         found = {}
         for block, first in self.first.items():
             first, slots = first / self.sequences[block], self.slots[block] / self.sequences[block]

@@ -1,7 +1,7 @@
-"""One pass of a model over text. Observers see hidden states, attention calls and logits, batch by batch, and keep what they need.
+"""One pass of a model over text. Observers see hidden states, attention calls and logits, and keep what they need.
 
-Notation: B sequences, T tokens, d hidden size, V vocabulary. Layer l = 0 is the embedding output, l = k the residual stream after
-block k; the final norm's output is not a layer (DESIGN, definitions).
+Notation: B sequences, T tokens, d hidden size, V vocabulary. Layer l = 0 is the embedding output, l = k the residual
+stream after block k; the final norm's output is not a layer.
 """
 
 from __future__ import annotations

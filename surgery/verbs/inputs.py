@@ -1,4 +1,4 @@
-"""What verbs are given, made ready: texts, chunks, prefix tokens. Everything here can be refused before weights are read."""
+"""What verbs are given, made ready: texts, chunks, prefix tokens. All of it can be refused before weights are read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from ..anatomy.sites import Anatomy
-from ..checkpoint.source import Source
+from ..checkpoint.layout import Layout
 from ..checkpoint.stage import Stage
 from ..errors import SourceError
-from ..verification.text import Chunking, read_texts, split_text
+from ..reporting import Reporter
+from ..verification.text import Chunking, chunk, read_texts, split_text, tokenize
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,38 @@ def fit_chunks(chunking: Chunking, anatomy: Anatomy, n_slots: int) -> Chunking:
     return chunking if limit is None else replace(chunking, length=min(chunking.length, limit - n_slots))
 
 
+def cut(tokenizer, text: str, chunking: Chunking, vocab_size: int, name: str) -> torch.Tensor:
+    """Chunks (N, T) of token ids. SourceError for text that is too short, or a tokenizer that is not the model's."""
+    chunks = chunk(tokenize(tokenizer, text), chunking, name)
+    bos = tokenizer.bos_token_id or 0  # a baseline is measured with it
+    if (largest := max(bos, int(chunks.max()))) >= vocab_size:
+        raise SourceError(
+            f"the tokenizer gives the token id {largest}, and the model's vocabulary has {vocab_size}: they do not "
+            "belong together; put the model's own tokenizer files beside it."
+        )
+    return chunks
+
+
+def vocabulary_size(layout: Layout, config: dict) -> int:
+    """How many token ids the model has embeddings for, from headers; else as its config says."""
+    for info in layout.tensors.values():
+        if info.name.endswith(EMBEDDINGS) and info.shape:
+            return info.shape[0]
+    text_config = config.get("text_config")
+    sizes = (config.get("vocab_size"), text_config.get("vocab_size") if isinstance(text_config, dict) else None)
+    return next((size for size in sizes if isinstance(size, int)), 2**31)
+
+
 def resolve_prefix(prefix: Sequence[str | int], tokenizer, vocab_size: int) -> tuple[int, ...]:
     """Token ids of a recipe's prefix: an id as it is, a text only if it is exactly one token."""
-    ids = []
-    for token in prefix:
-        if isinstance(token, str):
-            token_id = _one_token(token, tokenizer)
-        elif token >= vocab_size:
-            raise SourceError(f"attention_bias.prefix: token id {token} is not in the vocabulary of {vocab_size}; give a smaller id")
-        else:
-            token_id = token
-        ids.append(token_id)
-    return tuple(ids)
+    ids = tuple(_one_token(token, tokenizer) if isinstance(token, str) else token for token in prefix)
+    for token_id in ids:
+        if token_id >= vocab_size:
+            raise SourceError(
+                f"attention_bias.prefix: token id {token_id} is not in the vocabulary of {vocab_size}; "
+                "give a smaller id."
+            )
+    return ids
 
 
 def _one_token(text: str, tokenizer) -> int:
@@ -56,17 +81,19 @@ def _one_token(text: str, tokenizer) -> int:
     if text in vocabulary:
         return vocabulary[text]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1 or (tokenizer.unk_token_id is not None and ids[0] == tokenizer.unk_token_id):
+    if ids == [tokenizer.unk_token_id]:
+        raise SourceError(
+            f"attention_bias.prefix: {text!r} is not in the vocabulary; give another token, or a token id."
+        )
+    if len(ids) != 1:
         raise SourceError(
             f"attention_bias.prefix: {text!r} is not one token of the vocabulary but {len(ids)} ({ids[:8]}); "
-            "list its tokens one by one, or give token ids"
+            "list its tokens one by one, or give token ids."
         )
     return ids[0]
 
 
-def has_tokenizer(source: Source) -> bool:
-    """Whether the source carries tokenizer files."""
-    return any(name.startswith("tokenizer") for name in source.companions)
+SILENT = Reporter()
 
 
 def source_work(stage: Stage) -> Path:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from ..anatomy.sites import Anatomy, examine
+from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import materialise, open_source
 from ..checkpoint.stage import require_space
 from ..errors import SourceError
-from ..loading import load_original, load_tokenizer
+from ..loading import load_original, load_tokenizer, require_device
 from ..reporting import Reporter
 from ..survey.likelihood import Likelihood
 from ..survey.massive import MassiveActivations
 from ..survey.sinks import SinkScores
 from ..survey.stream import stream
-from ..verification.converted import converted_anatomy, load_converted
+from ..verification.converted import converted_anatomy, load_converted, read_config
 from ..verification.integrity import code_is_ours
 from ..verification.perplexity import Score
-from ..verification.text import Chunking, chunk, read_texts, tokenize
-from .inputs import fit_chunks
+from ..verification.text import FEW_CHUNKS, Chunking, read_texts
+from .inputs import SILENT, cut, fit_chunks, vocabulary_size
+from .plan import source_tokenizer
 
 
 def scan(
@@ -32,25 +37,28 @@ def scan(
     dtype: str | None = None,
     revision: str | None = None,
     device: str = "cpu",
-    chunking: Chunking = Chunking(8),
-    reporter: Reporter = Reporter(),
+    chunking: Chunking = FEW_CHUNKS,
+    reporter: Reporter = SILENT,
 ) -> dict:
     """Survey `source` (a directory, hub id, GGUF, or converted checkpoint) on `text`: one entry per layer.
 
-    Layer 0 is the embedding output and has no attention; layer k carries the sink scores of block k - 1, which writes to it.
+    Layer 0 is the embedding output and has no attention; layer k carries the sinks of block k - 1, which writes it.
     """
     if not text:
-        raise SourceError("a scan needs text to read: give --text FILE")
+        raise SourceError("a scan needs text to read: give --text FILE.")
+    require_device(device)
     words = read_texts(text)
     reporter.step(f"load {source}")
-    with _opened(str(source), dtype, revision, device) as (model, anatomy, tokenizer):
-        n_slots = model.get_submodule(anatomy.trunk).config.eab["n_slots"] if hasattr(model.config, "eab") else 0
-        chunking = fit_chunks(chunking, anatomy, n_slots)
-        chunks = chunk(tokenize(tokenizer, words), chunking, "--text")
+    with _opened(str(source), dtype, revision) as opened:
+        fitting = fit_chunks(chunking, opened.anatomy, opened.n_slots)
+        chunks = cut(opened.tokenizer, words, fitting, opened.vocab_size, "--text")
+        model = opened.load(device)
         massive, sinks, likelihood = MassiveActivations(), SinkScores(), Likelihood()
         with reporter.bar("scan", len(chunks)) as advance:
-            stream(model, anatomy, chunks, [massive, sinks, likelihood], progress=lambda done: advance(done, "scan"))
-        return _survey(str(source), anatomy, tokenizer, massive, sinks, likelihood, chunking)
+            stream(
+                model, opened.anatomy, chunks, [massive, sinks, likelihood], progress=lambda done: advance(done, "scan")
+            )
+        return _survey(str(source), opened.anatomy, opened.tokenizer, massive, sinks, likelihood, fitting)
 
 
 def _survey(source: str, anatomy: Anatomy, tokenizer, massive, sinks, likelihood, chunking: Chunking) -> dict:
@@ -72,17 +80,45 @@ def _survey(source: str, anatomy: Anatomy, tokenizer, massive, sinks, likelihood
     }
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """Everything about a checkpoint that can be refused before its weights are read, and how to read them."""
+
+    anatomy: Anatomy
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    n_slots: int
+    load: Callable[[str], PreTrainedModel]  # of the device
+
+
 @contextlib.contextmanager
-def _opened(source: str, dtype: str | None, revision: str | None, device: str) -> Iterator[tuple]:
-    """(model, anatomy, tokenizer) of a source or of a converted checkpoint."""
+def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_Opened]:
     root = Path(source)
-    if root.is_dir() and (root / MANIFEST).exists():
-        yield load_converted(root, code_is_ours(root), device=device), converted_anatomy(root), load_tokenizer(root)
+    if (root / MANIFEST).is_file():
+        if dtype is not None or revision is not None:
+            raise SourceError(f"{root} is a converted checkpoint on this disk; leave out --dtype and --revision.")
+        yield _converted(root)
         return
     opened = open_source(source, revision=revision, dtype=dtype)
     anatomy = examine(opened.config)
+    vocab_size = vocabulary_size(opened.layout, opened.config)
     with tempfile.TemporaryDirectory(prefix="surgery-scan-") as scratch:
         if opened.kind == "gguf":
             require_space(Path(scratch), opened.layout.total_bytes)
-        directory = materialise(opened, Path(scratch) / "model")
-        yield load_original(directory, device=device), anatomy, load_tokenizer(directory)
+        tokenizer = source_tokenizer(opened)
+
+        def load(device: str) -> PreTrainedModel:
+            return load_original(materialise(opened, Path(scratch) / "model"), device=device)
+
+        yield _Opened(anatomy, tokenizer, vocab_size, 0, load)
+
+
+def _converted(root: Path) -> _Opened:
+    config = read_config(root)
+    return _Opened(
+        converted_anatomy(root),
+        load_tokenizer(root),
+        vocabulary_size(read_layout(root), config),
+        config["eab"]["n_slots"],
+        lambda device: load_converted(root, code_is_ours(root), device=device),
+    )

@@ -8,23 +8,25 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ..anatomy.sites import Anatomy
-from ..checkpoint.layout import read_json
-from ..checkpoint.manifest import read_manifest
-from ..checkpoint.source import Source, materialise, open_source
+from ..checkpoint.layout import read_layout
+from ..checkpoint.manifest import MANIFEST, read_manifest
+from ..checkpoint.source import Source, has_tokenizer, materialise, open_source
 from ..checkpoint.stage import require_space
 from ..errors import DamagedCheckpoint, SourceError
-from ..loading import load_original, load_tokenizer
-from ..recipe import Recipe
+from ..loading import load_original, load_tokenizer, require_device
+from ..recipe import Recipe, Verify
 from ..reporting import Reporter
-from ..verification.converted import converted_anatomy, load_converted
+from ..verification.converted import converted_anatomy, load_converted, read_config, require_converted
 from ..verification.gates import quality_gates
 from ..verification.integrity import Check, check_integrity
 from ..verification.measure import Measurement, Original, measure, measure_original
-from ..verification.text import Chunking, chunk, read_texts, tokenize
+from ..verification.text import CHUNKS, Chunking, read_texts
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict
-from .inputs import fit_chunks, has_tokenizer
+from .inputs import SILENT, cut, fit_chunks, vocabulary_size
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -36,55 +38,82 @@ def verify(
     text: Sequence[Path] = (),
     revision: str | None = None,
     device: str = "cpu",
-    chunking: Chunking = Chunking(),
-    reporter: Reporter = Reporter(),
+    chunking: Chunking = CHUNKS,
+    reporter: Reporter = SILENT,
 ) -> dict:
     """Check the converted `checkpoint` and return the verdict.
 
-    Alone: integrity of files, tensors, slots, code, tokenizer. With `text`: also perplexity and massive activations of the
-    converted model. With `against` (its source): also every kept tensor, and with both, all gates of its recipe.
+    Alone: integrity of files, tensors, slots, code, tokenizer. With `text`: also perplexity and massive activations of
+    the converted model. With `against` (its source): also every kept tensor, and with both, all gates of its recipe.
     Python files in the checkpoint are run only if they are exactly what this version writes.
     """
     root = Path(checkpoint)
-    if not root.is_dir():
-        raise SourceError(f"{root}: is not a directory; give the output of a run")
-    manifest = read_manifest(root)
+    require_device(device)
+    if revision is not None and against is None:
+        raise SourceError(f"--revision {revision} is that of a hub id; give it with --against.")
     words = read_texts(text) if text else None
+    require_converted(root)
+    try:
+        manifest = read_manifest(root)
+    except DamagedCheckpoint as error:  # a verdict all the same: CI servers read it from files
+        return build_verdict(Findings([Check("manifest", False, str(error))], []))
+    if words is not None and not has_tokenizer(manifest["files"]):
+        raise SourceError(f"{root} was converted without a tokenizer, and --text needs one; verify it without text.")
     source = _open_source(against, revision, manifest) if against is not None else None
     reporter.step(f"check the files of {root}")
-    with _plain_files(source, root, reporter) as directory:
+    with _plain_files(source, reporter) as directory:
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         with reporter.bar("hash", size) as advance:
             checks = check_integrity(root, manifest, source, directory, lambda done: advance(done, "hash"))
-        original = load_tokenizer(directory) if source is not None and has_tokenizer(source) else None
-        prefix = _prefix(root)
-        if any(name.startswith("tokenizer") for name in manifest["files"]):
-            checks.append(check_tokenizer(root, original, prefix, words))
+        if _passed(checks, "config") and has_tokenizer(manifest["files"]):
+            original = load_tokenizer(directory) if source is not None and has_tokenizer(source.companions) else None
+            checks.append(check_tokenizer(root, original, read_config(root)["eab"]["prefix_ids"], words))
         if words is None or not all(check.passed for check in checks):
             return build_verdict(Findings(checks, []))
-        return _measured(root, manifest, checks, source, directory, prefix, words, chunking, device, reporter)
+        return _measured(root, manifest, checks, source, directory, words, chunking, device, reporter)
+
+
+def _passed(checks: list[Check], name: str) -> bool:
+    return any(check.passed for check in checks if check.name == name)
 
 
 def _measured(
-    root: Path, manifest: dict, checks: list[Check], source: Source | None, directory: Path | None, prefix, words: str, chunking, device, reporter
+    root: Path,
+    manifest: dict,
+    checks: list[Check],
+    source: Source | None,
+    directory: Path | None,
+    words: str,
+    chunking,
+    device,
+    reporter,
 ) -> dict:
     """The verdict with perplexity and massive activations, on files whose integrity holds."""
     anatomy = converted_anatomy(root)
     tokenizer = load_tokenizer(root)
-    chunks = chunk(tokenize(tokenizer, words), fit_chunks(chunking, anatomy, len(prefix)), "--text")
-    original = _original(anatomy, directory, tokenizer, chunks, prefix, device, reporter) if source is not None else None
+    config, limits = read_config(root), _limits(root, manifest)
+    prefix = config["eab"]["prefix_ids"]
+    fitting = fit_chunks(chunking, anatomy, len(prefix))
+    chunks = cut(tokenizer, words, fitting, vocabulary_size(read_layout(root), config), "--text")
+    original = (
+        _original(anatomy, directory, tokenizer, chunks, prefix, device, reporter) if source is not None else None
+    )
     converted = _converted(root, anatomy, chunks, device, reporter)
-    gates = quality_gates(Recipe.model_validate(manifest["recipe"]).verify, original, converted)
+    gates = quality_gates(limits, original, converted)
     tokens = {"ids": prefix, "tokens": [tokenizer.decode([token]) for token in prefix]}
     return build_verdict(Findings(checks, gates, original, converted, prefix=tokens), tokenizer)
 
 
-def _original(anatomy: Anatomy, directory: Path, tokenizer, chunks, prefix, device: str, reporter: Reporter) -> Original:
+def _original(
+    anatomy: Anatomy, directory: Path, tokenizer, chunks, prefix, device: str, reporter: Reporter
+) -> Original:
     reporter.step("measure the original")
     model = load_original(directory, device=device)
     passes = 2 if tokenizer.bos_token_id is None or tuple(prefix) == (tokenizer.bos_token_id,) else 3
     with reporter.bar("original", passes * len(chunks)) as advance:
-        original = measure_original(model, anatomy, chunks, prefix, tokenizer.bos_token_id, lambda what, done: advance(done, what))
+        original = measure_original(
+            model, anatomy, chunks, prefix, tokenizer.bos_token_id, lambda what, done: advance(done, what)
+        )
     del model
     gc.collect()
     return original
@@ -103,8 +132,8 @@ def _open_source(against: str, revision: str | None, manifest: dict) -> Source:
 
 
 @contextlib.contextmanager
-def _plain_files(source: Source | None, root: Path, reporter: Reporter) -> Iterator[Path | None]:
-    """The source as a directory of plain files; a GGUF is dequantised beside the checkpoint for the time of the check."""
+def _plain_files(source: Source | None, reporter: Reporter) -> Iterator[Path | None]:
+    """The source as a directory of plain files; a GGUF is dequantised for the time of the check."""
     if source is None or source.kind != "gguf":
         yield source.root if source is not None else None
         return
@@ -114,9 +143,12 @@ def _plain_files(source: Source | None, root: Path, reporter: Reporter) -> Itera
         yield materialise(source, Path(scratch) / "model")
 
 
-def _prefix(root: Path) -> list[int]:
-    eab = read_json(root / "config.json").get("eab")
-    ids = eab.get("prefix_ids") if isinstance(eab, dict) else None
-    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-        raise DamagedCheckpoint(f"{root / 'config.json'}: eab.prefix_ids is missing or no list of token ids; convert the source again")
-    return ids
+def _limits(root: Path, manifest: dict) -> Verify:
+    try:
+        return Recipe.model_validate(manifest["recipe"]).verify
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise DamagedCheckpoint(
+            f"{root / MANIFEST}: its recipe does not parse (at {where or 'its top'}), so there are no gates; "
+            "convert the source again."
+        ) from error

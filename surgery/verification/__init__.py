@@ -1,1 +1,1 @@
-"""Proof on the files as emitted: integrity, equivalence to original + prefix, perplexity, massive activations, gates."""
+"""Proof on the files as emitted: integrity, equivalence to original + prefix, perplexity, massive activations."""

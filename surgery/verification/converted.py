@@ -1,4 +1,4 @@
-"""Load a converted checkpoint the way its users do, without running code from strangers."""
+"""What a converted checkpoint says about itself, and loading it as users do, without running code from strangers."""
 
 from __future__ import annotations
 
@@ -10,27 +10,72 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.layout import read_json
-from ..errors import DamagedCheckpoint, SourceError
-from ..loading import quiet
+from ..checkpoint.manifest import MANIFEST
+from ..errors import DamagedCheckpoint, NoSpace, SourceError
+from ..loading import one_line, quiet
 from ..operations.derived import PREFIX
 from ..registration import register
+
+_AGAIN = "convert the source again"
+
+
+def require_converted(root: Path) -> None:
+    """SourceError unless `root` is a directory that looks like the output of a run, whole or damaged."""
+    if not root.is_dir():
+        raise SourceError(f"{root} is not a directory; give the output of a run.")
+    if (root / MANIFEST).exists():
+        return
+    kind = read_json(root / "config.json").get("model_type") if (root / "config.json").is_file() else None
+    if not isinstance(kind, str) or not kind.startswith(PREFIX):
+        raise SourceError(f"{root} is not a converted checkpoint: it has no {MANIFEST}; give the output of a run.")
+
+
+def read_config(root: Path) -> dict:
+    """config.json of a converted checkpoint; DamagedCheckpoint unless type and `eab` entry are what a run writes."""
+    path = root / "config.json"
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{path} is missing; {_AGAIN}.")
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str) or not config["model_type"].startswith(PREFIX):
+        raise DamagedCheckpoint(f"{path}: model_type {config.get('model_type')!r} is not a converted type; {_AGAIN}.")
+    if wrong := _wrong(config.get("eab")):
+        raise DamagedCheckpoint(f"{path}: {wrong}; {_AGAIN}.")
+    return config
+
+
+def _wrong(eab: object) -> str | None:
+    """What is wrong with `config.eab`, in words."""
+    if not isinstance(eab, dict):
+        return "has no eab entry that describes the slots"
+    n, ids, sites = eab.get("n_slots"), eab.get("prefix_ids"), eab.get("sites")
+    if type(n) is not int or n < 1:
+        return f"eab.n_slots is {n!r}, not a count"
+    if not isinstance(ids, list) or len(ids) != n or not all(type(token) is int and token >= 0 for token in ids):
+        return f"eab.prefix_ids is not a list of {n} token ids"
+    if eab.get("slots_visible") not in ("as_prefix", "always"):
+        return f"eab.slots_visible is {eab.get('slots_visible')!r}"
+    if not isinstance(sites, dict) or not sites:
+        return "eab.sites names no attention site"
+    for name, dims in sites.items():
+        if not isinstance(dims, list) or len(dims) != 3 or not all(type(dim) is int and dim > 0 for dim in dims):
+            return f"eab.sites.{name} is not [kv_heads, key_dim, value_dim]"
+    return None
 
 
 def converted_anatomy(root: Path) -> Anatomy:
     """The anatomy of the model that the checkpoint in `root` was converted from, read from its config.json."""
-    config = read_json(root / "config.json")
-    model_type = config.get("model_type", "")
-    if not model_type.startswith(PREFIX) or "eab" not in config:
-        raise SourceError(f"{root}: is not a converted checkpoint (config.json has model_type {model_type!r}); give the output of a run")
+    config = read_config(root)
     base = {key: value for key, value in config.items() if key not in ("eab", "auto_map", "architectures")}
-    return examine({**base, "model_type": model_type.removeprefix(PREFIX)})
+    return examine({**base, "model_type": config["model_type"].removeprefix(PREFIX)})
 
 
-def load_converted(root: Path, code_is_ours: bool, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+def load_converted(
+    root: Path, code_is_ours: bool, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
     """The converted model in `root`, fresh from its files.
 
-    Where its Python files are byte for byte what this version writes (`code_is_ours`), they are loaded as trust_remote_code=True would;
-    otherwise the installed runtime is used, and the files are never run.
+    Where its Python files are byte for byte what this version writes (`code_is_ours`), they are loaded as
+    trust_remote_code=True would; otherwise the installed runtime is used, and the files are never run.
     """
     placement = {"dtype": dtype, "device_map": None if device == "cpu" else device, "local_files_only": True}
     register()
@@ -45,5 +90,7 @@ def load_converted(root: Path, code_is_ours: bool, dtype: torch.dtype = torch.fl
             )
             config = config_class.from_pretrained(root, local_files_only=True)
             return model_class.from_pretrained(root, config=config, **placement).eval()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NoSpace(f"{root} does not fit into memory; try --device auto, which also uses the disk.") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DamagedCheckpoint(f"{root}: does not load ({str(error).strip().splitlines()[0][:200]})") from error
+        raise DamagedCheckpoint(f"{root} does not load ({one_line(error)}); {_AGAIN}.") from error

@@ -1,4 +1,4 @@
-"""The check that nothing skips: random token ids through original + prefix and through the folded model, before anything is written."""
+"""The check that nothing skips: random ids through original + prefix and folded model, before anything is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..operations.attention_bias import Slots, grafted
 
 ROWS, TOKENS, PADDING = 2, 48, 5
 
-# Largest |delta log-probability| that rounding explains, as a multiple of what sdpa and eager attention of the unchanged model
+# Largest |delta log-probability| that rounding explains, as a multiple of what sdpa and eager attention of the original
 # differ by, and never less than the floor. A wrong mask, shift or missing slot is off by 0.1 and more.
 NOISE_FACTOR, FLOOR = 30.0, {torch.float64: 1e-4, torch.float32: 2e-3}
 FLOOR_HALF = 0.1
@@ -22,7 +22,7 @@ FLOOR_HALF = 0.1
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Largest |delta log-probability| over random ids, for each way of feeding the text, and the bound it was held to."""
+    """Largest |delta log-probability| over random ids, for each way of feeding the text, and the bound on it."""
 
     plain: float
     padded: float
@@ -39,7 +39,7 @@ def compare_random_ids(
 ) -> Equivalence:
     """Compare the folded model, live, against original + prefix. UnsupportedModel if they are not the same function.
 
-    With slots that are always visible ("always"), the two differ beyond a window by design; the text is then kept inside it.
+    With slots that are always visible ("always"), the two differ beyond a window by design; the text is kept inside.
     """
     length = _length(model, anatomy, len(prefix), visible)
     device = model.get_input_embeddings().weight.device
@@ -62,8 +62,9 @@ def compare_random_ids(
     for how, value in (("", plain), (" under left padding", padded), (" with a key/value cache", cached)):
         if not value <= limit:
             raise UnsupportedModel(
-                f"{anatomy.model_type}: on random token ids the folded model differs from original + prefix by {value:.3g} in "
-                f"log-probability{how} (rounding explains {limit:.3g}), so the fold is not exact for this model and nothing was written"
+                f"{anatomy.model_type}: on random token ids the folded model differs from original + prefix by "
+                f"{value:.3g} in log-probability{how} (rounding explains {limit:.3g}), so the fold is not exact for "
+                "this model and nothing was written"
             )
     return found
 
@@ -75,7 +76,9 @@ def _length(model, anatomy: Anatomy, n: int, visible: str) -> int:
         room = min(room, window - n)
     length = min(TOKENS, room)
     if length < 4:
-        raise UnsupportedModel(f"{anatomy.model_type}: a prefix of {n} tokens leaves {length} positions to compare the fold on")
+        raise UnsupportedModel(
+            f"{anatomy.model_type}: a prefix of {n} tokens leaves {length} positions to compare the fold on"
+        )
     return length
 
 
@@ -106,7 +109,7 @@ def _padded(ids: torch.Tensor, log_probabilities) -> torch.Tensor:
 def _cached(model, ids: torch.Tensor) -> torch.Tensor:
     """The text in three pieces through a growing cache, the last of them one token."""
     cuts, cache, parts = (0, ids.shape[1] // 2, ids.shape[1] - 1, ids.shape[1]), None, []
-    for start, stop in zip(cuts, cuts[1:]):
+    for start, stop in zip(cuts, cuts[1:], strict=False):
         out = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         parts.append(out.logits.float().log_softmax(-1))

@@ -1,4 +1,4 @@
-"""Gates: a value that was measured, the limit a recipe sets, and whether it holds. A gate that was not measured has not passed."""
+"""Gates: a value that was measured, the limit a recipe sets, and whether it holds. Not measured is not passed."""
 
 from __future__ import annotations
 

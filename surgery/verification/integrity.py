@@ -1,4 +1,7 @@
-"""Integrity of a converted checkpoint: the files are those of the manifest, and the tensors are what they claim to be."""
+"""Integrity of a converted checkpoint: the files are those of the manifest, and the tensors are what they claim to be.
+
+Each check stands for itself: a manifest whose hashes were computed anew after a change hide it from the first only.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from ..checkpoint.source import Source, source_hashes
 from ..checkpoint.stage import sha256_of
 from ..errors import SurgeryError
 from ..operations.derived import PREFIX, derive
+from .converted import read_config
+
+Found = tuple[bool, str]
 
 
 @dataclass(frozen=True)
@@ -31,47 +37,64 @@ def integrity_to_dict(checks: list[Check]) -> dict:
 
 
 def check_integrity(
-    root: Path, manifest: dict, source: Source | None, source_dir: Path | None, progress: Callable[[int], None] = lambda done: None
+    root: Path,
+    manifest: dict,
+    source: Source | None,
+    source_dir: Path | None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Check]:
     """Every check on the files in `root`; against `source` (plain files in `source_dir`) where it is given."""
-    checks = [_check("files", lambda: _files(root, manifest, progress))]
+    checks = [
+        _check("files", lambda: _files(root, manifest, progress)),
+        _check("config", lambda: _config(root)),
+        _check("code", lambda: _code(root)),
+    ]
     try:
         layout = read_layout(root)
     except SurgeryError as error:
         return [*checks, Check("tensors", False, str(error))]
     checks.append(_check("tensors", lambda: _tensors(layout, manifest)))
-    checks.append(_check("slots", lambda: _slots(layout, manifest, read_json(root / "config.json"))))
-    checks.append(_check("code", lambda: _code(root)))
+    checks.append(_check("slots", lambda: _slots(layout, manifest, read_config(root)["eab"])))
     if source is not None:
         checks.append(_check("source", lambda: _same_source(source, manifest)))
         checks.append(_check("kept tensors", lambda: _kept(layout, manifest, read_layout(source_dir))))
     return checks
 
 
-def _check(name: str, look: Callable[[], tuple[bool, str]]) -> Check:
+def _check(name: str, look: Callable[[], Found]) -> Check:
     try:
         return Check(name, *look())
     except SurgeryError as error:
         return Check(name, False, str(error))
+    except OSError as error:
+        return Check(name, False, f"{error.filename} cannot be read ({error.strerror})")
 
 
-def _files(root: Path, manifest: dict, progress) -> tuple[bool, str]:
-    present = {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
+def _files(root: Path, manifest: dict, progress) -> Found:
+    present = {path.relative_to(root).as_posix(): path for path in root.rglob("*")}
+    for name, path in sorted(present.items()):
+        if path.is_symlink():  # links to directories too, which a walk does not enter
+            return False, f"{name} is a link, and its target is not part of the checkpoint"
+        if not path.is_file() and not path.is_dir():
+            return False, f"{name} is not a plain file"
+    files = {name for name, path in present.items() if path.is_file()}
     expected = set(manifest["files"])
-    if missing := sorted(expected - present):
+    if missing := sorted(expected - files):
         return False, f"{missing[0]} is missing ({len(missing)} of {len(expected)} files)"
-    if extra := sorted(present - expected - {MANIFEST}):
+    if extra := sorted(files - expected - {MANIFEST}):
         return False, f"{extra[0]} is not in {MANIFEST} ({len(extra)} files were added)"
     for name, entry in manifest["files"].items():
-        path = root / name
-        if path.is_symlink():
-            return False, f"{name} is a link, and its target is not part of the checkpoint"
-        if path.stat().st_size != entry["bytes"] or sha256_of(path, progress) != entry["sha256"]:
+        if present[name].stat().st_size != entry["bytes"] or sha256_of(present[name], progress) != entry["sha256"]:
             return False, f"{name} is not the file that was written (SHA-256 differs)"
     return True, f"{len(expected)} files, SHA-256 as written"
 
 
-def _tensors(layout: Layout, manifest: dict) -> tuple[bool, str]:
+def _config(root: Path) -> Found:
+    eab = read_config(root)["eab"]
+    return True, f"config.json describes {eab['n_slots']} slots in each of {len(eab['sites'])} sites"
+
+
+def _tensors(layout: Layout, manifest: dict) -> Found:
     found = {t.name: (t.shard, t.dtype, list(t.shape)) for t in layout.tensors.values()}
     planned = {name: (t["shard"], t["dtype"], list(t["shape"])) for name, t in manifest["tensors"].items()}
     for name in sorted(found.keys() | planned.keys()):
@@ -80,39 +103,49 @@ def _tensors(layout: Layout, manifest: dict) -> tuple[bool, str]:
     return True, f"{len(found)} tensors as planned, each in one shard"
 
 
-def _slots(layout: Layout, manifest: dict, config: dict) -> tuple[bool, str]:
-    eab = config.get("eab")
-    if not isinstance(eab, dict) or not isinstance(eab.get("sites"), dict) or not isinstance(eab.get("n_slots"), int):
-        return False, "config.json has no eab entry that describes the slots"
-    added = [name for name, entry in manifest["tensors"].items() if entry["status"] == "added"]
-    for name in added:
-        if not any(name.endswith(f"{site}.attention_bias.{part}") for site in eab["sites"] for part in ("key", "value")):
-            return False, f"{name} was added, but config.json's eab.sites does not know it"
-    if len(added) != 2 * len(eab["sites"]):
-        return False, f"{len(added)} slot tensors for {len(eab['sites'])} sites"
-    for shard in sorted({layout.tensors[name].shard for name in added}):
-        with safe_open(layout.root / shard, framework="pt") as file:
-            for name in (name for name in added if layout.tensors[name].shard == shard):
-                tensor = file.get_tensor(name)
-                if tensor.shape[0] != eab["n_slots"] or tensor.dtype != torch.float32:
-                    return False, f"{name} is {tensor.dtype} with {tensor.shape[0]} slots, config.json says {eab['n_slots']} in float32"
-                if not bool(torch.isfinite(tensor).all()):
-                    return False, f"{name} holds NaN or Inf"
-                if bool((tensor == 0).all()):
-                    return False, f"{name} is all zeros: its slots are lost"
-    return True, f"{len(added)} slot tensors, finite"
+def _slots(layout: Layout, manifest: dict, eab: dict) -> Found:
+    """Every site has its two tensors, of the shape that config.json says, and they hold something."""
+    added = sorted(name for name, entry in manifest["tensors"].items() if entry["status"] == "added")
+    expected = {}
+    for site, (kv_heads, key_dim, value_dim) in eab["sites"].items():
+        for part, dim in (("key", key_dim), ("value", value_dim)):
+            ending = f"{site}.attention_bias.{part}"
+            named = [name for name in added if name == ending or name.endswith(f".{ending}")]
+            if len(named) != 1 or named[0] not in layout.tensors:
+                return False, f"{ending} is missing: config.json's eab.sites asks for it"
+            expected[named[0]] = (eab["n_slots"], kv_heads, dim)
+    if unknown := [name for name in added if name not in expected]:
+        return False, f"{unknown[0]} was added, but config.json's eab.sites does not know it"
+    for name, shape in expected.items():
+        info = layout.tensors[name]
+        if (info.dtype, info.shape) != ("F32", shape):
+            return False, f"{name} is {info.dtype} of shape {info.shape}, config.json says float32 of shape {shape}"
+        with safe_open(layout.root / info.shard, framework="pt") as file:
+            tensor = file.get_tensor(name)
+        if not bool(torch.isfinite(tensor).all()):
+            return False, f"{name} holds NaN or Inf"
+        if bool((tensor == 0).all()):
+            return False, f"{name} is all zeros: its slots are lost"
+    return True, f"{len(expected)} slot tensors, finite"
 
 
-def _code(root: Path) -> tuple[bool, str]:
-    """The Python files are exactly what this version of surgery writes: safe to run, and tested."""
-    model_type = read_json(root / "config.json").get("model_type", "")
+def _code(root: Path) -> Found:
+    """The Python files are exactly what this version writes (safe to run, and tested), and no other code is named."""
+    config = read_config(root)
     try:
-        files = derive(model_type.removeprefix(PREFIX)).files()
+        derived = derive(config["model_type"].removeprefix(PREFIX))
     except KeyError:
-        return False, f"config.json: model_type {model_type!r} is not a converted type of the installed transformers"
-    for path in sorted(root.glob("*.py")):
-        if files.pop(path.name, None) != path.read_text(encoding="utf-8", errors="replace"):
-            return False, f"{path.name} is not what this version of surgery writes; verify with the version named in {MANIFEST}"
+        return False, f"config.json: model_type {config['model_type']!r} is not of the installed transformers"
+    if config.get("auto_map") != derived.auto_map:
+        return False, "config.json: auto_map names other code than what surgery writes"
+    settings = root / "tokenizer_config.json"
+    if settings.is_file() and "auto_map" in read_json(settings):
+        return False, "tokenizer_config.json: auto_map names code, and surgery writes none for tokenizers"
+    files = derived.files()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if files.pop(name, None) != path.read_text(encoding="utf-8", errors="replace"):
+            return False, f"{name} is not what this version of surgery writes; verify with the version in {MANIFEST}"
     return (False, f"{min(files)} is missing") if files else (True, "Python files as this version writes them")
 
 
@@ -121,24 +154,29 @@ def code_is_ours(root: Path) -> bool:
     return _check("code", lambda: _code(root)).passed
 
 
-def _same_source(source: Source, manifest: dict) -> tuple[bool, str]:
-    recorded = manifest["source"].get("sha256", {})
-    for name, digest in source_hashes(source).items():
-        if recorded.get(name) != digest:
+def _same_source(source: Source, manifest: dict) -> Found:
+    recorded, found = manifest["source"].get("sha256"), source_hashes(source)
+    recorded = recorded if isinstance(recorded, dict) else {}
+    if source.kind == "gguf":  # one file, whatever it is called by now
+        same = set(found.values()) == set(recorded.values())
+        return same, f"{source.spec} is {'' if same else 'not '}what was converted" + ("" if same else " (SHA-256)")
+    for name in sorted(found.keys() | recorded.keys()):
+        if recorded.get(name) != found.get(name):
             return False, f"{source.spec}: {name} is not the file that was converted (SHA-256 differs)"
     return True, f"{source.spec} is what was converted"
 
 
-def _kept(layout: Layout, manifest: dict, original: Layout) -> tuple[bool, str]:
-    kept = [name for name, entry in manifest["tensors"].items() if entry["status"] == "kept"]
-    if lost := sorted(set(original.tensors) - set(manifest["tensors"])):
-        return False, f"{lost[0]} of the source is not in the checkpoint"
-    for name in kept:
-        if name not in original.tensors or name not in layout.tensors:
-            return False, f"{name} is said to be kept, but is not in both"
-        a, b = layout.tensors[name], original.tensors[name]
+def _kept(layout: Layout, manifest: dict, original: Layout) -> Found:
+    """Whatever the manifest calls them: no operation changes a tensor of the source, so each must be there as is."""
+    for name, b in sorted(original.tensors.items()):
+        a = layout.tensors.get(name)
+        if a is None or manifest["tensors"].get(name, {}).get("status") != "kept":
+            return False, f"{name} of the source is not kept in the checkpoint"
         if (a.dtype, a.shape) != (b.dtype, b.shape) or any(
-            x != y for x, y in zip(iter_tensor_chunks(layout, name), iter_tensor_chunks(original, name))
+            x != y for x, y in zip(iter_tensor_chunks(layout, name), iter_tensor_chunks(original, name), strict=True)
         ):
             return False, f"{name} is not byte-identical to the source"
+    kept = {name for name, entry in manifest["tensors"].items() if entry["status"] != "added"}
+    if invented := sorted(kept - set(original.tensors)):
+        return False, f"{invented[0]} is said to be kept, but the source has no such tensor"
     return True, f"{len(kept)} tensors byte-identical to the source"

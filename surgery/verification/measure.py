@@ -46,7 +46,12 @@ def measure(
 
 
 def measure_original(
-    model: PreTrainedModel, anatomy: Anatomy, chunks: torch.Tensor, prefix: Sequence[int], bos: int | None, progress: Progress
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    chunks: torch.Tensor,
+    prefix: Sequence[int],
+    bos: int | None,
+    progress: Progress,
 ) -> Original:
     """The three baselines of the unchanged model."""
     bare = measure(model, anatomy, chunks, "bare original", progress, massive=True)
@@ -54,4 +59,6 @@ def measure_original(
     if bos is None:
         return Original(bare, None, control)
     same = tuple(prefix) == (bos,)  # then the control is the BOS baseline, and need not run twice
-    return Original(bare, control if same else measure(model, anatomy, chunks, "original + BOS", progress, (bos,)), control)
+    return Original(
+        bare, control if same else measure(model, anatomy, chunks, "original + BOS", progress, (bos,)), control
+    )

@@ -50,7 +50,7 @@ def paired(variant: Score, reference: Score) -> Interval:
     """NLL per token of `variant` minus `reference`, paired per chunk, with a Student-t interval over chunks."""
     if len(variant.chunks) != len(reference.chunks) or variant.targets != reference.targets:
         raise ValueError("paired differences need both variants scored on the same chunks")
-    return mean_interval([(a - b) / variant.targets for a, b in zip(variant.chunks, reference.chunks)])
+    return mean_interval([(a - b) / variant.targets for a, b in zip(variant.chunks, reference.chunks, strict=True)])
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -67,8 +67,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def student_t(freedom: int) -> float:
     """The two-sided 95% quantile of Student's t.
 
-    Exact for one and two degrees of freedom, else the Cornish-Fisher expansion in 1/freedom (Abramowitz & Stegun 26.7.5),
-    good to 1e-2 from three on and to 1e-4 from ten on.
+    Exact for one and two degrees of freedom, else the Cornish-Fisher expansion in 1/freedom (Abramowitz & Stegun
+    26.7.5), good to 1e-2 from three on and to 1e-4 from ten on.
     """
     upper = 0.5 + CONFIDENCE / 2
     if freedom == 1:

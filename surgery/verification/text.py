@@ -19,18 +19,24 @@ class Chunking:
     length: int = 512
 
 
+CHUNKS = Chunking()
+FEW_CHUNKS = Chunking(8)  # enough to see massive activations, not to measure perplexity
+
+
 def read_texts(paths: Sequence[Path]) -> str:
     """The files' contents, joined by blank lines. SourceError for a file that is missing, empty or not UTF-8."""
     parts = []
     for path in paths:
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise SourceError(f"{path}: is not UTF-8 text (byte {error.start}); convert it, or give another --text") from error
+            raise SourceError(
+                f"{path}: is not UTF-8 text (byte {error.start}); convert it, or give another file."
+            ) from error
         except OSError as error:
-            raise SourceError(f"{path}: cannot be read ({error.strerror}); give a text file") from error
+            raise SourceError(f"{path}: cannot be read ({error.strerror}); give a text file.") from error
         if not text.strip():
-            raise SourceError(f"{path}: holds no text; give a file with some")
+            raise SourceError(f"{path}: holds no text; give a file with some.")
         parts.append(text)
     return "\n\n".join(parts)
 
@@ -55,6 +61,6 @@ def chunk(ids: Sequence[int], chunking: Chunking, name: str) -> torch.Tensor:
     if len(ids) < needed:
         raise SourceError(
             f"{name}: has {len(ids)} tokens, and {chunking.count} chunks of {chunking.length} need {needed}; "
-            "give more text, or fewer or shorter chunks (--chunks, --chunk-length)"
+            "give more text, or fewer or shorter chunks (--chunks, --chunk-length)."
         )
     return torch.tensor(ids[:needed], dtype=torch.long).view(chunking.count, chunking.length)

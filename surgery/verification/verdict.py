@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
-from pathlib import Path
 
 from .equivalence import Equivalence
 from .gates import Gate
 from .integrity import Check, integrity_to_dict
 from .measure import Measurement, Original
 from .perplexity import paired
+
+# What XML 1.0 cannot hold, escaped or not: control characters, lone surrogates, two non-characters.
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,26 @@ def _named(massive: dict | None, tokenizer) -> dict | None:
     return {**massive, "tokens": [tokenizer.decode([token]) for token in massive["token_ids"]]}
 
 
-def write_junit(verdict: dict, path: Path) -> None:
-    """The gates and checks of a verdict as a JUnit XML file, one test case each, for CI servers."""
+def plain_json(value):
+    """`value` with NaN and infinities as text ("nan", "inf"): JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _xml_text(text: str) -> str:
+    return _NOT_XML.sub(lambda match: ascii(match.group())[1:-1], text)
+
+
+def junit_xml(verdict: dict) -> str:
+    """The gates and checks of a verdict as JUnit XML, one test case each, for CI servers."""
     suite = ElementTree.Element("testsuite", name="surgery verify")
     failures = 0
     cases = [(f"gate.{g['name']}", g["passed"], f"{g['value']} against limit {g['limit']}") for g in verdict["gates"]]
     cases += [(f"integrity.{c['name']}", c["passed"], c["detail"]) for c in verdict["integrity"]["checks"]]
-    for name, passed, detail in cases:
+    for name, passed, detail in ((_xml_text(name), passed, _xml_text(detail)) for name, passed, detail in cases):
         case = ElementTree.SubElement(suite, "testcase", classname="surgery", name=name)
         if passed:
             ElementTree.SubElement(case, "system-out").text = detail
@@ -86,4 +103,4 @@ def write_junit(verdict: dict, path: Path) -> None:
     suite.set("tests", str(len(cases)))
     suite.set("failures", str(failures))
     ElementTree.indent(suite)
-    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"

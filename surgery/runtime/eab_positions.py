@@ -1,0 +1,88 @@
+"""Positions of a text that stands behind a folded prefix: the caller counts from 0, the model from n.
+
+Keys and learned position embeddings of the prefix belong to positions 0 .. n-1, so text token i has to be computed at
+n + i. `shift_positions` does that at the trunk (the innermost model that contains all sites); where the caller gives no
+positions they are derived first, from the attention mask or from the length of the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def text_positions(attention_mask, cache, batch: int, length: int, device) -> torch.Tensor:
+    """Positions of the text in the numbering of its caller, which starts at 0: (batch or 1, length).
+
+    A 2-D attention mask decides where there is one, so that left padding does not move a row; else the cache's length.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return (torch.arange(length, device=device) + past).unsqueeze(0)
+    counted = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0).to(device)
+    if isinstance(past, torch.Tensor):  # a static cache: its length is data, and slicing by data cannot be compiled
+        return counted.index_select(1, past.to(device) + torch.arange(length, device=device))
+    if counted.shape[1] < past + length:
+        raise ValueError(
+            f"attention_mask covers {counted.shape[1]} tokens, but {past} are cached and {length} are given: "
+            "it must cover both"
+        )
+    return counted[:, past : past + length]
+
+
+def _padding_mask(attention_mask, n: int):
+    """The 2-D attention mask behind what a trunk gets: multimodal models expand it before their language model sees it.
+
+    They pass a dict by layer type. The last query of full attention sees n slots and every real token up to itself.
+    """
+    if not isinstance(attention_mask, dict):
+        return attention_mask
+    full = attention_mask.get("full_attention")
+    return full[:, 0, -1, n:] if isinstance(full, torch.Tensor) and full.dtype == torch.bool else None
+
+
+def _refuse_packing(positions: torch.Tensor) -> None:
+    """Packed sequences (positions that start again, no mask) would need slots at each start: refuse them."""
+    if positions.ndim == 2 and bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError("packed sequences are not supported with slots: pass an attention_mask, one sequence per row")
+
+
+def shift_positions(n: int, names: list[str], trunk, args, kwargs):
+    """Forward pre-hook of the trunk: position_ids + n, derived first where the caller gave none.
+
+    `names` are the parameters of the trunk's forward, in order, for arguments given by position.
+    """
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    mask, cache, positions = kwargs.get("attention_mask"), kwargs.get("past_key_values"), kwargs.get("position_ids")
+    use_cache = getattr(trunk.config, "use_cache", False) if kwargs.get("use_cache") is None else kwargs["use_cache"]
+    unmasked = mask is None and cache is None and not use_cache
+    compiling = torch.compiler.is_compiling()
+    if positions is None:
+        positions = text_positions(_padding_mask(mask, n), cache, inputs.shape[0], inputs.shape[1], inputs.device)
+    elif unmasked and compiling:
+        raise ValueError("pass an attention_mask along with position_ids when compiling a model with slots")
+    elif unmasked:
+        _refuse_packing(positions)
+    if unmasked and compiling:
+        # transformers cannot look at values while tracing and would build a packed-sequence mask; ones prevent it.
+        kwargs["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
+    kwargs["position_ids"] = positions + n
+    return (), kwargs
+
+
+def own_query_scale(n: int, site, args, kwargs) -> torch.Tensor | None:
+    """(1, 1, T, 1): what the queries of a site must be multiplied with if it scales them by its own count of tokens.
+
+    Llama 4 does so in its layers without rotary; its count includes padding, as in the original. None for other sites.
+    """
+    if not getattr(site, "attn_temperature_tuning", False) or getattr(site, "use_rope", True):
+        return None
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    cache = kwargs.get("past_key_values")
+    past = 0 if cache is None else cache.get_seq_length(site.layer_idx)
+    place = torch.arange(hidden.shape[1], device=hidden.device) + past + 1.0
+
+    def scale(at):
+        return torch.log1p(torch.floor(at / site.floor_scale)) * site.attn_scale + 1.0
+
+    return (scale(place + n) / scale(place)).view(1, 1, -1, 1)

@@ -1,0 +1,100 @@
+"""The writing half of `surgery run`: every file of the converted checkpoint but its card, into the stage."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+from ..checkpoint.layout import INDEX, TensorInfo, index_json, plan_file
+from ..checkpoint.manifest import build_manifest
+from ..checkpoint.source import source_hashes
+from ..checkpoint.stage import Stage
+from ..operations.attention_bias import Slots, eab_config
+from ..operations.emission import converted_config, converted_tokenizer, slot_tensors, slot_values
+from ..planning import Plan, carried
+
+
+def emit(plan: Plan, stage: Stage, directory: Path, tokenizer, prefix: Sequence[int], slots: Slots, link: bool) -> dict:
+    """Write every file but the card into the stage; returns the manifest, without file hashes and verdict yet.
+
+    `directory` holds the source as plain files; a GGUF's are moved out of it, and it is removed.
+    """
+    for old, new in plan.shards.items():
+        if plan.source.kind == "gguf":
+            os.replace(directory / old, stage.path / new)
+        else:
+            stage.add_file(directory / old, new, link=link)
+    stage.add_tensors(plan.slot_shard, slot_values(plan.anatomy, slots), {"format": "pt"})
+    n = len(prefix)
+    eab = eab_config(plan.anatomy, prefix, plan.operation.slots_visible)
+    # They were planned for the most slots there could be.
+    lowered = {key: value + plan.n_slots - n for key, value in plan.lowered.items()}
+    stage.add_json("config.json", converted_config(plan.source.config, plan.derived, eab, lowered))
+    _, slot_infos = plan_file(
+        plan.slot_shard, [(name, "F32", shape) for name, shape in slot_tensors(plan.anatomy, n).items()]
+    )
+    tensors = {name: dict(entry) for name, entry in plan.tensors.items() if entry["status"] == "kept"}
+    for name, info in slot_infos.items():
+        tensors[name] = {"status": "added", "shard": plan.slot_shard, "dtype": "F32", "shape": list(info.shape)}
+    kept = {
+        t.name: TensorInfo(t.name, t.dtype, t.shape, plan.shards[t.shard], t.start, t.stop)
+        for t in plan.source.layout.tensors.values()
+    }
+    stage.add_json(INDEX, index_json({**kept, **slot_infos}))
+    _emit_companions(plan, stage, directory, tokenizer, prefix)
+    for name, content in plan.derived.files().items():
+        stage.add_text(name, content)
+    if plan.source.kind == "gguf":
+        shutil.rmtree(directory)
+    return build_manifest(
+        source=_source_entry(plan),
+        recipe=plan.recipe.to_dict(),
+        versions=_versions(),
+        tensors=tensors,
+        files={},
+        verdict=None,
+    )
+
+
+def _emit_companions(plan: Plan, stage: Stage, directory: Path, tokenizer, prefix: Sequence[int]) -> None:
+    """Tokenizer files, licences and what else belongs to the weights, unchanged where nothing in them must change."""
+    files = carried(plan.source)
+    changed: dict[str, str] = {}
+    if tokenizer is not None:
+        folded_bos = tokenizer.bos_token if tokenizer.bos_token_id in prefix else None
+        changed = converted_tokenizer(directory, files, tokenizer, len(prefix), folded_bos)
+        settings = json.loads(changed["tokenizer_config.json"])
+        if (
+            settings.pop("auto_map", None) is not None
+        ):  # it loads without the code that this names, which is not carried
+            changed["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
+    for name in files:
+        if name not in changed:
+            stage.add_file(directory / name, name)
+    for name, content in changed.items():
+        stage.add_text(name, content)
+
+
+def _source_entry(plan: Plan) -> dict:
+    """`source` of the manifest."""
+    source = plan.source
+    dtype = next(iter(source.layout.tensors.values())).dtype if source.kind == "gguf" else None
+    return {
+        "spec": source.spec,
+        "kind": source.kind,
+        "revision": source.revision,
+        "dtype": dtype,
+        "sha256": source_hashes(source),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "surgery": __version__,
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},
+    }

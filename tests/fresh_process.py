@@ -1,0 +1,130 @@
+"""Loads converted checkpoints as a stranger would: a process that has torch and transformers, and no surgery.
+
+    python -I fresh_process.py TASKS.pt REPORT.pt
+
+TASKS.pt: {family: {"path", "scratch", "text", "prompt", "new_tokens"}, ...}. REPORT.pt: {family: {what: finding}, ...}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from pathlib import Path
+
+
+class NoSurgery:
+    """An import hook: whoever asks for surgery here has left a dependency in the checkpoint."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "surgery":
+            raise ModuleNotFoundError(f"{name} must not be needed to load a checkpoint")
+        return None
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, NoSurgery())
+
+import torch  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, logging  # noqa: E402
+
+
+def load(path, dtype=torch.float64, auto=AutoModelForCausalLM, trust_remote_code=True, **kwargs):
+    """(model, loading info), experts computed one by one: grouped_mm knows no float64."""
+    model, info = auto.from_pretrained(
+        path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
+    )
+    if hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("eager")
+    return model.eval(), info
+
+
+def refusal(load_it) -> str | None:
+    """The error's type and first line, None where nothing was raised."""
+    try:
+        load_it()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip()}"
+    return None
+
+
+def problems(info: dict) -> dict:
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    return {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
+
+
+def logits(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def greedy(model, prompt, new_tokens: int, **kwargs) -> tuple:
+    """The greedy continuation of `prompt`: tokens (rows, new) and the logits that chose them (rows, new, vocab)."""
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        do_sample=False, return_dict_in_generate=True, output_logits=True, **kwargs,
+    )  # fmt: skip
+    return output.sequences[:, prompt.shape[1] :], torch.stack(output.logits, dim=1)
+
+
+def look(task: dict) -> dict:
+    """All that is checked of one directory."""
+    path, text, prompt = task["path"], task["text"], task["prompt"]
+    found = {"without the flag": refusal(lambda: AutoModelForCausalLM.from_pretrained(path))}
+    model, info = load(path)
+    found["problems"], found["logits"] = problems(info), logits(model, text)
+    for cache in ("dynamic", "static"):
+        found[cache] = greedy(model, prompt, task["new_tokens"], cache_implementation=cache)
+    output = model.get_output_embeddings().weight
+    found["tied"] = output.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    if "AutoModel" in model.config.auto_map:
+        trunk, info = load(path, auto=AutoModel)
+        found["trunk"] = problems(info), trunk(input_ids=text, use_cache=False).last_hidden_state
+        inner = model.model if model.base_model is model else model.base_model  # Llama 4 names its trunk otherwise
+        found["inner trunk"] = inner(input_ids=text, use_cache=False).last_hidden_state
+    return {**found, **resave(model, path, text, Path(task["scratch"]))}
+
+
+def resave(model, path, text, scratch: Path) -> dict:
+    """save_pretrained in the dtype that is on disk, reloaded; from the copy, not from the cache of dynamic modules."""
+    stored, _ = load(path, dtype="auto")
+    stored.save_pretrained(scratch / "resaved")
+    again, info = load(scratch / "resaved")
+    return {
+        "resaved problems": problems(info),
+        "resaved logits": logits(again, text),
+        "resaved files": sorted(entry.name for entry in (scratch / "resaved").iterdir()),
+        "resaved without the flag": refusal(lambda: AutoModelForCausalLM.from_pretrained(scratch / "resaved")),
+        "dtypes": {name: str(tensor.dtype) for name, tensor in stored.state_dict().items()},
+    }
+
+
+def offloaded(task: dict) -> dict:
+    """Spread over memory and disk by accelerate."""
+    folder = Path(task["scratch"]) / "offloaded"
+    model, _ = load(
+        task["path"], dtype=torch.float32, device_map="auto", max_memory={"cpu": 60_000}, offload_folder=folder
+    )
+    places = {name: str(place) for name, place in model.hf_device_map.items()}
+    return {"map": places, "logits": logits(model, task["text"])}
+
+
+def main(tasks_file: str, report_file: str) -> None:
+    tasks = torch.load(tasks_file)
+    report = {}
+    for name, task in tasks["families"].items():
+        try:
+            report[name] = look(task)
+        except Exception:  # the other families are looked at all the same
+            report[name] = {"failed": traceback.format_exc()}
+    report["damaged"] = {name: refusal(lambda path=path: load(path)) for name, path in tasks["damaged"].items()}
+    report["offloaded"] = offloaded(tasks["families"]["llama"])
+    report["tokenizer"] = AutoTokenizer.from_pretrained(tasks["tokenizer"])(tasks["words"])["input_ids"]
+    report["surgery"] = [name for name in sys.modules if name.split(".")[0] == "surgery"]
+    torch.save(report, report_file)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
+        main(*sys.argv[1:])

@@ -1,0 +1,243 @@
+"""The commands: help without waiting, plans in full, results as JSON, the main job end to end on a tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_checkpoint import MEASURED, RECIPE, Place, edit_json, sha256_of_files, surgery_command, write_text
+
+import surgery
+from surgery import cli
+from surgery.checkpoint.layout import read_layout
+from surgery.verification.text import Chunking
+
+AUTO = RECIPE.replace('["<s>", "\\n"]', "auto\n      max_slots: 2")
+IN_PROCESS = "from surgery.cli import main; main()"
+
+
+def results(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---- help
+
+
+def test_help_needs_neither_torch_nor_patience() -> None:
+    """All of it in one process, which must not have imported what takes seconds."""
+    script = """
+import sys
+from surgery import cli
+for command in ([], ["plan"], ["run"], ["verify"], ["scan"]):
+    sys.argv = ["surgery", *command, "--help"]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        assert ended.code == 0, ended.code
+slow = {"torch", "transformers", "numpy", "pydantic", "safetensors"} & set(sys.modules)
+assert not slow, slow
+"""
+    start = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert time.monotonic() - start < 5  # 0.3 s on an idle machine
+    for option in ("--text", "--no-verify", "--keep-failed", "--against", "--junit", "--json", "--chunk-length"):
+        assert option in ended.stdout
+
+
+def test_version() -> None:
+    ended = surgery_command("--version")
+    assert ended.code == 0 and surgery.__version__ in ended.out
+
+
+def test_no_command_is_wrong_use() -> None:
+    assert surgery_command().code == 2
+
+
+# ---- plan
+
+
+def test_a_plan_names_what_is_added_and_what_it_takes(place: Place, tmp_path: Path) -> None:
+    before = sha256_of_files(place.root)
+    ended = surgery_command("plan", place.recipe, place.source, "--json", tmp_path / "p.json")
+    assert ended.code == 0 and not ended.err
+    planned = results(tmp_path / "p.json")
+    assert planned == surgery.plan(place.recipe, str(place.source)).to_dict() | {"disk": planned["disk"]}
+    added = {name: entry for name, entry in planned["tensors"].items() if entry["status"] == "added"}
+    assert set(added) == {
+        f"model.layers.{i}.self_attn.attention_bias.{part}" for i in (0, 1) for part in ("key", "value")
+    }
+    assert all(entry["shape"] == [2, 2, 8] and entry["dtype"] == "F32" for entry in added.values())
+    assert planned["prefix_ids"][0] == 0 and planned["n_slots"] == 2
+    assert planned["config"]["lowered"] == {"max_position_embeddings": 254}
+    assert planned["disk"]["needed"] > (place.source / "model.safetensors").stat().st_size
+    for shown in ("llama", "eab_llama", next(iter(added)), "2 x 2 x 8", "needed", "free", "model-00002-of-00002"):
+        assert shown in ended.out
+    assert sha256_of_files(place.root) == before
+
+
+def test_what_was_planned_is_what_is_written(place: Place) -> None:
+    planned = surgery.plan(place.recipe, str(place.source)).to_dict()
+    written = {path.name: path.stat().st_size for path in place.converted.iterdir()}
+    assert {file["name"] for file in planned["files"]} == set(written)
+    for file in planned["files"]:
+        if file["action"] in ("copy", "link") or file["name"].endswith(".safetensors"):
+            assert written[file["name"]] == file["bytes"]
+    layout = read_layout(place.converted)
+    assert {name: (t["shard"], t["dtype"], tuple(t["shape"])) for name, t in planned["tensors"].items()} == {
+        t.name: (t.shard, t.dtype, t.shape) for t in layout.tensors.values()
+    }
+    shards = {file["name"]: file["bytes"] for file in planned["files"] if file["name"].endswith(".safetensors")}
+    assert shards == layout.sizes
+
+
+def test_a_plan_for_a_search_says_how_many_slots_there_can_be(place: Place, tmp_path: Path) -> None:
+    recipe = tmp_path / "auto.yaml"
+    recipe.write_text(AUTO)
+    ended = surgery_command("plan", recipe, place.source, "--json", tmp_path / "p.json")
+    assert ended.code == 0 and "up to 2" in ended.out
+    planned = results(tmp_path / "p.json")
+    assert planned["prefix_ids"] is None and planned["n_slots"] == {"max": 2}
+
+
+# ---- run and verify
+
+
+def test_a_run_leaves_the_source_alone_and_keeps_its_bytes(place: Place) -> None:
+    verdict = place.verdict
+    assert verdict["passed"] is True
+    original, converted = read_layout(place.source), read_layout(place.converted)
+    assert set(original.tensors) < set(converted.tensors)
+    kept = "model-00001-of-00002.safetensors"
+    assert (place.converted / kept).read_bytes() == (place.source / "model.safetensors").read_bytes()
+    assert not [path for path in place.root.iterdir() if path.name.startswith(".")]
+
+
+def test_a_searched_prefix_and_a_sharded_source_with_links(place: Place, tmp_path: Path) -> None:
+    recipe, out, found = tmp_path / "auto.yaml", tmp_path / "out", tmp_path / "v.json"
+    recipe.write_text(AUTO)
+    calibration = write_text(tmp_path / "calibration.txt", 1500, seed=2)
+    ended = surgery_command(
+        "run", recipe, place.sharded, out, "--text", place.text, "--calibration", calibration, *MEASURED, "--link",
+        "--json", found,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    verdict = results(found)
+    assert 1 <= len(verdict["prefix"]["ids"]) <= 2 and verdict["prefix_search"]["tried"]
+    assert verdict["prefix"]["ids"] == verdict["prefix_search"]["tried"][0]["prefix_ids"]
+    for shard in read_layout(place.sharded).shards:
+        assert os.path.samefile(out / shard, place.sharded / shard)
+    assert str(out) in ended.out and "trust_remote_code=True" in ended.out
+    checked = surgery_command("verify", out, "--against", place.sharded, "--text", place.text, *MEASURED)
+    assert checked.code == 0, checked.err
+
+
+def test_json_is_what_the_verbs_return(place: Place, tmp_path: Path) -> None:
+    options = ("--against", place.source, "--text", place.text, *MEASURED)
+    assert surgery_command("verify", place.converted, *options, "--json", tmp_path / "v.json").code == 0
+    returned = surgery.verify(place.converted, against=str(place.source), text=[place.text], chunking=Chunking(4, 32))
+    assert results(tmp_path / "v.json") == returned
+
+
+def test_code_and_odd_settings_of_a_source_do_not_come_along(place: Place, tmp_path: Path) -> None:
+    """A source with its own Python files, as many on the hub, becomes a checkpoint with none but ours."""
+    source, out = Path(shutil.copytree(place.source, tmp_path / "source")), tmp_path / "out"
+    (source / "modeling_llama.py").write_text("raise RuntimeError\n")
+    edit_json(
+        source / "config.json",
+        auto_map={"AutoModelForCausalLM": "modeling_llama.Model"},
+        _attn_implementation="flash_attention_2",
+    )
+    edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_llama.Tokenizer", None]})
+    ended = surgery_command("run", place.recipe, source, out, "--text", place.text, *MEASURED)
+    assert ended.code == 0, ended.err
+    assert not (out / "modeling_llama.py").exists()
+    assert "auto_map" not in results(out / "tokenizer_config.json")
+    assert "_attn_implementation" not in results(out / "config.json")
+    assert all("eab" in value for value in results(out / "config.json")["auto_map"].values())
+    assert surgery_command("verify", out, "--against", source).code == 0
+
+
+# ---- scan
+
+
+@pytest.mark.parametrize("which", ["source", "converted"])
+def test_a_scan_has_every_layer_and_key(place: Place, tmp_path: Path, which: str) -> None:
+    found = tmp_path / "s.json"
+    ended = surgery_command("scan", getattr(place, which), "--text", place.text, *MEASURED, "--json", found)
+    assert ended.code == 0, ended.err
+    survey = results(found)
+    assert survey == surgery.scan(str(getattr(place, which)), text=[place.text], chunking=Chunking(4, 32))
+    assert [row["layer"] for row in survey["layers"]] == [0, 1, 2]
+    keys = {"max", "median", "ratio", "massive", "first_norm", "rest_norm", "sink_score", "sink_rate"}
+    assert all(keys <= set(row) for row in survey["layers"])
+    assert survey["layers"][0]["sink_score"] is None and len(survey["layers"][1]["sink_score"]) == 4
+    slots = [0] * 4 if which == "source" else [2] * 4
+    assert [len(scores) for scores in survey["layers"][1]["slot_score"]] == slots
+    assert survey["perplexity"]["tokens"] == 4 * 31 and survey["model_type"] == "llama"
+
+
+def test_a_scan_reads_no_more_of_the_text_than_positions_allow(place: Place, tmp_path: Path) -> None:
+    found = tmp_path / "s.json"
+    options = ("--chunks", "2", "--chunk-length", "4000", "--json", found)
+    assert surgery_command("scan", place.source, "--text", place.text, *options).code == 0
+    assert results(found)["chunk_length"] == 256
+
+
+# ---- how it ends
+
+
+def test_an_interrupt_is_not_a_failed_gate(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("surgery.verbs.plan.plan", interrupted)
+    ended = surgery_command("plan", place.recipe, place.source)
+    assert ended.code == cli.INTERRUPTED and ended.error.startswith("interrupted")
+
+
+def test_a_bug_keeps_its_traceback_and_has_an_exit_code_of_its_own(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments, **options):
+        raise AssertionError("two plus two")
+
+    monkeypatch.setattr("surgery.verbs.plan.plan", broken)
+    ended = surgery_command("plan", place.recipe, place.source)
+    assert ended.code == cli.BUG and "two plus two" in ended.err and "Traceback" in ended.err
+    assert "report it" in ended.error
+
+
+def test_a_reader_that_goes_away_changes_nothing(place: Place, tmp_path: Path) -> None:
+    """As in `surgery verify ... | head -1`: the result is written and the exit code is the verdict's."""
+    found = tmp_path / "v.json"
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_PROCESS, "verify", str(place.converted), "--json", str(found)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0, errors
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
+    assert results(found)["passed"] is True
+
+
+def test_results_may_go_to_a_device(place: Place) -> None:
+    assert surgery_command("plan", place.recipe, place.source, "--json", "/dev/null").code == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_terminal_without_the_characters_is_no_obstacle(place: Place, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(place.source, tmp_path / "模型"))
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    ended = surgery_command("plan", place.recipe, source, stdout=terminal)
+    terminal.flush()
+    assert ended.code == 0 and b"eab_llama" in terminal.buffer.getvalue()
