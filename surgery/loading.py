@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from .checkpoint.source import has_tokenizer
 from .errors import DamagedCheckpoint, NoSpace, SourceError
 
 
@@ -16,12 +17,15 @@ def require_device(device: str) -> None:
     if device == "auto":
         return
     try:
-        usable = torch.device(device).type != "meta"
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise SourceError(f"--device {device} is no torch device; give cpu, auto or cuda:0.") from error
+    if kind == "meta":
+        raise SourceError(f"--device {device} computes nothing; give cpu, auto or cuda:0.")
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SourceError(f"--device {device} cannot be used ({one_line(error)}); give cpu, auto or cuda:0.") from error
-    if not usable:
-        raise SourceError(f"--device {device} computes nothing; give cpu, auto or cuda:0.")
+        raise SourceError(f"--device {device} cannot be used ({one_line(error)}); give cpu or auto.") from error
 
 
 def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -61,14 +65,16 @@ def _require_fit(directory: Path, report: dict) -> None:
 
 def load_tokenizer(directory: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`, or in its GGUF file; SourceError if there is none that loads."""
+    way_out = "add its files, or leave text out and give the prefix as token ids (run --no-verify)"
+    if gguf_file is None and not has_tokenizer(path.name for path in directory.iterdir()):
+        raise SourceError(f"{directory} has no tokenizer files, and text needs them; {way_out}.")
     try:
         with quiet():
             named = {} if gguf_file is None else {"gguf_file": gguf_file}
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **named)
     except Exception as error:  # the tokenizers library raises plain Exception for files it cannot read
         raise SourceError(
-            f"{directory}: has no tokenizer that loads ({one_line(error)}), and text needs one; add its files, or "
-            "leave text out and give the prefix as token ids (run --no-verify)."
+            f"{directory} has no tokenizer that loads ({one_line(error)}), and text needs one; {way_out}."
         ) from error
 
 

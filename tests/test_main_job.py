@@ -1,4 +1,4 @@
-"""The main job on a real model: SmolLM2-135M from its GGUF, folded, emitted, verified, then used as a stranger would."""
+"""The main job on a real model: SmolLM2-135M from its GGUF, folded, emitted, verified and used as by a stranger."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def converted(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
         tiny_model(family, torch.float32).save_pretrained(root / family)
         out = root / f"{family}-out"
         run(parse_recipe(RECIPE, "recipe"), str(root / family), out, verify=False)
-        model = load_converted(out, code_is_ours=True)
+        model = load_converted(out)
         if family == "mixtral":
             model.set_experts_implementation("eager")
         with torch.no_grad():

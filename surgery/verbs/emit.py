@@ -69,9 +69,8 @@ def _emit_companions(plan: Plan, stage: Stage, directory: Path, tokenizer, prefi
         folded_bos = tokenizer.bos_token if tokenizer.bos_token_id in prefix else None
         changed = converted_tokenizer(directory, files, tokenizer, len(prefix), folded_bos)
         settings = json.loads(changed["tokenizer_config.json"])
-        if (
-            settings.pop("auto_map", None) is not None
-        ):  # it loads without the code that this names, which is not carried
+        # It loads without the code that an auto_map names, and that code is not carried.
+        if settings.pop("auto_map", None) is not None:
             changed["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
     for name in files:
         if name not in changed:

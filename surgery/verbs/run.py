@@ -205,7 +205,7 @@ def _verify_stage(
     if evaluation is not None:
         reporter.step("measure the converted model, loaded fresh from its files")
         checks.append(check_tokenizer(stage.path, tokenizer, operated.prefix, texts.evaluation))
-        model = load_converted(stage.path, code_is_ours=True, device=device)
+        model = load_converted(stage.path, device=device)
         with reporter.bar("converted", len(evaluation)) as advance:
             converted = measure(
                 model, plan.anatomy, evaluation, "converted", lambda what, done: advance(done, what), massive=True
@@ -231,10 +231,7 @@ def _verify_stage(
     manifest["files"] = stage.hashes()
     stage.add_json(MANIFEST, manifest)
     reporter.step("check the files against the source")
-    if (
-        plan.source.kind == "gguf"
-    ):  # its tensors were moved here from the dequantised copy; there is nothing left to compare them with
-        checks = [*check_integrity(stage.path, manifest, None, None), *checks]
-    else:
-        checks = [*check_integrity(stage.path, manifest, plan.source, plan.source.root), *checks]
+    # A GGUF's tensors were moved here from their dequantised copy: there is nothing left to compare them with.
+    source = plan.source if plan.source.kind != "gguf" else None
+    checks = [*check_integrity(stage.path, manifest, source, source and source.root), *checks]
     return Findings(checks, gates, findings.original, converted, findings.random_ids, findings.search, findings.prefix)

@@ -23,7 +23,6 @@ from ..survey.massive import MassiveActivations
 from ..survey.sinks import SinkScores
 from ..survey.stream import stream
 from ..verification.converted import converted_anatomy, load_converted, read_config
-from ..verification.integrity import code_is_ours
 from ..verification.perplexity import Score
 from ..verification.text import FEW_CHUNKS, Chunking, read_texts
 from .inputs import SILENT, cut, fit_chunks, vocabulary_size
@@ -120,5 +119,5 @@ def _converted(root: Path) -> _Opened:
         load_tokenizer(root),
         vocabulary_size(read_layout(root), config),
         config["eab"]["n_slots"],
-        lambda device: load_converted(root, code_is_ours(root), device=device),
+        lambda device: load_converted(root, device=device),
     )

@@ -121,7 +121,7 @@ def _original(
 
 def _converted(root: Path, anatomy: Anatomy, chunks, device: str, reporter: Reporter) -> Measurement:
     reporter.step("measure the converted model")
-    model = load_converted(root, code_is_ours=True, device=device)  # the integrity check has compared the code
+    model = load_converted(root, device=device)  # the integrity check has compared the code
     with reporter.bar("converted", len(chunks)) as advance:
         return measure(model, anatomy, chunks, "converted", lambda what, done: advance(done, what), massive=True)
 

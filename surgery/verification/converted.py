@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.layout import read_json
@@ -69,27 +68,22 @@ def converted_anatomy(root: Path) -> Anatomy:
     return examine({**base, "model_type": config["model_type"].removeprefix(PREFIX)})
 
 
-def load_converted(
-    root: Path, code_is_ours: bool, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> PreTrainedModel:
-    """The converted model in `root`, fresh from its files.
+def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """The converted model in `root`, fresh from its files, through AutoModelForCausalLM.
 
-    Where its Python files are byte for byte what this version writes (`code_is_ours`), they are loaded as
-    trust_remote_code=True would; otherwise the installed runtime is used, and the files are never run.
+    The class is the installed one, and the Python files in `root` are never run; the integrity check says whether they
+    are the same.
     """
-    placement = {"dtype": dtype, "device_map": None if device == "cpu" else device, "local_files_only": True}
     register()
     try:
         with quiet():
-            if not code_is_ours:
-                return AutoModelForCausalLM.from_pretrained(root, **placement).eval()
-            auto_map = read_json(root / "config.json")["auto_map"]
-            config_class, model_class = (
-                get_class_from_dynamic_module(auto_map[name], str(root), local_files_only=True)
-                for name in ("AutoConfig", "AutoModelForCausalLM")
-            )
-            config = config_class.from_pretrained(root, local_files_only=True)
-            return model_class.from_pretrained(root, config=config, **placement).eval()
+            return AutoModelForCausalLM.from_pretrained(
+                root,
+                dtype=dtype,
+                device_map=None if device == "cpu" else device,
+                local_files_only=True,
+                trust_remote_code=False,
+            ).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise NoSpace(f"{root} does not fit into memory; try --device auto, which also uses the disk.") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
