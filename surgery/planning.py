@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .anatomy.sites import Anatomy, examine
+from .checkpoint.disk import free_space, require_space, require_target
 from .checkpoint.layout import INDEX
 from .checkpoint.manifest import MANIFEST
 from .checkpoint.source import Source, has_tokenizer
-from .checkpoint.stage import free_space, require_space, require_target
 from .errors import UnsupportedModel
 from .operations.derived import Derived, derive
 from .operations.emission import lowered_limits, shard_names, slot_layout

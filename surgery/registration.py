@@ -6,7 +6,7 @@ derived type is built the first time its model type is looked up.
 
 from __future__ import annotations
 
-PREFIX = "eab_"  # what the model types of converted checkpoints begin with
+from .checkpoint.manifest import TYPE_PREFIX
 
 
 class _LazyTypes(dict):
@@ -16,7 +16,7 @@ class _LazyTypes(dict):
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        base = key[len(PREFIX) :] if isinstance(key, str) and key.startswith(PREFIX) else None
+        base = key[len(TYPE_PREFIX) :] if isinstance(key, str) and key.startswith(TYPE_PREFIX) else None
         return base if base in CONFIG_MAPPING._mapping and base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
     def __contains__(self, key) -> bool:

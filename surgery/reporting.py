@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .checkpoint.stage import human
+from .checkpoint.disk import human
 
 LOG_SECONDS = 30
 
@@ -39,10 +39,14 @@ class TerminalReporter(Reporter):
         self.console = Console(stderr=True, highlight=False)
 
     def step(self, text: str) -> None:
-        self.console.print(f"[bold]•[/] {escape(text)}")
+        self._line(f"[bold]•[/] {escape(text)}")
 
     def note(self, text: str) -> None:
-        self.console.print(f"  [yellow]note[/] {escape(text)}")
+        self._line(f"  [yellow]note[/] {escape(text)}")
+
+    def _line(self, text: str) -> None:
+        # A log has no width: only a terminal breaks lines.
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int | None) -> Iterator:
@@ -70,7 +74,7 @@ class TerminalReporter(Reporter):
             if time.monotonic() - told >= LOG_SECONDS:
                 told = time.monotonic()
                 of = f" of {total:,}" if total is not None else ""
-                self.console.print(f"  {escape(what)}: {done:,}{of} after {told - start:.0f} s")
+                self._line(f"  {escape(what)}: {done:,}{of} after {told - start:.0f} s")
 
         return advance
 

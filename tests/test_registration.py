@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_text
 
+from surgery.checkpoint.manifest import TYPE_PREFIX
 from surgery.operations.derived import RUNTIME_FILES
 from surgery.recipe import parse_recipe
-from surgery.registration import PREFIX, register
+from surgery.registration import register
 from surgery.verbs.run import run
 from surgery.verification.converted import load_converted
 
@@ -139,6 +140,6 @@ def test_registering_twice_changes_nothing():
     first = CONFIG_MAPPING._extra_content
     register()
     assert CONFIG_MAPPING._extra_content is first
-    assert f"{PREFIX}llama" in CONFIG_MAPPING and f"{PREFIX}t5" not in CONFIG_MAPPING
+    assert f"{TYPE_PREFIX}llama" in CONFIG_MAPPING and f"{TYPE_PREFIX}t5" not in CONFIG_MAPPING
     with pytest.raises(KeyError):
-        CONFIG_MAPPING[f"{PREFIX}nothing"]
+        CONFIG_MAPPING[f"{TYPE_PREFIX}nothing"]

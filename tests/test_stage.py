@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from surgery.checkpoint import stage as stage_module
+from surgery.checkpoint.disk import free_space, human, require_space, require_target
 from surgery.checkpoint.layout import read_layout
 from surgery.checkpoint.manifest import MANIFEST, build_manifest, read_manifest
-from surgery.checkpoint.stage import Stage, free_space, human, require_space, require_target
+from surgery.checkpoint.stage import Stage
 from surgery.errors import DamagedCheckpoint, NoSpace, OutputError, SourceError
 
 ROOT = Path(__file__).parent.parent

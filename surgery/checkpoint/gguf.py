@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.checkpoint.disk import disk_errors
 from surgery.checkpoint.gguf_header import Header, Stored, read_header
 from surgery.checkpoint.gguf_model import derive, tokenizer_files, write_tokenizer
 from surgery.checkpoint.layout import INDEX, SINGLE, Layout, TensorInfo, index_json, plan_file
-from surgery.checkpoint.stage import disk_errors, tensor_bytes
+from surgery.checkpoint.stage import tensor_bytes
 from surgery.errors import DamagedCheckpoint, OutputError, SourceError, UnsupportedModel
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.checkpoint.disk import disk_errors
 from surgery.checkpoint.gguf_header import Header
-from surgery.checkpoint.stage import disk_errors
 from surgery.errors import DamagedCheckpoint, SurgeryError, UnsupportedModel
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from surgery.checkpoint.layout import read_json
 from surgery.errors import DamagedCheckpoint
 
 MANIFEST = "surgery.json"
+TYPE_PREFIX = "eab_"  # what the model types of converted checkpoints begin with
 FORMAT = 1
 TENSOR_STATUS = ("kept", "changed", "added")
 _REQUIRED = {

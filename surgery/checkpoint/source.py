@@ -9,11 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.disk import sha256_of
 from surgery.checkpoint.layout import INDEX, SINGLE, Layout, is_lfs_pointer, lfs_pointer, read_json, read_layout
-from surgery.checkpoint.manifest import MANIFEST
-from surgery.checkpoint.stage import sha256_of
+from surgery.checkpoint.manifest import MANIFEST, TYPE_PREFIX
 from surgery.errors import SourceError
-from surgery.registration import PREFIX
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -135,7 +134,7 @@ def _read_config(root: Path) -> dict:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise SourceError(f'{path} has no "model_type", so nothing says which architecture this is; add it.')
-    if model_type.startswith(PREFIX) or (root / MANIFEST).exists():
+    if model_type.startswith(TYPE_PREFIX) or (root / MANIFEST).exists():
         raise SourceError(f"{root} is already converted (model type {model_type}); start from the original checkpoint.")
     quantised = config.get("quantization_config")
     if quantised:

@@ -10,90 +10,19 @@ import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from surgery.checkpoint.disk import FULL, disk_errors, require_target, sha256_of, translated
 from surgery.checkpoint.layout import CHUNK, is_plain_name, plan_file
-from surgery.errors import NoSpace, OutputError, SourceError, SurgeryError
+from surgery.errors import OutputError, SourceError
 
 if TYPE_CHECKING:
     import torch
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
-def human(size: int) -> str:
-    """Bytes as a person reads them: 1536 -> "1.5 kB" (powers of 1000)."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
-def free_space(where: Path) -> int:
-    """Bytes a plain user can still write on the filesystem that will hold `where` (which need not exist yet)."""
-    path = Path(where).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def require_space(where: Path, needed: int) -> None:
-    """Raise NoSpace unless `needed` bytes fit on the filesystem of `where`."""
-    free = free_space(where)
-    if needed > free:
-        raise NoSpace(
-            f"{where} needs {human(needed)} but its disk has {human(free)} free; free some space or write to "
-            "another disk."
-        )
-
-
-def require_target(out: Path, source_root: Path | None = None) -> None:
-    """Raise OutputError unless `out` can become a new directory, outside `source_root` where that is given."""
-    out, parent = Path(out), Path(out).parent
-    if os.path.lexists(out):
-        raise OutputError(f"{out} exists already; choose another path or remove it first.")
-    if not parent.is_dir():
-        raise OutputError(f"{parent}, which is to hold {out.name}, is not a directory; create it first.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{parent} is not writable, so {out.name} cannot be created there; choose another path.")
-    if source_root is not None and Path(source_root).resolve() in (parent.resolve(), *parent.resolve().parents):
-        raise OutputError(f"{out} lies inside the source {source_root}, which stays untouched; choose another path.")
-
-
-@contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn the operating system's errors of writing below `where` into NoSpace or OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise _translated(error, where) from error
-
-
-def _translated(error: OSError, where: Path) -> SurgeryError:
-    if error.errno in _FULL:
-        return NoSpace(
-            f"The disk filled up while {where} was written ({human(free_space(where))} free); nothing was "
-            "kept, free some space and run again."
-        )
-    return OutputError(f"{where} cannot be written ({error.strerror or error}); check the path and its permissions.")
-
-
-def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file in hexadecimal, read a chunk at a time; `progress` is called with the bytes of each chunk."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            if progress is not None:
-                progress(len(chunk))
-    return digest.hexdigest()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -158,8 +87,8 @@ class Stage:
                     raise OutputError(f"{leftover} could not be removed; remove it by hand.")
         finally:
             self._release_signals()
-        if isinstance(error, OSError) and error.errno in _FULL:  # from code that wrote into `path` by itself
-            raise _translated(error, self.out) from error
+        if isinstance(error, OSError) and error.errno in FULL:  # from code that wrote into `path` by itself
+            raise translated(error, self.out) from error
 
     def add_file(self, src: Path, name: str, link: bool = False) -> None:
         """Copy `src` into the stage as `name`, or hard-link it (then it shares its bytes and mode with the source)."""

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from .. import runtime
-from ..registration import PREFIX
+from ..checkpoint.manifest import TYPE_PREFIX
 
 RUNTIME_FILES = ("eab_kernel.py", "eab_positions.py", "eab_runtime.py")
 
@@ -63,7 +63,7 @@ def derive(base_type: str) -> Derived:
     causal = causal[0] if isinstance(causal, tuple) else causal
     base = MODEL_MAPPING.get(config, None)
     base = base if isinstance(base, type) and base is not causal else None
-    model_type, module = PREFIX + base_type, f"modeling_{PREFIX}{base_type}"
+    model_type, module = TYPE_PREFIX + base_type, f"modeling_{TYPE_PREFIX}{base_type}"
     return Derived(
         model_type, module, f"Eab{config.__name__}", f"Eab{causal.__name__}", base and f"Eab{base.__name__}",
         _source(base_type, config, causal, base),
@@ -84,7 +84,7 @@ def _source(base_type: str, config: type, causal: type, base: type | None) -> st
         "",
         "",
         f"class Eab{config.__name__}({config.__name__}):",
-        f'    model_type = "{PREFIX}{base_type}"',
+        f'    model_type = "{TYPE_PREFIX}{base_type}"',
     ]
     for model in models:
         lines += [
@@ -97,7 +97,7 @@ def _source(base_type: str, config: type, causal: type, base: type | None) -> st
     for model in models:
         auto = "AutoModelForCausalLM" if model is causal else "AutoModel"
         lines += [
-            f'inherit_conversions(Eab{model.__name__}, {model.__name__}, "{PREFIX}{base_type}", "{base_type}")',
+            f'inherit_conversions(Eab{model.__name__}, {model.__name__}, "{TYPE_PREFIX}{base_type}", "{base_type}")',
             f'Eab{model.__name__}.register_for_auto_class("{auto}")',
         ]
     return "\n".join([*lines, f"Eab{config.__name__}.register_for_auto_class()", ""])

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..anatomy.sites import Anatomy
 from ..errors import SourceError
-from ..survey.likelihood import Likelihood
+from ..survey.likelihood import Likelihood, Score
 from ..survey.massive import MassiveActivations
 from ..survey.stream import Observer, stream
-from ..verification.perplexity import Score
 from .attention_bias import fold, grafted
 
 OPENINGS, OPENING = 128, 32  # short texts to screen on, and their tokens
@@ -146,7 +145,7 @@ class PrefixSearch:
                 trial.on_openings,
                 trial.loudest,
                 left.count,
-                Score(tuple(likelihood.nll), likelihood.targets),
+                likelihood.score,
             )
             self.trials[trial.prefix] = trial
         return trial

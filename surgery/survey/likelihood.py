@@ -1,11 +1,38 @@
-"""Negative log-likelihood of text, per chunk, in nats."""
+"""Negative log-likelihood of text, per chunk, in nats, and the perplexity that follows from it."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from .stream import Batch, Observer
+
+
+@dataclass(frozen=True)
+class Score:
+    """NLL of one variant: `chunks` holds each chunk's sum over its `targets` tokens, in nats, float64."""
+
+    chunks: tuple[float, ...]
+    targets: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.chunks) * self.targets
+
+    @property
+    def nll(self) -> float:
+        """Mean NLL per token."""
+        return math.fsum(self.chunks) / self.tokens
+
+    @property
+    def ppl(self) -> float:
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+    def to_dict(self) -> dict:
+        return {"ppl": self.ppl, "nll": self.nll, "tokens": self.tokens}
 
 
 class Likelihood(Observer):
@@ -26,6 +53,5 @@ class Likelihood(Observer):
             self.nll.append(losses.double().sum().item())
 
     @property
-    def mean(self) -> float:
-        """Mean NLL per token."""
-        return sum(self.nll) / (len(self.nll) * self.targets)
+    def score(self) -> Score:
+        return Score(tuple(self.nll), self.targets)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..checkpoint.disk import require_target
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import materialise
-from ..checkpoint.stage import Stage, require_target
+from ..checkpoint.stage import Stage
 from ..errors import DamagedCheckpoint, OutputError, SourceError
 from ..loading import load_original, load_tokenizer, require_device
 from ..operations.attention_bias import Slots, eab_config, fold

@@ -11,10 +11,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..anatomy.sites import Anatomy, examine
+from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import materialise, open_source
-from ..checkpoint.stage import require_space
 from ..errors import SourceError
 from ..loading import load_original, load_tokenizer, require_device
 from ..reporting import Reporter
@@ -23,7 +23,6 @@ from ..survey.massive import MassiveActivations
 from ..survey.sinks import SinkScores
 from ..survey.stream import stream
 from ..verification.converted import converted_anatomy, load_converted, read_config
-from ..verification.perplexity import Score
 from ..verification.text import FEW_CHUNKS, Chunking, read_texts
 from .inputs import SILENT, cut, fit_chunks, vocabulary_size
 from .plan import source_tokenizer
@@ -73,7 +72,7 @@ def _survey(source: str, anatomy: Anatomy, tokenizer, massive, sinks, likelihood
         "model_type": anatomy.model_type,
         "chunks": chunking.count,
         "chunk_length": chunking.length,
-        "perplexity": Score(tuple(likelihood.nll), likelihood.targets).to_dict(),
+        "perplexity": likelihood.score.to_dict(),
         "massive_activations": massive.summary(),
         "layers": layers,
     }

@@ -11,10 +11,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..anatomy.sites import Anatomy
+from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, read_manifest
 from ..checkpoint.source import Source, has_tokenizer, materialise, open_source
-from ..checkpoint.stage import require_space
 from ..errors import DamagedCheckpoint, SourceError
 from ..loading import load_original, load_tokenizer, require_device
 from ..recipe import Recipe, Verify

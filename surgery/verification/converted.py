@@ -9,10 +9,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.layout import read_json
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, TYPE_PREFIX
 from ..errors import DamagedCheckpoint, NoSpace, SourceError
 from ..loading import one_line, quiet
-from ..operations.derived import PREFIX
 from ..registration import register
 
 _AGAIN = "convert the source again"
@@ -25,7 +24,7 @@ def require_converted(root: Path) -> None:
     if (root / MANIFEST).exists():
         return
     kind = read_json(root / "config.json").get("model_type") if (root / "config.json").is_file() else None
-    if not isinstance(kind, str) or not kind.startswith(PREFIX):
+    if not isinstance(kind, str) or not kind.startswith(TYPE_PREFIX):
         raise SourceError(f"{root} is not a converted checkpoint: it has no {MANIFEST}; give the output of a run.")
 
 
@@ -35,7 +34,7 @@ def read_config(root: Path) -> dict:
     if not path.is_file():
         raise DamagedCheckpoint(f"{path} is missing; {_AGAIN}.")
     config = read_json(path)
-    if not isinstance(config.get("model_type"), str) or not config["model_type"].startswith(PREFIX):
+    if not isinstance(config.get("model_type"), str) or not config["model_type"].startswith(TYPE_PREFIX):
         raise DamagedCheckpoint(f"{path}: model_type {config.get('model_type')!r} is not a converted type; {_AGAIN}.")
     if wrong := _wrong(config.get("eab")):
         raise DamagedCheckpoint(f"{path}: {wrong}; {_AGAIN}.")
@@ -65,7 +64,7 @@ def converted_anatomy(root: Path) -> Anatomy:
     """The anatomy of the model that the checkpoint in `root` was converted from, read from its config.json."""
     config = read_config(root)
     base = {key: value for key, value in config.items() if key not in ("eab", "auto_map", "architectures")}
-    return examine({**base, "model_type": config["model_type"].removeprefix(PREFIX)})
+    return examine({**base, "model_type": config["model_type"].removeprefix(TYPE_PREFIX)})
 
 
 def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:

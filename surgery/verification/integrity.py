@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from ..checkpoint.disk import sha256_of
 from ..checkpoint.layout import Layout, TensorInfo, iter_tensor_chunks, read_json, read_layout
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, TYPE_PREFIX
 from ..checkpoint.source import Source, source_hashes
-from ..checkpoint.stage import sha256_of
 from ..errors import SurgeryError
-from ..operations.derived import PREFIX, derive
+from ..operations.derived import derive
 from .converted import read_config
 
 Found = tuple[bool, str]
@@ -135,7 +135,7 @@ def _code(root: Path) -> Found:
     """The Python files are exactly what this version writes (safe to run, and tested), and no other code is named."""
     config = read_config(root)
     try:
-        derived = derive(config["model_type"].removeprefix(PREFIX))
+        derived = derive(config["model_type"].removeprefix(TYPE_PREFIX))
     except KeyError:
         return False, f"config.json: model_type {config['model_type']!r} is not of the installed transformers"
     if config.get("auto_map") != derived.auto_map:

@@ -9,10 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy
-from ..survey.likelihood import Likelihood
+from ..survey.likelihood import Likelihood, Score
 from ..survey.massive import MassiveActivations
 from ..survey.stream import stream
-from .perplexity import Score
 
 Progress = Callable[[str, int], None]  # what is measured, sequences done since the last call
 
@@ -42,7 +41,7 @@ def measure(
     likelihood, found = Likelihood(), MassiveActivations()
     observers = [likelihood, found] if massive else [likelihood]
     stream(model, anatomy, chunks, observers, prefix=prefix, progress=lambda done: progress(what, done))
-    return Measurement(Score(tuple(likelihood.nll), likelihood.targets), found.summary() if massive else None)
+    return Measurement(likelihood.score, found.summary() if massive else None)
 
 
 def measure_original(

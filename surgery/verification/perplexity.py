@@ -7,31 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from ..survey.likelihood import Score
+
 CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Score:
-    """NLL of one variant: `chunks` holds each chunk's sum over its `targets` tokens, in nats, float64."""
-
-    chunks: tuple[float, ...]
-    targets: int
-
-    @property
-    def tokens(self) -> int:
-        return len(self.chunks) * self.targets
-
-    @property
-    def nll(self) -> float:
-        """Mean NLL per token."""
-        return math.fsum(self.chunks) / self.tokens
-
-    @property
-    def ppl(self) -> float:
-        return math.exp(self.nll) if self.nll < 700 else math.inf
-
-    def to_dict(self) -> dict:
-        return {"ppl": self.ppl, "nll": self.nll, "tokens": self.tokens}
 
 
 @dataclass(frozen=True)
