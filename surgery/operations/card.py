@@ -24,7 +24,7 @@ folded from the token prefix {tokens}. {exact}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 ```
 
 torch and transformers are all it needs. With `import surgery` first, `trust_remote_code` can be left out. Do not put
