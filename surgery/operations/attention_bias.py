@@ -17,6 +17,7 @@ from ..anatomy.probe import Call, observing
 from ..anatomy.sites import Anatomy
 from ..errors import UnsupportedModel
 from ..runtime.eab_runtime import install, require_slots
+from ..survey.stream import input_device
 
 FORMAT = 1
 
@@ -61,7 +62,7 @@ def fold(model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int]) -> Slo
             )
         slots[name] = (call.key[0].transpose(0, 1).contiguous(), call.value[0].transpose(0, 1).contiguous())
 
-    tokens = torch.tensor([list(prefix)], device=trunk.device)
+    tokens = torch.tensor([list(prefix)], device=input_device(model))
     with observing(keep):
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     if missing := [site.name for site in anatomy.sites if site.name not in slots]:

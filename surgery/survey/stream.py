@@ -58,7 +58,7 @@ def stream(
     """Feed `chunks` (N, T), each behind `prefix`, to the model once; `progress` is told how many sequences are done."""
     size = max(1, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size * (chunks.shape[1] + len(prefix))))
     lead = torch.tensor(list(prefix), dtype=torch.long).expand(chunks.shape[0], -1)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     needs_logits = any(o.wants("logits") for o in observers)
     for rows in torch.cat([lead, chunks], dim=1).split(size):
         batch = Batch(rows.to(device), len(prefix))
@@ -69,6 +69,12 @@ def stream(
             for observer in observers:
                 observer.logits(out.logits, batch)
         progress(len(rows))
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: to the embedding, or to the CPU where that is offloaded and accelerate moves them on."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..anatomy.sites import Anatomy
 from ..errors import UnsupportedModel
 from ..operations.attention_bias import Slots, grafted
+from ..survey.stream import input_device
 
 ROWS, TOKENS, PADDING = 2, 48, 5
 
@@ -42,7 +43,7 @@ def compare_random_ids(
     With slots that are always visible ("always"), the two differ beyond a window by design; the text is kept inside.
     """
     length = _length(model, anatomy, len(prefix), visible)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, length), generator=generator).to(device)
     behind = torch.cat([torch.tensor(list(prefix), device=device).expand(ROWS, -1), ids], dim=1)

@@ -1,0 +1,36 @@
+"""A model larger than memory: its weights stay on disk, and folding, comparing and measuring still work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_text
+from transformers import AutoModelForCausalLM
+
+from surgery.anatomy.sites import examine
+from surgery.operations.attention_bias import fold, grafted
+from surgery.survey.likelihood import Likelihood
+from surgery.survey.massive import MassiveActivations
+from surgery.survey.stream import stream
+from surgery.verification.equivalence import compare_random_ids
+
+PREFIX = (5, 7)
+
+
+def test_a_model_on_disk_gives_what_the_same_model_in_memory_gives(tmp_path):
+    whole = tiny_model("llama", torch.float32)
+    whole.save_pretrained(tmp_path / "model")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload", dtype=torch.float32
+    ).eval()
+    assert offloaded.get_input_embeddings().weight.is_meta, "nothing was offloaded, so nothing would be tested"
+    anatomy = examine(whole.config.to_dict())
+    found = {}
+    for name, model in (("whole", whole), ("offloaded", offloaded)):
+        slots = fold(model, anatomy, PREFIX)
+        compare_random_ids(model, anatomy, PREFIX, slots, "as_prefix")
+        likelihood = Likelihood()
+        with grafted(model, anatomy, PREFIX, slots, "as_prefix"):
+            stream(model, anatomy, tiny_text(3, 12), [likelihood, MassiveActivations()])
+        found[name] = likelihood.score.nll
+    assert found["offloaded"] == pytest.approx(found["whole"], rel=1e-6)
