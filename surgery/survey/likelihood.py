@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from .stream import Batch, Observer
 
 
+def perplexity(nll: float) -> float:
+    """exp of a mean NLL, or of a difference of two (then a ratio); infinite where a float cannot hold it."""
+    return math.exp(nll) if nll < 700 else math.inf
+
+
 @dataclass(frozen=True)
 class Score:
     """NLL of one variant: `chunks` holds each chunk's sum over its `targets` tokens, in nats, float64."""
@@ -29,7 +34,7 @@ class Score:
 
     @property
     def ppl(self) -> float:
-        return math.exp(self.nll) if self.nll < 700 else math.inf
+        return perplexity(self.nll)
 
     def to_dict(self) -> dict:
         return {"ppl": self.ppl, "nll": self.nll, "tokens": self.tokens}

@@ -26,7 +26,7 @@ from ..verification.converted import load_converted
 from ..verification.equivalence import Equivalence, compare_random_ids
 from ..verification.gates import quality_gates
 from ..verification.integrity import check_integrity
-from ..verification.measure import Measurement, Original, measure, measure_original
+from ..verification.measure import Measurement, Original, baseline_passes, measure, measure_original
 from ..verification.text import CHUNKS, Chunking
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
@@ -168,8 +168,7 @@ def _operate(
     if evaluation is not None:
         reporter.step("measure the original")
         bos = tokenizer.bos_token_id
-        passes = 2 if bos is None or tuple(prefix) == (bos,) else 3
-        with reporter.bar("original", passes * len(evaluation)) as advance:
+        with reporter.bar("original", baseline_passes(prefix, bos) * len(evaluation)) as advance:
             original = measure_original(
                 model, plan.anatomy, evaluation, prefix, bos, lambda what, done: advance(done, what)
             )

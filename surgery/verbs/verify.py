@@ -22,7 +22,7 @@ from ..reporting import Reporter
 from ..verification.converted import converted_anatomy, load_converted, read_config, require_converted
 from ..verification.gates import quality_gates
 from ..verification.integrity import Check, check_integrity
-from ..verification.measure import Measurement, Original, measure, measure_original
+from ..verification.measure import Measurement, Original, baseline_passes, measure, measure_original
 from ..verification.text import CHUNKS, Chunking, read_texts
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict
@@ -45,7 +45,7 @@ def verify(
 
     Alone: integrity of files, tensors, slots, code, tokenizer. With `text`: also perplexity and massive activations of
     the converted model. With `against` (its source): also every kept tensor, and with both, all gates of its recipe.
-    Python files in the checkpoint are run only if they are exactly what this version writes.
+    Python files in the checkpoint are compared with what this version writes, and never run.
     """
     root = Path(checkpoint)
     require_device(device)
@@ -109,7 +109,7 @@ def _original(
 ) -> Original:
     reporter.step("measure the original")
     model = load_original(directory, device=device)
-    passes = 2 if tokenizer.bos_token_id is None or tuple(prefix) == (tokenizer.bos_token_id,) else 3
+    passes = baseline_passes(prefix, tokenizer.bos_token_id)
     with reporter.bar("original", passes * len(chunks)) as advance:
         original = measure_original(
             model, anatomy, chunks, prefix, tokenizer.bos_token_id, lambda what, done: advance(done, what)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 from ..recipe import Verify
+from ..survey.likelihood import perplexity
 from .measure import Measurement, Original
 from .perplexity import paired
 
@@ -35,10 +35,6 @@ def quality_gates(limits: Verify, original: Original | None, converted: Measurem
         # The interval, not the point: its far end must hold.
         furthest = max(abs(against_control.low), abs(against_control.high))
         gates.append(at_most("equivalence", furthest, limits.equivalence.max_delta_nll))
-        gates.append(at_most("perplexity", _exp(against_bare.high), limits.perplexity.max_ratio))
+        gates.append(at_most("perplexity", perplexity(against_bare.high), limits.perplexity.max_ratio))
     gates.append(at_most("massive_activations", converted.massive["count"], limits.massive_activations.max))
     return gates
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -44,6 +44,11 @@ def measure(
     return Measurement(likelihood.score, found.summary() if massive else None)
 
 
+def baseline_passes(prefix: Sequence[int], bos: int | None) -> int:
+    """How many passes over the text `measure_original` makes, for a progress bar."""
+    return 2 if bos is None or tuple(prefix) == (bos,) else 3
+
+
 def measure_original(
     model: PreTrainedModel,
     anatomy: Anatomy,
