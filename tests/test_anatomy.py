@@ -52,7 +52,7 @@ def test_each_layer_of_a_full_size_model_has_its_site(model_type):
     assert [site.block for site in anatomy.sites] == list(range(layers))
     assert len({site.name for site in anatomy.sites}) == len(anatomy.blocks) == layers
     assert all(site.name.startswith(f"{block}.") for site, block in zip(anatomy.sites, anatomy.blocks, strict=True))
-    assert anatomy.site_table() == {site.name: [shape[1], *shape[2:]] for site in anatomy.sites}
+    assert anatomy.eab(2, "always")["sites"] == {site.name: [shape[1], *shape[2:]] for site in anatomy.sites}
 
 
 @pytest.mark.parametrize("model_type", TINY)
@@ -76,8 +76,7 @@ def test_a_padding_token_in_the_config_does_not_hide_the_structure():
 
 
 REFUSED = {
-    "falcon": "does not go through transformers' AttentionInterface",
-    "bloom": "does not go through transformers' AttentionInterface",
+    "cpmant": "does not go through transformers' AttentionInterface",
     "doge": "does not go through transformers' AttentionInterface",
     "rwkv": "does not go through transformers' AttentionInterface",
     "mamba": "layers of type 'linear_attention' are not plain attention",
@@ -116,14 +115,16 @@ def test_a_model_that_slots_would_not_be_exact_on_is_refused_with_the_reason(mod
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "by_layer_type"])
-def test_rotary_that_depends_on_the_length_of_the_text_is_refused(kind, nested):
+def test_rotary_that_depends_on_the_length_of_the_text_bounds_it(kind, nested):
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     if nested:
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     config = tiny_config("gemma3_text" if nested else "llama").to_dict() | {"rope_parameters": rope}
-    assert f"rotary embeddings of type {kind!r} change with the length of the text" in refusal(config)
+    anatomy = examine(config)
+    assert anatomy.max_length == anatomy.max_positions == (64 if kind == "longrope" else 256)
+    assert anatomy.eab(1, "as_prefix")["max_length"] == anatomy.max_length
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
@@ -134,7 +135,8 @@ def test_rotary_that_is_scaled_once_and_for_all_is_taken(kind):
     }  # fmt: skip
     if kind != "llama3":
         del rope["low_freq_factor"], rope["high_freq_factor"]
-    assert len(examine(tiny_config("llama").to_dict() | {"rope_parameters": rope}).sites) == 4
+    anatomy = examine(tiny_config("llama").to_dict() | {"rope_parameters": rope})
+    assert len(anatomy.sites) == 4 and anatomy.max_length is None
 
 
 def test_attention_to_an_encoder_is_refused():
@@ -162,7 +164,8 @@ def test_a_config_that_transformers_cannot_use_is_refused_in_one_sentence(broken
 def test_nothing_stays_registered_or_patched():
     names, ask = set(AttentionInterface._global_mapping), ALL_ATTENTION_FUNCTIONS.get_interface
     examine(tiny_config("llama").to_dict())
-    refusal(CONFIG_MAPPING["falcon"]().to_dict())
+    refusal(CONFIG_MAPPING["cpmant"]().to_dict())
+    examine(CONFIG_MAPPING["falcon"]().to_dict())
     with pytest.raises(ZeroDivisionError), observing(lambda call: 1 / 0):
         tiny_model("llama")(input_ids=tiny_text())
     assert set(AttentionInterface._global_mapping) == names

@@ -64,7 +64,7 @@ def test_config_keeps_what_it_had_and_says_what_was_added():
     }
     assert emitted["eab"] == {
         "format": 1, "n_slots": 3, "slots_visible": "as_prefix", "prefix_ids": [1, 5, 7],
-        "sites": {f"layers.{i}.self_attn": [2, 8, 8] for i in range(4)},
+        "trunk": "LlamaModel", "sites": {f"layers.{i}.self_attn": [2, 8, 8] for i in range(4)},
     }  # fmt: skip
     json.dumps(emitted)
 

@@ -37,9 +37,15 @@ def reference(q, k, v, slot_k, slot_v, *, scale, causal=False, mask=None, slot_m
             for t in range(queries):
                 logits, values = [], []
                 for j in range(n):
-                    if slot_mask is None or slot_mask[b % slot_mask.shape[0], h % slot_mask.shape[1], t, j]:
-                        logits.append((float(q[b, h, t] @ slot_k[j, g]) * scale, 0.0, None))
-                        values.append(slot_v[j, g])
+                    extra = 0.0
+                    if slot_mask is not None:
+                        rows = slot_mask.shape
+                        cell = slot_mask[b % rows[0], h % rows[1], t % rows[2], j]
+                        extra = 0.0 if slot_mask.dtype == torch.bool else float(cell)
+                        if (slot_mask.dtype == torch.bool and not cell) or extra < -1e4:
+                            continue
+                    logits.append((float(q[b, h, t] @ slot_k[j, g]) * scale, extra, None))
+                    values.append(slot_v[j, g])
                 for s in range(keys):
                     extra = 0.0
                     if causal and s > t:
@@ -121,7 +127,7 @@ def cases(draw):
             "queries": queries, "keys": keys, "dim": dim, "v_dim": draw(st.sampled_from([dim, dim, 12])),
             "n": draw(st.integers(1, 4)),
         },
-        "slot_mask": draw(st.sampled_from([None, "some", "per_head"])),
+        "slot_mask": draw(st.sampled_from([None, "some", "per_head", "bias"])),
         "softcap": draw(st.sampled_from([None, None, 1.5])),
         "sinks": draw(st.booleans()),
         "need_weights": draw(st.booleans()),
@@ -136,7 +142,11 @@ def test_agrees_with_the_reference(case):
     batch, heads, queries, keys = shape["batch"], inputs[0].shape[1], shape["queries"], shape["keys"]
     mask = make_mask(case["kind"], case["seed"], batch, heads, queries, keys, dtype)
     slot_mask = None
-    if case["slot_mask"] is not None:
+    if case["slot_mask"] == "bias":  # one for all queries, as ALiBi has it; some slots hidden
+        source = torch.Generator().manual_seed(case["seed"] + 1)
+        slot_mask = torch.randn((1, heads, 1, shape["n"]), generator=source).to(dtype)
+        slot_mask[:, 0, :, 0] = -math.inf
+    elif case["slot_mask"] is not None:
         rows = (batch, heads if case["slot_mask"] == "per_head" else 1, queries, shape["n"])
         slot_mask = torch.rand(rows, generator=torch.Generator().manual_seed(case["seed"] + 1)) < 0.6
     sinks = torch.randn(heads, generator=torch.Generator().manual_seed(2)).to(dtype) if case["sinks"] else None

@@ -7,30 +7,25 @@ import copy
 import inspect
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_utils import AttentionInterface
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import SourceError, UnsupportedModel
-from .probe import Call, observing
+from ..runtime.eab_families import ADAPTERS
+from .probe import Call
+from .structure import brief, run_structure
 
 # Arguments that a site may pass on and that leave attention what it is. All others that are not None are refused.
 KNOWN_ARGUMENTS = {
     "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux",
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
-    "return_dict", "layer_idx",
+    "return_dict", "layer_idx", "logit_bias", "logits_to_keep",
 }  # fmt: skip
-
-# Rotary kinds whose frequencies depend on how long the text is: the folded keys would have to change with it.
-LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 # Kinds of layer (`config.layer_types`) that hand nothing but keys and values from token to token.
 PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-
-_STRUCTURE_ONLY = "surgery_structure_only"
 
 
 @dataclass(frozen=True)
@@ -47,19 +42,32 @@ class Site:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a config says about a model: classes, the trunk's name within the causal LM, its blocks and sites."""
+    """What a config says about a model: classes, the trunk's name within the causal LM, its blocks and sites.
+
+    `max_positions` is how many positions the model has, `max_length` how many the fold is exact on, if that is bounded.
+    """
 
     model_type: str
     model_class: type
     config_class: type
     trunk: str
+    trunk_class: str
     blocks: tuple[str, ...]
     sites: tuple[Site, ...]
     max_positions: int | None
+    max_length: int | None = None
 
-    def site_table(self) -> dict[str, list[int]]:
-        """`config.eab["sites"]`: site name -> [kv_heads, key_dim, value_dim]."""
-        return {site.name: [site.kv_heads, site.key_dim, site.value_dim] for site in self.sites}
+    def eab(self, n_slots: int, slots_visible: str) -> dict:
+        """What the runtime has to know of this model: `config.eab`."""
+        adapter = ADAPTERS.get(self.model_type)
+        return {
+            "n_slots": n_slots,
+            "slots_visible": slots_visible,
+            "trunk": self.trunk_class,
+            "sites": {site.name: [site.kv_heads, site.key_dim, site.value_dim] for site in self.sites},
+            **({"whole_mask": True} if adapter is not None and adapter.whole_mask else {}),
+            **({} if self.max_length is None else {"max_length": self.max_length}),
+        }
 
 
 def parse_config(config: dict):
@@ -73,9 +81,7 @@ def parse_config(config: dict):
     try:
         parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))  # it completes nested dicts in place
     except Exception as error:  # each config class validates in its own way, with its own errors
-        raise SourceError(
-            f"config.json: transformers does not accept it as {model_type!r} ({_brief(error)})"
-        ) from error
+        raise SourceError(f"config.json: transformers does not accept it as {model_type!r} ({brief(error)})") from error
     if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold"
@@ -90,9 +96,7 @@ def examine(config: dict) -> Anatomy:
     """
     parsed = parse_config(config)
     _refuse_config(parsed)
-    parsed._attn_implementation = _STRUCTURE_ONLY
-    with _structure_only(), torch.device("meta"):
-        return _describe(*_probe(parsed))
+    return _describe(*run_structure(parsed))
 
 
 def _refuse_config(config) -> None:
@@ -100,12 +104,6 @@ def _refuse_config(config) -> None:
         raise UnsupportedModel(
             f"{config.model_type}: attends to an encoder, and a prefix of the decoder is then not constant"
         )
-    for rope in _rope_parameters(config):
-        if (kind := rope.get("rope_type", rope.get("type"))) in LENGTH_DEPENDENT_ROPE:
-            raise UnsupportedModel(
-                f"{config.model_type}: rotary embeddings of type {kind!r} change with the length of the text, "
-                "so the keys of a prefix are not constant"
-            )
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     if other := sorted(set(kinds) - PLAIN_LAYERS):
         raise UnsupportedModel(
@@ -114,65 +112,28 @@ def _refuse_config(config) -> None:
         )
 
 
-def _rope_parameters(config) -> list[dict]:
-    """The rotary settings, one dict for all layers or one per layer type."""
+def _max_length(config) -> int | None:
+    """Positions below which rotary frequencies do not depend on the length of the text; None if they never do.
+
+    Dynamic NTK stretches them, and LongRoPE changes to another set, for a text longer than the model was trained on.
+    Below that length, and only there, the keys of a prefix are constant.
+    """
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]
-    return nested or [rope]
-
-
-class _structure_only:
-    """A registered attention name without a mask function: masks would look at values, and the meta device has none."""
-
-    def __enter__(self):
-        AttentionInterface.register(_STRUCTURE_ONLY, _no_attention)
-
-    def __exit__(self, *exc):
-        AttentionInterface._global_mapping.pop(_STRUCTURE_ONLY, None)
-
-
-def _no_attention(module, query, key, value, attention_mask=None, **kwargs):
-    raise RuntimeError(_STRUCTURE_ONLY)  # asked for in another way than the one that `observing` stands at
-
-
-def _probe(config) -> tuple[PreTrainedModel, list[Call]]:
-    """The model on the meta device and the attention calls of one forward pass over four tokens."""
-    calls: list[Call] = []
-    try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel):  # this warning would look at token ids
-                part.warn_if_padding_and_no_attention_mask = lambda *args, **kwargs: None
-        with torch.no_grad(), observing(calls.append, compute=False):
-            model(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False)
-    except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
-        if _STRUCTURE_ONLY in str(error):
-            raise _off_the_seam(config) from error
-        raise UnsupportedModel(
-            f"{config.model_type}: its structure could not be read without weights ({_brief(error)})"
-        ) from error
-    return model, calls
-
-
-def _brief(error: Exception) -> str:
-    """An error of foreign code on one line: its type and the start of what it says."""
-    said = " ".join(str(error).split())[:160].rstrip(". ")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
-def _off_the_seam(config) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{config.model_type}: its attention does not go through transformers' AttentionInterface, "
-        "so slots cannot reach it"
-    )
+    limits = []
+    for kind in [value for value in rope.values() if isinstance(value, dict)] or [rope]:
+        name = kind.get("rope_type", kind.get("type"))
+        if name == "dynamic":
+            limits.append(config.max_position_embeddings)
+        elif name == "longrope":
+            otherwise = getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
+            limits.append(kind.get("original_max_position_embeddings") or otherwise)
+    return min(limits, default=None)
 
 
 def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
     kind = model.config.model_type
     names = {module: name for name, module in model.named_modules()}
-    if not calls:
-        raise _off_the_seam(model.config)
     for module, count in collections.Counter(call.module for call in calls).items():
         if count != 1:
             raise UnsupportedModel(
@@ -193,9 +154,14 @@ def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
                 f"{kind}: {names[call.module]} already has an attribute attention_bias, where slots would live"
             )
     trunk_name, trunk = _innermost(model, [names[call.module] for call in calls])
-    if "position_ids" not in inspect.signature(trunk.forward).parameters:
+    if kind not in ADAPTERS and "position_ids" not in inspect.signature(trunk.forward).parameters:
         raise UnsupportedModel(
             f"{kind}: {type(trunk).__name__} takes no position_ids, so its text cannot be shifted behind the prefix"
+        )
+    if any(hasattr(part, "create_position_ids_from_input_ids") for part in trunk.modules()):
+        raise UnsupportedModel(
+            f"{kind}: numbers its text from pad_token_id + 1 when it is called and from 0 when it generates, so no one "
+            "prefix is constant for both"
         )
     within = {module: name for name, module in trunk.named_modules()}
     blocks, block_of = _blocks(kind, trunk, [within[call.module] for call in calls])
@@ -206,8 +172,12 @@ def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
         )
         for call in calls
     )  # fmt: skip
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Anatomy(kind, type(model), type(model.config), trunk_name, blocks, sites, limit)
+    max_length = _max_length(model.config)
+    limits = (getattr(model.config.get_text_config(), "max_position_embeddings", None), max_length)
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    return Anatomy(
+        kind, type(model), type(model.config), trunk_name, type(trunk).__name__, blocks, sites, limit, max_length
+    )
 
 
 def _innermost(model: PreTrainedModel, sites: list[str]) -> tuple[str, PreTrainedModel]:

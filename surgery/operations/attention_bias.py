@@ -8,31 +8,23 @@ slots. Exact.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.probe import Call, observing
+from ..anatomy.seam import Slots, installed, on_the_seam
 from ..anatomy.sites import Anatomy
 from ..errors import UnsupportedModel
-from ..runtime.eab_runtime import install, require_slots
 from ..survey.stream import input_device
 
 FORMAT = 1
 
-Slots = dict[str, tuple[torch.Tensor, torch.Tensor]]  # site name -> key (n, H, D), value (n, H, E)
-
 
 def eab_config(anatomy: Anatomy, prefix: Sequence[int], slots_visible: str) -> dict:
     """`config.eab` of the converted model."""
-    return {
-        "format": FORMAT,
-        "n_slots": len(prefix),
-        "slots_visible": slots_visible,
-        "prefix_ids": list(prefix),
-        "sites": anatomy.site_table(),
-    }
+    return {"format": FORMAT, "prefix_ids": list(prefix), **anatomy.eab(len(prefix), slots_visible)}
 
 
 def slot_names(anatomy: Anatomy) -> dict[str, tuple[str, int]]:
@@ -63,45 +55,15 @@ def fold(model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int]) -> Slo
         slots[name] = (call.key[0].transpose(0, 1).contiguous(), call.value[0].transpose(0, 1).contiguous())
 
     tokens = torch.tensor([list(prefix)], device=input_device(model))
-    with observing(keep):
+    with on_the_seam(model, anatomy), observing(keep):
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     if missing := [site.name for site in anatomy.sites if site.name not in slots]:
         raise UnsupportedModel(f"{anatomy.model_type}: {missing[0]} did not attend while the prefix ran")
     return slots
 
 
-@contextlib.contextmanager
 def grafted(
     model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int], slots: Slots, visible: str
-) -> Iterator[PreTrainedModel]:
-    """The original model with slots installed in place; taken out again at the end, weights untouched.
-
-    The slots keep their own dtype, so that a float64 model can be compared exactly.
-    """
-    trunk = model.get_submodule(anatomy.trunk)
-    before = [
-        (config, config._attn_implementation_internal)
-        for config in {id(m.config): m.config for m in (model, trunk)}.values()
-    ]
-    had_eab = getattr(trunk.config, "eab", None)
-    handles = install(model, eab_config(anatomy, prefix, visible))
-    try:
-        for name, (key, value) in slots.items():
-            module = trunk.get_submodule(name).attention_bias
-            module.key = torch.nn.Parameter(key, requires_grad=False)
-            module.value = torch.nn.Parameter(value, requires_grad=False)
-        require_slots(trunk)
-        for config, _ in before:
-            config._attn_implementation_internal = "eab"
-        yield model
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-        for handle in handles:
-            handle.remove()
-        for site in anatomy.sites:
-            del trunk.get_submodule(site.name).attention_bias
-        if had_eab is None:
-            del trunk.config.eab
-        else:
-            trunk.config.eab = had_eab
+) -> contextlib.AbstractContextManager[PreTrainedModel]:
+    """The original model with the slots of `prefix` in place, within a `with` block."""
+    return installed(model, anatomy, eab_config(anatomy, prefix, visible), slots)

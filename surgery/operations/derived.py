@@ -22,14 +22,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from .. import runtime
 from ..checkpoint.manifest import TYPE_PREFIX
+from ..runtime.eab_families import ADAPTERS
 
-RUNTIME_FILES = ("eab_kernel.py", "eab_positions.py", "eab_runtime.py")
+RUNTIME_FILES = ("eab_kernel.py", "eab_masks.py", "eab_positions.py", "eab_runtime.py")
+ADAPTER_FILE = "eab_families.py"  # carried only by families that need an adapter
 
 
 @dataclass(frozen=True)
 class Derived:
     """Names of the derived type, and the text of the file that defines it."""
 
+    base_type: str
     model_type: str
     module: str
     config_class: str
@@ -51,7 +54,8 @@ class Derived:
     def files(self) -> dict[str, str]:
         """File name -> text of every Python file that a checkpoint of this type carries."""
         folder = Path(runtime.__file__).parent
-        carried = {name: (folder / name).read_text(encoding="utf-8") for name in RUNTIME_FILES}
+        names = (*RUNTIME_FILES, ADAPTER_FILE) if self.base_type in ADAPTERS else RUNTIME_FILES
+        carried = {name: (folder / name).read_text(encoding="utf-8") for name in names}
         return {**carried, f"{self.module}.py": self.source}
 
 
@@ -63,9 +67,10 @@ def derive(base_type: str) -> Derived:
     causal = causal[0] if isinstance(causal, tuple) else causal
     base = MODEL_MAPPING.get(config, None)
     base = base if isinstance(base, type) and base is not causal else None
-    model_type, module = TYPE_PREFIX + base_type, f"modeling_{TYPE_PREFIX}{base_type}"
+    # Some model types (openai-gpt) are no names of Python modules.
+    model_type, module = TYPE_PREFIX + base_type, f"modeling_{TYPE_PREFIX}{base_type.replace('-', '_')}"
     return Derived(
-        model_type, module, f"Eab{config.__name__}", f"Eab{causal.__name__}", base and f"Eab{base.__name__}",
+        base_type, model_type, module, f"Eab{config.__name__}", f"Eab{causal.__name__}", base and f"Eab{base.__name__}",
         _source(base_type, config, causal, base),
     )  # fmt: skip
 
@@ -80,6 +85,7 @@ def _source(base_type: str, config: type, causal: type, base: type | None) -> st
         "",
         *(f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())),
         "",
+        *(["from .eab_families import ADAPTERS"] if base_type in ADAPTERS else []),
         "from .eab_runtime import AttentionBiasMixin, inherit_conversions",
         "",
         "",
@@ -92,6 +98,7 @@ def _source(base_type: str, config: type, causal: type, base: type | None) -> st
             "",
             f"class Eab{model.__name__}(AttentionBiasMixin, {model.__name__}):",
             f"    config_class = Eab{config.__name__}",
+            *([f'    adapter = ADAPTERS["{base_type}"]'] if base_type in ADAPTERS else []),
         ]
     lines += ["", ""]
     for model in models:

@@ -43,7 +43,7 @@ def slot_attention(
         scale: factor on every logit, slots included.
         causal: query i sees keys 0..i (needs S == T and no mask).
         mask: (B or 1, Hq or 1, T, S), bool (True: visible) or additive. None: all keys visible, unless `causal`.
-        slot_mask: (B or 1, Hq or 1, T, n) bool. None: every slot visible to every query.
+        slot_mask: (B or 1, Hq or 1, T or 1, n), bool or additive. None: every slot visible to every query.
         dropout: probability on the attention weights. softcap: c * tanh(logits / c) before masking.
         sink_logits: (Hq,) learned logits that take a share of the softmax and give no value (GPT-OSS).
         need_weights: also return the weights over the S real keys, (B, Hq, T, S); their rows sum to less than 1.
@@ -53,9 +53,12 @@ def slot_attention(
     """
     if causal and (mask is not None or query.shape[2] != key.shape[2]):
         raise ValueError("causal=True needs as many keys as queries and no mask")
+    low = torch.finfo(query.dtype).min
     if mask is not None and mask.dtype != torch.bool:
         # Kernels want the mask in the dtype of the query, and no -inf: a row of them has no log-sum-exp.
-        mask = mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+        mask = mask.to(query.dtype).clamp(min=low)
+    if slot_mask is not None and slot_mask.dtype != torch.bool:
+        slot_mask = slot_mask.to(query.dtype).clamp(min=low)
     plain = softcap is None and not need_weights
     if plain and _can_merge(query, key, value, slot_key, slot_value, mask, dropout):
         return _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits), None
@@ -81,10 +84,8 @@ def _can_merge(query, key, value, slot_key, slot_value, mask, dropout: float) ->
 
 
 def _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits):
-    if mask is not None and mask.dtype == torch.bool:
-        # The kernel refuses bool masks; finfo.min rather than -inf, for which a fully masked row would report lse = 0.
-        low = torch.finfo(query.dtype).min
-        mask = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, low)
+    if mask is not None:
+        mask = _additive(mask, query.dtype)  # the kernel refuses bool; a row of -inf would report lse = 0
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )
@@ -94,7 +95,9 @@ def _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_m
     # matmul, not einsum: the same sum in a tenth of the time. (1, H, 1, D, n) and (1, H, 1, n, E) broadcast.
     logits = grouped @ slot_key.to(wide).permute(1, 2, 0)[None, :, None] * scale  # (B, H, G, T, n)
     if slot_mask is not None:
-        logits = logits.masked_fill(~_grouped_mask(slot_mask, heads), torch.finfo(wide).min)
+        seen = _grouped_mask(slot_mask, heads)
+        low = torch.finfo(wide).min
+        logits = logits.masked_fill(~seen, low) if seen.dtype == torch.bool else (logits + seen).clamp(min=low)
     lse = lse.unflatten(1, (heads, groups)).unsqueeze(-1)  # (B, H, G, T, 1)
     terms = [lse, logits]
     if sink_logits is not None:
@@ -134,15 +137,20 @@ def _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mas
     if mask is None and slot_mask is None:
         return keys, values, None
     if mask is None:
-        mask = slot_mask.new_ones(1, 1, queries, key.shape[2])
+        mask = torch.ones(1, 1, queries, key.shape[2], dtype=torch.bool, device=query.device)
     if slot_mask is None:
         slot_mask = torch.ones(1, 1, queries, slot_key.shape[0], dtype=torch.bool, device=query.device)
-    if mask.dtype != torch.bool:
-        slot_mask = torch.zeros((), dtype=mask.dtype, device=mask.device).masked_fill(
-            ~slot_mask, torch.finfo(mask.dtype).min
-        )
+    if mask.dtype != slot_mask.dtype:
+        mask, slot_mask = _additive(mask, query.dtype), _additive(slot_mask, query.dtype)
     shape = [max(a, b) for a, b in zip(mask.shape[:3], slot_mask.shape[:3], strict=True)]
     return keys, values, torch.cat([slot_mask.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as what to add to logits: 0 or finfo.min, rather than -inf; others as they are."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _grouped_mask(mask: torch.Tensor, heads: int) -> torch.Tensor:

@@ -29,27 +29,32 @@ def text_positions(attention_mask, cache, batch: int, length: int, device) -> to
     return counted[:, past : past + length]
 
 
-def _padding_mask(attention_mask, n: int):
-    """The 2-D attention mask behind what a trunk gets: multimodal models expand it before their language model sees it.
-
-    They pass a dict by layer type. The last query of full attention sees n slots and every real token up to itself.
-    """
-    if not isinstance(attention_mask, dict):
-        return attention_mask
-    full = attention_mask.get("full_attention")
-    return full[:, 0, -1, n:] if isinstance(full, torch.Tensor) and full.dtype == torch.bool else None
-
-
 def _refuse_packing(positions: torch.Tensor) -> None:
     """Packed sequences (positions that start again, no mask) would need slots at each start: refuse them."""
     if positions.ndim == 2 and bool((positions.diff(dim=-1) != 1).any()):
         raise ValueError("packed sequences are not supported with slots: pass an attention_mask, one sequence per row")
 
 
-def shift_positions(n: int, names: list[str], trunk, args, kwargs):
+def number_text(names: list[str], wrapper, args, kwargs):
+    """Forward pre-hook of a multimodal wrapper: positions from its 2-D attention mask, in the numbering of its caller.
+
+    Wrappers hand their language model expanded masks, from which padding can no longer be told.
+    """
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        kwargs["position_ids"] = text_positions(
+            mask, kwargs.get("past_key_values"), inputs.shape[0], inputs.shape[1], inputs.device
+        )
+    return (), kwargs
+
+
+def shift_positions(n: int, max_length: int | None, names: list[str], trunk, args, kwargs):
     """Forward pre-hook of the trunk: position_ids + n, derived first where the caller gave none.
 
-    `names` are the parameters of the trunk's forward, in order, for arguments given by position.
+    `names` are the parameters of the trunk's forward, in order, for arguments given by position. ValueError where a
+    position reaches `max_length`: rotary frequencies change there (dynamic NTK, LongRoPE), and the slots would not.
     """
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
@@ -58,7 +63,7 @@ def shift_positions(n: int, names: list[str], trunk, args, kwargs):
     unmasked = mask is None and cache is None and not use_cache
     compiling = torch.compiler.is_compiling()
     if positions is None:
-        positions = text_positions(_padding_mask(mask, n), cache, inputs.shape[0], inputs.shape[1], inputs.device)
+        positions = text_positions(mask, cache, inputs.shape[0], inputs.shape[1], inputs.device)
     elif unmasked and compiling:
         raise ValueError("pass an attention_mask along with position_ids when compiling a model with slots")
     elif unmasked:
@@ -66,7 +71,12 @@ def shift_positions(n: int, names: list[str], trunk, args, kwargs):
     if unmasked and compiling:
         # transformers cannot look at values while tracing and would build a packed-sequence mask; ones prevent it.
         kwargs["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
-    kwargs["position_ids"] = positions + n
+    kwargs["position_ids"] = positions = positions + n
+    if max_length is not None and bool((positions >= max_length).any()):
+        raise ValueError(
+            f"this model was converted for texts of up to {max_length - n} tokens: its rotary embeddings change with "
+            f"the length of the text beyond {max_length}, and its {n} slots were folded below that"
+        )
     return (), kwargs
 
 

@@ -8,23 +8,27 @@ visible to a query exactly where the model's own mask would have shown it the pr
 * an attention function and a mask function, registered with transformers under the names in `IMPLEMENTATIONS`;
 * a forward hook on the trunk (the innermost model that contains all sites) that shifts positions by n.
 
-`config.eab` describes what is installed: `n_slots`, `slots_visible` ("as_prefix" or "always"), and `sites`, which maps
-the name of each site within the trunk to [kv_heads, key_dim, value_dim].
+`config.eab` describes what is installed: `n_slots`, `slots_visible` ("as_prefix" or "always"), `trunk`, the name of the
+trunk's class, and `sites`, which maps the name of each site in it to [kv_heads, key_dim, value_dim]. Where needed,
+`max_length` bounds the positions on which the fold is exact, and `whole_mask` says that the model's code cannot do
+without a mask.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .eab_kernel import slot_attention
-from .eab_positions import own_query_scale, shift_positions
+from .eab_masks import eab_mask
+from .eab_positions import number_text, own_query_scale, shift_positions
 
 # What a user may ask for, and the name under which we register our version of it.
 IMPLEMENTATIONS = {"sdpa": "eab", "eager": "eab_eager"}
@@ -54,11 +58,12 @@ class Slots(nn.Module):
 
 def eab_attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, softcap=None, s_aux=None,
-    query_scale=None, need_weights=False, **kwargs,
+    query_scale=None, logit_bias=None, need_weights=False, **kwargs,
 ):  # fmt: skip
     """The attention function of a site with slots, in the calling convention of `ALL_ATTENTION_FUNCTIONS`.
 
     query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E) -> output (B, T, Hq, E) and weights (B, Hq, T, S) or None.
+    `logit_bias` (B or 1, Hq, 1, n + S), slots first, is added to the scaled logits (ALiBi).
     """
     for name, argument in kwargs.items():
         if isinstance(argument, torch.Tensor) and name not in HARMLESS_TENSORS:
@@ -70,9 +75,8 @@ def eab_attention(
     if query_scale is not None:
         query = (query * query_scale).to(query.dtype)
     slot_key, slot_value = module.attention_bias()
-    mask, slot_mask = attention_mask, None
+    n, mask, slot_mask = slot_key.shape[0], attention_mask, None
     if mask is not None:
-        n = slot_key.shape[0]
         if mask.ndim != 4 or mask.shape[-1] != n + key.shape[2]:
             raise ValueError(
                 f"the attention mask has shape {tuple(mask.shape)}; with slots it needs {n} + {key.shape[2]} columns "
@@ -81,10 +85,16 @@ def eab_attention(
         slot_mask, mask = mask[..., :n], mask[..., n:]
         if slot_mask.dtype != torch.bool:
             slot_mask = slot_mask >= 0
-    causal = mask is None and query.shape[2] > 1
-    if causal and key.shape[2] > query.shape[2]:
-        # An empty static cache: everything past the queries is still unwritten.
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    queries, keys = query.shape[2], key.shape[2]
+    causal = mask is None and queries > 1
+    if getattr(attention_mask, "eab_first_keys", False):
+        causal, mask, slot_mask = True, None, None
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    elif causal and keys > queries:  # the model has dropped all queries but the last (Gemma 4, `logits_to_keep`)
+        causal, mask = False, torch.ones(queries, keys, dtype=torch.bool, device=key.device).tril(keys - queries)
+        mask = mask[None, None]
+    if logit_bias is not None:
+        mask, slot_mask, causal = _biased(logit_bias, n, key.shape[2], mask, slot_mask, causal)
     out, weights = slot_attention(
         query, key, value, slot_key, slot_value,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -94,55 +104,14 @@ def eab_attention(
     return out.transpose(1, 2).contiguous(), weights
 
 
-def eab_mask(
-    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, local_size=None,
-    allow_is_causal_skip=True, use_vmap=False, device="cpu", config=None, **kwargs,
-):  # fmt: skip
-    """The mask function that goes with it: bool (B, 1, T, n + S), slots first, or None where plain causal is right.
-
-    In a row with P padding tokens on its left, the prefix would have stood at P .. P+n-1 and text token i at i + n. The
-    model's own `mask_function` is asked about those places, so windows, chunks and what comes next need no code here.
-    """
-    n, always = config.eab["n_slots"], config.eab["slots_visible"] == "always"
-    if not getattr(config, "is_causal", True):
-        raise ValueError(
-            "slots need causal attention: is_causal=False in the config would make this model bidirectional"
-        )
-    if use_vmap or (q_length > 1 and not allow_is_causal_skip):
-        # A rule that looks tokens up (which image, which document) must not be asked about place i + n.
-        raise ValueError(
-            "slots do not support masks that group tokens (packed sequences, token_type_ids of images, custom mask "
-            "functions): pass plain text with a 2-D attention_mask"
-        )
-
-    def shifted(batch, head, q, kv):
-        return mask_function(batch, head, q + n, kv + n)
-
-    text = sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset,
-        mask_function=shifted,
-        attention_mask=attention_mask,
-        # The window must hold the text and the prefix for the mask to be skipped.
-        local_size=local_size if local_size is None or always else local_size - n,
-        allow_is_causal_skip=allow_is_causal_skip,
-        device=device,
-    )  # fmt: skip
-    if text is None:
-        return None
-    if always:
-        return torch.cat([text.new_ones(*text.shape[:-1], n), text], dim=-1)
-    if attention_mask is None:
-        padding = torch.zeros(batch_size, dtype=torch.long, device=device)
-    else:
-        padding = (attention_mask.long().cumsum(dim=-1) == 0).sum(dim=-1)
-
-    def slots(batch, head, q, slot):
-        return mask_function(batch, head, q + n, padding[batch] + slot)
-
-    slot_mask = sdpa_mask(
-        batch_size, q_length, n, q_offset, 0, mask_function=slots, allow_is_causal_skip=False, device=device
-    )
-    return torch.cat([slot_mask.expand(*text.shape[:-1], n), text], dim=-1)
+def _biased(bias, n: int, keys: int, mask, slot_mask, causal: bool):
+    """Masks with a bias on the logits written into them: additive (B or 1, Hq, T or 1, S), and the same for slots."""
+    if causal:
+        mask = torch.ones(keys, keys, dtype=torch.bool, device=bias.device).tril()[None, None]
+    low = torch.finfo(bias.dtype).min
+    slots, text = bias[..., :n], bias[..., n : n + keys]
+    slots = slots if slot_mask is None else torch.where(slot_mask, slots, low)
+    return text if mask is None else torch.where(mask, text, low), slots, False
 
 
 for _wanted, _name in IMPLEMENTATIONS.items():
@@ -166,37 +135,50 @@ def _guard_site(n: int, config, site, args, kwargs):
     return args, kwargs
 
 
-def find_trunk(model: PreTrainedModel, sites) -> tuple[str, PreTrainedModel]:
-    """The model inside `model` within which the site names are valid, and its name ('' for `model` itself)."""
-    first = next(iter(sites))
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
-            try:
-                module.get_submodule(first)
-            except AttributeError:
-                continue
-            return name, module
-    raise ValueError(f"{type(model).__name__} has no attention site named {first!r}")
+def find_trunk(model: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """The model inside `model`, or itself, whose class is or derives from one named `kind`."""
+    for module in model.modules():
+        if any(base.__name__ == kind for base in type(module).__mro__):
+            return module
+    raise ValueError(f"{type(model).__name__} has no {kind} inside, where its slots would live")
 
 
-def install(model: PreTrainedModel, eab: dict) -> list:
-    """Put empty slots into every site of `model` and hook them up; returns the hooks' handles.
+def install(model: PreTrainedModel, eab: dict, adapter=None) -> contextlib.ExitStack:
+    """Put empty slots into every site of `model` and hook them up; closing what is returned takes them out again.
 
-    Sets `config.eab` on the trunk's config. The attention implementation must be set by the caller.
+    Sets `config.eab` on the trunk's config. The attention implementation must be set by the caller. `adapter` is that
+    of `eab_families` for a family whose attention does not go through transformers' interface by itself.
     """
     n = eab["n_slots"]
-    _, trunk = find_trunk(model, eab["sites"])
+    trunk = find_trunk(model, eab["trunk"])
+    undo = contextlib.ExitStack()
+    undo.callback(_put_back, trunk.config, getattr(trunk.config, "eab", None))
     trunk.config.eab = eab
-    handles = []
+    if adapter is not None:
+        undo.enter_context(adapter.bring_onto_seam(trunk))
     for name, (kv_heads, key_dim, value_dim) in eab["sites"].items():
         site = trunk.get_submodule(name)
         site.attention_bias = Slots(n, kv_heads, key_dim, value_dim)
+        undo.callback(delattr, site, "attention_bias")
         guard = functools.partial(_guard_site, n, trunk.config)
-        handles.append(site.register_forward_pre_hook(guard, with_kwargs=True))
+        undo.callback(site.register_forward_pre_hook(guard, with_kwargs=True).remove)
     names = list(inspect.signature(trunk.forward).parameters)
-    shift = functools.partial(shift_positions, n, names)
-    handles.append(trunk.register_forward_pre_hook(shift, with_kwargs=True))
-    return handles
+    if "position_ids" in names:  # without them positions are relative, and behind a prefix the same
+        shift = functools.partial(shift_positions, n, eab.get("max_length"), names)
+        undo.callback(trunk.register_forward_pre_hook(shift, with_kwargs=True).remove)
+    if model.config is not trunk.config:
+        names = list(inspect.signature(model.forward).parameters)
+        if {"position_ids", "attention_mask"} <= set(names):
+            number = functools.partial(number_text, names)
+            undo.callback(model.register_forward_pre_hook(number, with_kwargs=True).remove)
+    return undo
+
+
+def _put_back(config, eab: dict | None) -> None:
+    if eab is None:
+        del config.eab
+    else:
+        config.eab = eab
 
 
 def require_slots(model: nn.Module) -> None:
@@ -217,10 +199,14 @@ class AttentionBiasMixin:
 
     _supports_flash_attn = False
     _supports_flex_attn = False
+    adapter = None  # of eab_families, for a family that needs one
 
     def __init__(self, config, *args, **kwargs):
+        asked = config._attn_implementation
         super().__init__(config, *args, **kwargs)
-        install(self, config.eab)
+        install(self, config.eab, self.adapter)
+        if self.adapter is not None:
+            config._attn_implementation_internal = self._check_and_adjust_attn_implementation(asked)
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | {"attention_bias"}
 
     def initialize_weights(self):
@@ -232,7 +218,7 @@ class AttentionBiasMixin:
                 if not slot.is_meta and not getattr(slot, "_is_hf_initialized", False):
                     slot.data.fill_(float("nan"))
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+    def _check_and_adjust_attn_implementation(self, attn_implementation, is_init_check=False, **kwargs):
         wanted = "sdpa" if attn_implementation is None else attn_implementation
         wanted = IMPLEMENTATIONS.get(wanted, wanted)
         if wanted not in IMPLEMENTATIONS.values():
@@ -240,10 +226,16 @@ class AttentionBiasMixin:
                 f"attention implementation {attn_implementation!r} has no version with slots; "
                 f"use one of {sorted(IMPLEMENTATIONS)}"
             )
+        if is_init_check and self.adapter is not None:
+            return "eager"  # some of these families choose an attention class by this name while they are built
         return wanted
 
     def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
         return self._check_and_adjust_attn_implementation(requested_attention)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.probe import Call, observing
+from ..anatomy.seam import on_the_seam
 from ..anatomy.sites import Anatomy
 
 # Logits are the largest tensor of a pass; this bounds a batch of them, and with it the batch size.
@@ -96,6 +97,7 @@ def _watching(model, anatomy: Anatomy, batch: Batch, observers: Sequence[Observe
                 for observer in attention:
                     observer.attention(block_of[call.module], call, batch)
 
+            stack.enter_context(on_the_seam(model, anatomy))
             stack.enter_context(observing(observe))
         yield
 

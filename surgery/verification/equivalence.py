@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,11 +24,14 @@ FLOOR_HALF = 0.1
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Largest |delta log-probability| over random ids, for each way of feeding the text, and the bound on it."""
+    """Largest |delta log-probability| over random ids, for each way of feeding the text, and the bound on it.
+
+    `cached` is None for a model that has no key/value cache.
+    """
 
     plain: float
     padded: float
-    cached: float
+    cached: float | None
     limit: float
 
     def to_dict(self) -> dict:
@@ -55,13 +59,19 @@ def compare_random_ids(
     noise = _implementation_noise(model, behind, control, len(prefix), log_probabilities)
     floor = FLOOR.get(next(model.parameters()).dtype, FLOOR_HALF)
     limit = max(floor, NOISE_FACTOR * noise)
-    with grafted(model, anatomy, prefix, slots, visible):
-        plain = _distance(log_probabilities(ids, use_cache=False), control)
-        padded = _distance(_padded(ids, log_probabilities), control)
-        cached = _distance(_cached(model, ids), control)
+    padded_control = _padded_control(model, behind, control, log_probabilities)
+    has_cache = "past_key_values" in inspect.signature(model.forward).parameters
+    cached_control = _cached(model, behind, len(prefix))[:, len(prefix) :] if has_cache else None
+    try:
+        with grafted(model, anatomy, prefix, slots, visible):
+            plain = _distance(log_probabilities(ids, use_cache=False), control)
+            padded = _distance(_padded(ids, log_probabilities), padded_control)
+            cached = _distance(_cached(model, ids, 0), cached_control) if has_cache else None
+    except ValueError as refusal:  # what the runtime says to a call that it cannot serve
+        raise UnsupportedModel(f"{anatomy.model_type}: {refusal}") from refusal
     found = Equivalence(plain, padded, cached, limit)
     for how, value in (("", plain), (" under left padding", padded), (" with a key/value cache", cached)):
-        if not value <= limit:
+        if value is not None and not value <= limit:
             raise UnsupportedModel(
                 f"{anatomy.model_type}: on random token ids the folded model differs from original + prefix by "
                 f"{value:.3g} in log-probability{how} (rounding explains {limit:.3g}), so the fold is not exact for "
@@ -100,16 +110,31 @@ def _implementation_noise(model, behind, control, n: int, log_probabilities) -> 
         config._attn_implementation = before
 
 
-def _padded(ids: torch.Tensor, log_probabilities) -> torch.Tensor:
+def _padded(ids: torch.Tensor, log_probabilities, **kwargs) -> torch.Tensor:
     """The text behind PADDING tokens that the attention mask hides."""
     padding = torch.zeros(ROWS, PADDING, dtype=torch.long, device=ids.device)
     mask = torch.cat([padding, torch.ones_like(ids)], dim=1)
-    return log_probabilities(torch.cat([padding, ids], dim=1), attention_mask=mask, use_cache=False)[:, PADDING:]
+    padded = torch.cat([padding, ids], dim=1)
+    return log_probabilities(padded, attention_mask=mask, use_cache=False, **kwargs)[:, PADDING:]
 
 
-def _cached(model, ids: torch.Tensor) -> torch.Tensor:
-    """The text in three pieces through a growing cache, the last of them one token."""
-    cuts, cache, parts = (0, ids.shape[1] // 2, ids.shape[1] - 1, ids.shape[1]), None, []
+def _padded_control(model, behind, control, log_probabilities) -> torch.Tensor:
+    """Original + prefix behind padding: a model may count padding (llama4's temperature), and folded it must do so too.
+
+    Where the original breaks on padding, the control without it.
+    """
+    positions = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        counted = torch.arange(-PADDING, behind.shape[1], device=behind.device).clamp(min=0)
+        positions = {"position_ids": counted.expand(ROWS, -1)}
+    padded = _padded(behind, log_probabilities, **positions)[:, -control.shape[1] :]
+    return padded if bool(padded.isfinite().all()) else control
+
+
+def _cached(model, ids: torch.Tensor, lead: int) -> torch.Tensor:
+    """The text in three pieces through a growing cache, `lead` tokens more in the first, one token in the last."""
+    length = ids.shape[1] - lead
+    cuts, cache, parts = (0, lead + length // 2, ids.shape[1] - 1, ids.shape[1]), None, []
     for start, stop in zip(cuts, cuts[1:], strict=False):
         out = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
         cache = out.past_key_values

@@ -1,0 +1,108 @@
+"""Run a model for its structure alone: on the meta device, without weights, so that 70B parameters cost nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from ..errors import UnsupportedModel
+from ..runtime.eab_families import ADAPTERS
+from .probe import Call, observing
+
+TOKENS = 4
+_NAME = "surgery_structure_only"
+
+
+def run_structure(config) -> tuple[PreTrainedModel, list[Call]]:
+    """The model of a transformers config on the meta device, and the attention calls of one forward pass.
+
+    Raises UnsupportedModel where attention does not go through transformers' AttentionInterface, or where the model
+    cannot run without values.
+    """
+    calls: list[Call] = []
+    adapter = ADAPTERS.get(config.model_type)
+    try:
+        with _registered(adapter is not None), torch.device("meta"), _NoValues(), torch.no_grad():
+            # Families with adapters choose attention classes by the implementation's name while they are built.
+            config._attn_implementation = "eager" if adapter else _NAME
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+            if adapter:
+                adapter.bring_onto_seam(model)
+                config._attn_implementation = model.config._attn_implementation_internal = _NAME
+            for part in model.modules():
+                if isinstance(part, PreTrainedModel):  # a warning would look at token ids
+                    part.warn_if_padding_and_no_attention_mask = lambda *args, **kwargs: None
+            with observing(calls.append, compute=False):
+                model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
+    except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
+        if _NAME in str(error):
+            raise off_the_seam(config.model_type) from error
+        raise UnsupportedModel(
+            f"{config.model_type}: its structure could not be read without weights ({brief(error)})"
+        ) from error
+    if not calls:
+        raise off_the_seam(config.model_type)
+    return model, calls
+
+
+def off_the_seam(model_type: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{model_type}: its attention does not go through transformers' AttentionInterface, so slots cannot reach it; "
+        "surgery/runtime/eab_families.py says how to write an adapter"
+    )
+
+
+def brief(error: Exception) -> str:
+    """An error of foreign code on one line: its type and the start of what it says."""
+    said = " ".join(str(error).split())[:160].rstrip(". ")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+@contextlib.contextmanager
+def _registered(with_mask: bool) -> Iterator[None]:
+    """An attention name of our own. Without a mask function, transformers builds no mask; adapters may need one."""
+    AttentionInterface.register(_NAME, _no_attention)
+    if with_mask:
+        AttentionMaskInterface.register(_NAME, _any_mask)
+    try:
+        yield
+    finally:
+        AttentionInterface._global_mapping.pop(_NAME, None)
+        AttentionMaskInterface._global_mapping.pop(_NAME, None)
+
+
+def _no_attention(module, query, key, value, attention_mask=None, **kwargs):
+    raise RuntimeError(_NAME)  # asked for in another way than the one that `observing` stands at
+
+
+def _any_mask(batch_size, q_length, kv_length, **kwargs) -> torch.Tensor:
+    return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+
+
+class _NoValues(TorchDispatchMode):
+    """Answers zero where model code asks a meta tensor for values: how many tokens an expert got, say.
+
+    Structure does not depend on them; where it did, a site would go unseen, and that is refused. Sizes of a split must
+    still sum to the whole: where zeros do not, the first part gets everything.
+    """
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        given = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if given is not None and given.is_meta:
+            if function is aten._local_scalar_dense.default:
+                return torch.zeros((), dtype=given.dtype, device="cpu").item()
+            if function is aten.nonzero.default:
+                return torch.empty(0, given.ndim, dtype=torch.long, device="meta")
+            if function is aten._to_copy.default and torch.device(kwargs.get("device") or "meta").type == "cpu":
+                return torch.zeros(given.shape, dtype=kwargs.get("dtype") or given.dtype, device="cpu")
+            if function is aten.split_with_sizes.default and not any(args[1]):
+                size = given.shape[args[2] if len(args) > 2 else kwargs.get("dim", 0)]
+                args = (given, [size] + [0] * (len(args[1]) - 1), *args[2:])
+        return function(*args, **kwargs)

@@ -1,0 +1,254 @@
+"""Families whose attention does not go through transformers' AttentionInterface, brought onto it: one adapter each.
+
+A class here is mixed in front of the family's attention class. It overrides the one method in which that computes
+attention, and calls `attend` there with what the family computes: query, key, value, mask, scale, and a bias on the
+logits where it has one (ALiBi). Everything else, weights and cache included, stays the family's own.
+
+To add a family: copy the method of its attention class that turns hidden states into an output (or, where there is one,
+only its `_attn`) into a class here, and let `attend` replace all that lies between the key/value cache and the output
+projection. The mask that arrives is bool (B, 1, T, n + S), True where visible, slots first, or None for plain causal.
+A family with ALiBi computes its bias over slots and keys from `places`, in its own rounding. Name the class in
+`ADAPTERS`, under the model type; `Adapter` says what else a family may need. Then give it a row with a tiny config in
+the tests' table of families: the tests show whether it is exact, live, padded, cached and on disk.
+
+Notation: B batch, H heads, T queries, S keys, D head dim, n slots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def attend(site, query, key, value, mask, scale, bias=None, dropout=0.0):
+    """Attention through the interface: query (B, H, T, D), key, value (B, H or fewer, S, D) -> (B, T, H, D), weights.
+
+    `bias` (B or 1, H, 1, n + S) is added to the scaled logits. Weights are None unless the implementation is eager.
+    """
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(site.config._attn_implementation, None)
+    if function is None:
+        raise ValueError(
+            f"attention implementation {site.config._attn_implementation!r} is not one that {type(site).__name__} "
+            "with slots can use"
+        )
+    dropout = dropout if site.training else 0.0
+    extra = {} if bias is None else {"logit_bias": bias}
+    return function(site, query, key, value, mask, dropout=dropout, scaling=scale, **extra)
+
+
+def slot_count(site: nn.Module) -> int:
+    """Slots of a site; 0 where none are installed."""
+    return site.attention_bias.key.shape[0] if hasattr(site, "attention_bias") else 0
+
+
+def places(mask: torch.Tensor | None, n: int, keys: int, device) -> torch.Tensor:
+    """Where slots and keys stand, counted from the first of the prefix: (B or 1, n + keys).
+
+    Slots at 0 .. n-1, the first real token of a row at n. `keys` left of it are padding, and get numbers below n.
+    """
+    index = torch.arange(keys, device=device).unsqueeze(0)
+    if mask is not None:  # the last query sees every real token of its row, and argmax finds the first of them
+        index = index - mask[:, 0, -1, n:].long().argmax(dim=-1, keepdim=True)
+    slots = torch.arange(n, device=device).expand(index.shape[0], -1)
+    return torch.cat([slots, n + index], dim=1)
+
+
+# ---- ALiBi: the bias of a key is its place times the slope of the head; a slot carries its own distance
+
+
+class Bloom:
+    def forward(
+        self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, output_attentions=False,
+        **kwargs,
+    ):  # fmt: skip
+        from transformers.models.bloom.modeling_bloom import build_alibi_tensor, dropout_add
+
+        query, key, value = self._reshape(self.query_key_value(hidden_states))
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
+        slopes = build_alibi_tensor(torch.ones(1, 2, device=key.device), self.num_heads, torch.float32)[:, :, 1:]
+        place = places(attention_mask, slot_count(self), key.shape[2], key.device)
+        bias = (slopes * place[:, None, None]).to(query.dtype)  # rounded as Bloom rounds it
+        out, weights = attend(
+            self, query, key, value, attention_mask, self.inv_norm_factor, bias, self.attention_dropout.p
+        )
+        return dropout_add(self.dense(out.flatten(2)), residual, self.hidden_dropout, self.training), weights
+
+
+class Falcon:
+    """Rotary or ALiBi, by config. With its `use_alibi` off, the trunk writes no ALiBi over the mask of the slots."""
+
+    def forward(
+        self, hidden_states, alibi, attention_mask, position_ids=None, layer_past=None, use_cache=False,
+        output_attentions=False, position_embeddings=None, **kwargs,
+    ):  # fmt: skip
+        from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
+
+        query, key, value = (part.transpose(1, 2) for part in self._split_heads(self.query_key_value(hidden_states)))
+        if not self.config.alibi:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, self.layer_idx)
+        bias = None
+        if self.config.alibi:
+            slopes = build_alibi_tensor(torch.ones(1, 2, device=key.device), self.num_heads, torch.bfloat16)[:, :, 1:]
+            place = places(attention_mask, slot_count(self), key.shape[2], key.device)
+            # Falcon multiplies in bfloat16: beyond 256 places this rounds, and a slot must round as the prefix did.
+            bias = (slopes * place[:, None, None]).to(query.dtype) * self.inv_norm_factor
+        dropout = self.attention_dropout.p if self.config.alibi else 0.0  # as Falcon does
+        out, weights = attend(self, query, key, value, attention_mask, self.inv_norm_factor, bias, dropout)
+        return self.dense(out.flatten(2)), weights
+
+
+class Mpt:
+    def forward(self, hidden_states, position_bias, past_key_values=None, attention_mask=None, **kwargs):
+        from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+        qkv = self.Wqkv(hidden_states)
+        if self.clip_qkv:
+            qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
+        heads = (self.n_heads, self.head_dim)
+        query, key, value = (part.unflatten(-1, heads).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        slopes = -build_mpt_alibi_tensor(self.n_heads, 2, device=key.device)[:, :, :1]  # of places -1, 0
+        place = places(attention_mask, slot_count(self), key.shape[2], key.device)
+        bias = slopes * (place - place[:, -1:])[:, None, None]  # MPT counts back from the last key
+        out, weights = attend(self, query, key, value, attention_mask, self.softmax_scale, bias, self.attn_dropout_p)
+        return self.out_proj(out.flatten(2)), weights
+
+
+# ---- positions from the trunk
+
+
+class GPTJ:
+    """GPT-J and CodeGen. They compute logits in float32 whatever the weights are."""
+
+    def _scale(self) -> float:
+        return 1 / self.scale_attn
+
+    def _attn(self, query, key, value, attention_mask=None):
+        wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key, value)]
+        out, weights = attend(self, *wide, attention_mask, self._scale(), dropout=self.attn_dropout.p)
+        return out.transpose(1, 2).to(value.dtype), weights
+
+
+class GPTNeo(GPTJ):
+    """Every other layer is local: a window over places, of which the trunk's mask knows nothing."""
+
+    def _scale(self) -> float:
+        return 1.0
+
+    def _attn(self, query, key, value, attention_mask=None):
+        if self.attention_type == "local":
+            attention_mask = self._windowed(attention_mask, query.shape[2], key.shape[2], query.device)
+        return super()._attn(query, key, value, attention_mask)
+
+    def _windowed(self, mask, queries: int, keys: int, device) -> torch.Tensor:
+        n = slot_count(self)
+        place = places(mask, n, keys, device)[:, None, None]  # (B, 1, 1, n + S)
+        if mask is None:
+            first = 0 if queries > 1 else keys - 1
+            own = n + first + torch.arange(queries, device=device).view(1, 1, -1, 1)
+            mask = place <= own
+        else:  # a query stands where the last key that it sees stands
+            own = torch.where(mask, place, -1).amax(dim=-1, keepdim=True)
+        near = own - place < self.config.window_size
+        if n and self.config.eab["slots_visible"] == "always":
+            near[..., :n] = True
+        return mask & near
+
+
+class GPTNeoXJapanese:
+    def _attn(self, query, key, value, attention_mask=None):
+        scale, dropout = 1 / self.norm_factor, self.attention_dropout.p
+        out, weights = attend(self, query, key, value, attention_mask, scale, dropout=dropout)
+        return out.transpose(1, 2), weights
+
+
+class OpenAIGPT:
+    """No cache, and a mask of its own: additive (B, 1, 1, S) for padding, or None, beside a triangle in the site."""
+
+    def _attn(self, q, k, v, attention_mask=None, output_attentions=False):
+        if attention_mask is not None:
+            real = attention_mask >= 0
+            text = real & torch.ones(q.shape[2], k.shape[3], dtype=torch.bool, device=q.device).tril()
+            slots = text.new_ones(*text.shape[:3], slot_count(self))
+            attention_mask = torch.cat([slots, text], dim=-1)
+        scale = v.shape[-1] ** -0.5 if self.scale else 1.0
+        out, weights = attend(self, q, k.transpose(2, 3), v, attention_mask, scale, dropout=self.attn_dropout.p)
+        return [out.transpose(1, 2), weights]
+
+
+class XGLM:
+    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
+        if key_value_states is not None:
+            raise ValueError("XGLM with slots has no cross-attention: a prefix would not be constant under it")
+        shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
+        if past_key_values is not None:
+            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+            key, value = cache.update(key, value, self.layer_idx)
+        out, weights = attend(self, query, key, value, attention_mask, self.scaling, dropout=self.dropout)
+        return self.out_proj(out.flatten(2)), weights
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How one family gets onto the seam.
+
+    Args:
+        site: name of the family's attention class.
+        mixin: the class above that goes in front of it.
+        whole_mask: the model's code cannot do without a mask tensor, plain causal or not.
+        trunk_settings: attributes to set on the trunk, where its code would otherwise get in the way.
+    """
+
+    site: str
+    mixin: type
+    whole_mask: bool = False
+    trunk_settings: Mapping[str, object] = field(default_factory=dict)
+
+    def bring_onto_seam(self, model: PreTrainedModel) -> contextlib.ExitStack:
+        """Put the mixin in front of every site in `model`; closing what is returned undoes it."""
+        undo = contextlib.ExitStack()
+        for module in model.modules():
+            if type(module).__name__ == self.site:
+                self._adapt(module, model.config, undo)
+            for name, setting in self.trunk_settings.items():
+                if hasattr(module, name):
+                    undo.callback(setattr, module, name, getattr(module, name))
+                    setattr(module, name, setting)
+        return undo
+
+    def _adapt(self, module: nn.Module, config, undo: contextlib.ExitStack) -> None:
+        native = type(module)
+        module.__class__ = type(native.__name__, (self.mixin, native), {"__module__": native.__module__})
+        undo.callback(setattr, module, "__class__", native)
+        if not hasattr(module, "config"):
+            module.config = config
+            undo.callback(delattr, module, "config")
+        if (forward := vars(module).get("_old_forward")) is not None:  # accelerate holds the forward that it wrapped
+            module._old_forward = types.MethodType(type(module).forward, module)
+            undo.callback(setattr, module, "_old_forward", forward)
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "bloom": Adapter("BloomAttention", Bloom),
+    "codegen": Adapter("CodeGenAttention", GPTJ),
+    "falcon": Adapter("FalconAttention", Falcon, whole_mask=True, trunk_settings={"use_alibi": False}),
+    "gpt_neo": Adapter("GPTNeoSelfAttention", GPTNeo),
+    "gpt_neox_japanese": Adapter("GPTNeoXJapaneseAttention", GPTNeoXJapanese),
+    "gptj": Adapter("GPTJAttention", GPTJ),
+    "mpt": Adapter("MptAttention", Mpt, whole_mask=True),
+    "openai-gpt": Adapter("Attention", OpenAIGPT),
+    "xglm": Adapter("XGLMAttention", XGLM),
+}
