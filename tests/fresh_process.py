@@ -2,7 +2,8 @@
 
     python -I fresh_process.py TASKS.pt REPORT.pt
 
-TASKS.pt: {family: {"path", "scratch", "text", "prompt", "new_tokens"}, ...}. REPORT.pt: {family: {what: finding}, ...}.
+TASKS.pt: {"families": {family: task}, ...}, a task being {"path", "text", "prompt", "new_tokens"} and "scratch" where
+everything is to be looked at, "caches" where only those are. REPORT.pt: {family: {what: finding}, ...}.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if __name__ == "__main__":
     sys.meta_path.insert(0, NoSurgery())
 
 import torch  # noqa: E402
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, logging  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging  # noqa: E402
 
 
 def load(path, dtype=torch.float64, auto=AutoModelForCausalLM, trust_remote_code=True, **kwargs):
@@ -34,8 +35,9 @@ def load(path, dtype=torch.float64, auto=AutoModelForCausalLM, trust_remote_code
     model, info = auto.from_pretrained(
         path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **kwargs
     )
-    if hasattr(model.config, "num_local_experts"):
-        model.set_experts_implementation("eager")
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+            part.set_experts_implementation("eager")
     return model.eval(), info
 
 
@@ -84,6 +86,17 @@ def look(task: dict) -> dict:
     return {**found, **resave(model, path, text, Path(task["scratch"]))}
 
 
+def glance(task: dict) -> dict:
+    """The one thing that matters: the same function, in one pass and when generating with each cache."""
+    torch.set_default_dtype(task["default_dtype"])
+    model, info = load(task["path"])
+    found = {"problems": problems(info), "logits": logits(model, task["text"])}
+    for cache in task["caches"]:
+        found[cache] = greedy(model, task["prompt"], task["new_tokens"], cache_implementation=cache)
+    torch.set_default_dtype(torch.float32)
+    return found
+
+
 def resave(model, path, text, scratch: Path) -> dict:
     """save_pretrained in the dtype that is on disk, reloaded; from the copy, not from the cache of dynamic modules."""
     stored, _ = load(path, dtype="auto")
@@ -113,12 +126,13 @@ def main(tasks_file: str, report_file: str) -> None:
     report = {}
     for name, task in tasks["families"].items():
         try:
-            report[name] = look(task)
+            report[name] = look(task) if "scratch" in task else glance(task)
         except Exception:  # the other families are looked at all the same
             report[name] = {"failed": traceback.format_exc()}
-    report["damaged"] = {name: refusal(lambda path=path: load(path)) for name, path in tasks["damaged"].items()}
-    report["offloaded"] = offloaded(tasks["families"]["llama"])
-    report["tokenizer"] = AutoTokenizer.from_pretrained(tasks["tokenizer"])(tasks["words"])["input_ids"]
+    if "damaged" in tasks:
+        report["damaged"] = {name: refusal(lambda path=path: load(path)) for name, path in tasks["damaged"].items()}
+        report["offloaded"] = offloaded(tasks["families"]["llama"])
+        report["tokenizer"] = AutoTokenizer.from_pretrained(tasks["tokenizer"])(tasks["words"])["input_ids"]
     report["surgery"] = [name for name in sys.modules if name.split(".")[0] == "surgery"]
     torch.save(report, report_file)
 

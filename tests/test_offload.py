@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_text
+from families import build, families
+from tiny import tiny_text
 from transformers import AutoModelForCausalLM
 
 from surgery.anatomy.sites import examine
@@ -17,8 +18,9 @@ from surgery.verification.equivalence import compare_random_ids
 PREFIX = (5, 7)
 
 
-def test_a_model_on_disk_gives_what_the_same_model_in_memory_gives(tmp_path):
-    whole = tiny_model("llama", torch.float32)
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gptj"])  # the latter two need adapters
+def test_a_model_on_disk_gives_what_the_same_model_in_memory_gives(tmp_path, kind):
+    whole = build(families()[kind].config()).float()
     whole.save_pretrained(tmp_path / "model")
     offloaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload", dtype=torch.float32

@@ -96,7 +96,13 @@ def examine(config: dict) -> Anatomy:
     """
     parsed = parse_config(config)
     _refuse_config(parsed)
-    return _describe(*run_structure(parsed))
+    model, calls = run_structure(parsed)
+    if type(model.config) is not type(parsed):
+        raise UnsupportedModel(
+            f"{parsed.model_type}: AutoModelForCausalLM builds only the {model.config.model_type} inside it, and the "
+            "rest of the checkpoint would be lost; load and save that by itself, and convert the result"
+        )
+    return _describe(model, calls)
 
 
 def _refuse_config(config) -> None:
@@ -145,7 +151,8 @@ def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
             raise UnsupportedModel(
                 f"{kind}: {names[call.module]} passes {', '.join(unknown)} to its attention, which slots do not know"
             )
-        if not getattr(call.module, "is_causal", True):
+        # Older classes know only whether they are decoders.
+        if not getattr(call.module, "is_causal", getattr(call.module, "is_decoder", True)):
             raise UnsupportedModel(
                 f"{kind}: {names[call.module]} is not causal, and a prefix is constant only under causal attention"
             )
@@ -190,7 +197,7 @@ def _innermost(model: PreTrainedModel, sites: list[str]) -> tuple[str, PreTraine
 
 
 def _blocks(kind: str, trunk: nn.Module, sites: list[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The list of blocks that hold the sites, in order, and each site's block. Every block must hold exactly one."""
+    """The list of blocks that hold the sites, in order, and each site's block. All must hold equally many."""
     owner = {}
     stacks: dict[str, int] = {}
     for site in sites:
@@ -206,11 +213,12 @@ def _blocks(kind: str, trunk: nn.Module, sites: list[str]) -> tuple[tuple[str, .
         owner[site] = f"{stack}.{parts[depth]}"
     blocks = tuple(f"{stack}.{i}" for stack, length in stacks.items() for i in range(length))
     held = collections.Counter(owner.values())
-    without = [block for block in blocks if held[block] != 1]
+    usual = max(held.values())
+    without = [block for block in blocks if held[block] != usual]
     if without:
         raise UnsupportedModel(
             f"{kind}: {without[0]} (one of {len(without)} such blocks) holds {held[without[0]]} attention sites "
-            "instead of one: state-space, linear or looped layers carry the prefix in ways that slots do not"
+            f"instead of {usual}: state-space, linear or looped layers carry the prefix in ways that slots do not"
         )
     order = {block: i for i, block in enumerate(blocks)}
     return blocks, {site: order[block] for site, block in owner.items()}

@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import UnsupportedModel
-from ..runtime.eab_families import ADAPTERS
+from ..runtime.eab_families import ADAPTERS, Adapter
 from .probe import Call, observing
 
 TOKENS = 4
@@ -27,40 +27,49 @@ def run_structure(config) -> tuple[PreTrainedModel, list[Call]]:
     """
     calls: list[Call] = []
     adapter = ADAPTERS.get(config.model_type)
+    # In inference mode `_NoValues` would see other operations than those that it answers.
+    without_values = (torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _NoValues())
     try:
-        with _registered(adapter is not None), torch.device("meta"), _NoValues(), torch.no_grad():
-            # Families with adapters choose attention classes by the implementation's name while they are built.
-            config._attn_implementation = "eager" if adapter else _NAME
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-            if adapter:
-                adapter.bring_onto_seam(model)
-                config._attn_implementation = model.config._attn_implementation_internal = _NAME
-            for part in model.modules():
-                if isinstance(part, PreTrainedModel):  # a warning would look at token ids
-                    part.warn_if_padding_and_no_attention_mask = lambda *args, **kwargs: None
+        with contextlib.ExitStack() as stack:
+            for context in (_registered(with_mask=adapter is not None), *without_values):
+                stack.enter_context(context)
+            model = _built(config, adapter)
             with observing(calls.append, compute=False):
                 model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
     except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
         if _NAME in str(error):
             raise off_the_seam(config.model_type) from error
-        raise UnsupportedModel(
-            f"{config.model_type}: its structure could not be read without weights ({brief(error)})"
-        ) from error
+        how = "be read without weights" if adapter is None else "be brought onto AttentionInterface by its adapter"
+        raise UnsupportedModel(f"{config.model_type}: its structure could not {how} ({brief(error)})") from error
     if not calls:
         raise off_the_seam(config.model_type)
     return model, calls
 
 
+def _built(config, adapter: Adapter | None) -> PreTrainedModel:
+    """The model, asking for attention by our name."""
+    # Families with adapters choose attention classes by this name while they are built, and know only their own.
+    config._attn_implementation = _NAME if adapter is None else "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    if adapter is not None:
+        adapter.bring_onto_seam(model)
+        config._attn_implementation = model.config._attn_implementation_internal = _NAME
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):  # a warning would look at token ids
+            part.warn_if_padding_and_no_attention_mask = lambda *args, **kwargs: None
+    return model
+
+
 def off_the_seam(model_type: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{model_type}: its attention does not go through transformers' AttentionInterface, so slots cannot reach it; "
-        "surgery/runtime/eab_families.py says how to write an adapter"
+        f"surgery/runtime/eab_families.py says how to write an adapter, to be entered there under {model_type!r}"
     )
 
 
 def brief(error: Exception) -> str:
-    """An error of foreign code on one line: its type and the start of what it says."""
-    said = " ".join(str(error).split())[:160].rstrip(". ")
+    """An error of foreign code on one line: its type and the first sentence of what it says."""
+    said = " ".join(str(error).split()).split(". ")[0][:160].rstrip(". ")
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
@@ -98,6 +107,8 @@ class _NoValues(TorchDispatchMode):
         if given is not None and given.is_meta:
             if function is aten._local_scalar_dense.default:
                 return torch.zeros((), dtype=given.dtype, device="cpu").item()
+            if function is aten._is_all_true.default:
+                return torch.ones((), dtype=torch.bool, device="cpu")
             if function is aten.nonzero.default:
                 return torch.empty(0, given.ndim, dtype=torch.long, device="meta")
             if function is aten._to_copy.default and torch.device(kwargs.get("device") or "meta").type == "cpu":

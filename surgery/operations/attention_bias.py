@@ -56,7 +56,10 @@ def fold(model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int]) -> Slo
 
     tokens = torch.tensor([list(prefix)], device=input_device(model))
     with on_the_seam(model, anatomy), observing(keep):
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        try:
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        except ValueError as refusal:  # what the runtime says to a call that it cannot serve
+            raise UnsupportedModel(f"{anatomy.model_type}: {refusal}") from refusal
     if missing := [site.name for site in anatomy.sites if site.name not in slots]:
         raise UnsupportedModel(f"{anatomy.model_type}: {missing[0]} did not attend while the prefix ran")
     return slots

@@ -1,15 +1,21 @@
-"""Families whose attention does not go through transformers' AttentionInterface, brought onto it: one adapter each.
+"""Families whose attention does not go through transformers' AttentionInterface (the seam), brought onto it.
 
 A class here is mixed in front of the family's attention class. It overrides the one method in which that computes
 attention, and calls `attend` there with what the family computes: query, key, value, mask, scale, and a bias on the
 logits where it has one (ALiBi). Everything else, weights and cache included, stays the family's own.
 
-To add a family: copy the method of its attention class that turns hidden states into an output (or, where there is one,
-only its `_attn`) into a class here, and let `attend` replace all that lies between the key/value cache and the output
-projection. The mask that arrives is bool (B, 1, T, n + S), True where visible, slots first, or None for plain causal.
-A family with ALiBi computes its bias over slots and keys from `places`, in its own rounding. Name the class in
-`ADAPTERS`, under the model type; `Adapter` says what else a family may need. Then give it a row with a tiny config in
-the tests' table of families: the tests show whether it is exact, live, padded, cached and on disk.
+To add a family, enter its model type in `ADAPTERS` (below), with a class from here: one may serve several types.
+
+* Take the innermost class whose own method computes softmax(QK^T)V; one call of it must be one attention.
+* Override that method, or its `_attn` where there is one. Keep the names under which its caller passes things, let
+  `**kwargs` take the rest, and let `attend` replace what lies between the key/value cache and the output. Pass the mask
+  on as it comes: bool (B, 1, T, n + S), True where visible, slots first, or None for plain causal.
+* Return what the native method returns, in its layout: `attend` gives (B, T, H, D).
+* Leave out cross-attention: a config that asks for it is refused before. The cache may be an `EncoderDecoderCache`.
+* A bias by place (ALiBi) is computed over slots and keys from `places`, in the family's own rounding.
+
+`surgery run --no-verify` on a small model shows whether it is right: plain, padded and cached, the fold is compared
+with original + prefix before anything is written. In the tests, a row of `families.yaml` holds it to that.
 
 Notation: B batch, H heads, T queries, S keys, D head dim, n slots.
 """
@@ -30,7 +36,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 def attend(site, query, key, value, mask, scale, bias=None, dropout=0.0):
     """Attention through the interface: query (B, H, T, D), key, value (B, H or fewer, S, D) -> (B, T, H, D), weights.
 
-    `bias` (B or 1, H, 1, n + S) is added to the scaled logits. Weights are None unless the implementation is eager.
+    `scale` multiplies the logits; `bias` (B or 1, H, 1, n + S) is added to the product. `dropout` is a probability, and
+    counts in training only. Weights are None unless the implementation is eager. `site.config` is the trunk's config
+    where the family's class keeps none.
     """
     function = ALL_ATTENTION_FUNCTIONS.get_interface(site.config._attn_implementation, None)
     if function is None:
@@ -187,10 +195,23 @@ class OpenAIGPT:
         return [out.transpose(1, 2), weights]
 
 
+class Bert:
+    """RemBERT and Megatron-BERT, as decoders."""
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:2], self.num_attention_heads, self.attention_head_size)
+        projections = (self.query, self.key, self.value)
+        query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
+        if past_key_values is not None:
+            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+            key, value = cache.update(key, value, self.layer_idx)
+        scale = self.attention_head_size**-0.5
+        out, weights = attend(self, query, key, value, attention_mask, scale, dropout=self.dropout.p)
+        return out.flatten(2), weights
+
+
 class XGLM:
-    def forward(self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs):
-        if key_value_states is not None:
-            raise ValueError("XGLM with slots has no cross-attention: a prefix would not be constant under it")
+    def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
         shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
@@ -206,9 +227,9 @@ class Adapter:
     """How one family gets onto the seam.
 
     Args:
-        site: name of the family's attention class.
+        site: name of the family's attention class, exactly.
         mixin: the class above that goes in front of it.
-        whole_mask: the model's code cannot do without a mask tensor, plain causal or not.
+        whole_mask: the model's code looks into the mask, and cannot do with None where attention is plain causal.
         trunk_settings: attributes to set on the trunk, where its code would otherwise get in the way.
     """
 
@@ -220,6 +241,11 @@ class Adapter:
     def bring_onto_seam(self, model: PreTrainedModel) -> contextlib.ExitStack:
         """Put the mixin in front of every site in `model`; closing what is returned undoes it."""
         undo = contextlib.ExitStack()
+        if self.site not in (kinds := {type(module).__name__ for module in model.modules()}):
+            named = ", ".join(sorted(kind for kind in kinds if "Attention" in kind))
+            raise ValueError(
+                f"the adapter is for a class {self.site}, which this model does not have (it has: {named})"
+            )
         for module in model.modules():
             if type(module).__name__ == self.site:
                 self._adapt(module, model.config, undo)
@@ -248,7 +274,9 @@ ADAPTERS: dict[str, Adapter] = {
     "gpt_neo": Adapter("GPTNeoSelfAttention", GPTNeo),
     "gpt_neox_japanese": Adapter("GPTNeoXJapaneseAttention", GPTNeoXJapanese),
     "gptj": Adapter("GPTJAttention", GPTJ),
+    "megatron-bert": Adapter("MegatronBertSelfAttention", Bert),
     "mpt": Adapter("MptAttention", Mpt, whole_mask=True),
     "openai-gpt": Adapter("Attention", OpenAIGPT),
+    "rembert": Adapter("RemBertSelfAttention", Bert),
     "xglm": Adapter("XGLMAttention", XGLM),
 }

@@ -6,14 +6,14 @@ import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 
-def _without_groups(mask_function, local_size: int | None, batch_size: int, *sizes, **places):
+def _without_groups(mask_function, local_size: int | None, sizes: tuple, device):
     """The plain rule by place that `mask_function` comes down to on these tokens, or None if it groups some of them.
 
     Multimodal models hand over a rule for images with every text (Gemma 4), even where there is none in it.
     """
     plain = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
     asked, expected = (
-        sdpa_mask(batch_size, *sizes, mask_function=rule, allow_is_causal_skip=False, **places)
+        sdpa_mask(*sizes, mask_function=rule, allow_is_causal_skip=False, device=device)
         for rule in (mask_function, plain)
     )
     return plain if torch.equal(asked, expected) else None
@@ -34,17 +34,16 @@ def eab_mask(
         raise ValueError(
             "slots need causal attention: is_causal=False in the config would make this model bidirectional"
         )
-    if use_vmap or (q_length > 1 and not allow_is_causal_skip and not whole):
+    if use_vmap or not (allow_is_causal_skip or whole or (q_length == 1 and torch.compiler.is_compiling())):
         # A rule that looks tokens up (which image, which document) must not be asked about place i + n.
-        sizes = (q_length, kv_length, q_offset, kv_offset)
-        mask_function = (
-            None if use_vmap else _without_groups(mask_function, local_size, batch_size, *sizes, device=device)
-        )
-        if mask_function is None:
+        sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+        plain = None if use_vmap else _without_groups(mask_function, local_size, sizes, device)
+        if plain is None and q_length > 1:
             raise ValueError(
                 "slots do not support masks that group tokens (packed sequences, images, custom mask functions): pass "
                 "plain text with a 2-D attention_mask"
             )
+        mask_function = plain or mask_function
 
     def shifted(batch, head, q, kv):
         return mask_function(batch, head, q + n, kv + n)

@@ -205,8 +205,9 @@ class AttentionBiasMixin:
         asked = config._attn_implementation
         super().__init__(config, *args, **kwargs)
         install(self, config.eab, self.adapter)
-        if self.adapter is not None:
-            config._attn_implementation_internal = self._check_and_adjust_attn_implementation(asked)
+        # Inner models, which know no slots, may have written their own choice into the config they share or keep.
+        for held in (config, find_trunk(self, config.eab["trunk"]).config):
+            held._attn_implementation_internal = self._check_and_adjust_attn_implementation(asked)
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | {"attention_bias"}
 
     def initialize_weights(self):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
+from torch import nn
 
 from ..anatomy.probe import Call
 from .stream import Batch, Observer
@@ -15,9 +18,9 @@ class SinkScores(Observer):
     """Mean over query positions and sequences of each head's attention to position 0, and to each slot."""
 
     def __init__(self) -> None:
-        self.first: dict[int, torch.Tensor] = {}  # block -> (Hq,), summed over sequences
-        self.slots: dict[int, torch.Tensor] = {}  # block -> (Hq, n)
-        self.sequences: dict[int, int] = {}
+        # By block, and site in it (some blocks hold two): (Hq, 1 + n), position 0 and slots, summed over sequences.
+        self.weights: dict[int, dict[nn.Module, torch.Tensor]] = {}
+        self.sequences: Counter[nn.Module] = Counter()
 
     def attention(self, block: int, call: Call, batch: Batch) -> None:
         weights = torch.zeros(call.query.shape[1], 1 + _slot_count(call), dtype=torch.float64)
@@ -27,20 +30,19 @@ class SinkScores(Observer):
             n = rows.shape[-1] - call.key.shape[2]
             seen = torch.cat([rows[..., n : n + 1], rows[..., :n]], dim=-1)
             weights += seen.double().sum(dim=(0, 2)).cpu() / queries
-        self.first[block] = self.first.get(block, 0) + weights[:, 0]
-        self.slots[block] = self.slots.get(block, 0) + weights[:, 1:]
-        self.sequences[block] = self.sequences.get(block, 0) + call.query.shape[0]
+        sites = self.weights.setdefault(block, {})
+        sites[call.module] = sites.get(call.module, 0) + weights
+        self.sequences[call.module] += call.query.shape[0]
 
     def rows(self) -> dict[int, dict]:
         """Block -> `sink_score` by head, `slot_score` by head and slot, and `sink_rate` over position 0 and slots."""
         found = {}
-        for block, first in self.first.items():
-            first, slots = first / self.sequences[block], self.slots[block] / self.sequences[block]
-            strongest = torch.cat([first[:, None], slots], dim=1).amax(dim=1)
+        for block, sites in self.weights.items():
+            scores = torch.cat([total / self.sequences[site] for site, total in sites.items()])  # heads of all sites
             found[block] = {
-                "sink_score": first.tolist(),
-                "slot_score": slots.tolist(),
-                "sink_rate": (strongest >= SINK_SCORE).double().mean().item(),
+                "sink_score": scores[:, 0].tolist(),
+                "slot_score": scores[:, 1:].tolist(),
+                "sink_rate": (scores.amax(dim=1) >= SINK_SCORE).double().mean().item(),
             }
         return found
 
@@ -61,6 +63,8 @@ def _attention_rows(call: Call, start: int, stop: int) -> torch.Tensor:
     logits = (call.query[:, :, start:stop] @ keys.repeat_interleave(groups, dim=1).transpose(2, 3)).float() * call.scale
     if (softcap := call.arguments.get("softcap")) is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if (bias := call.arguments.get("logit_bias")) is not None:
+        logits = logits + bias
     if call.mask is None:
         place = torch.arange(keys.shape[2], device=keys.device) - n
         hidden = place[None, :] > torch.arange(start, stop, device=keys.device)[:, None]
