@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write the README's table of supported families from tests/families.yaml, the data that the tests hold surgery to.
 
     bin/support_table.py [--check]
@@ -16,6 +17,14 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BEGIN, END = "<!-- families: written by bin/support_table.py -->", "<!-- end of families -->"
+
+
+# The order in which a row of the table names them; tests/families.yaml may name no others.
+TERMS = (
+    "grouped", "multi-query", "latent", "window", "chunked", "mixed layers", "shared keys/values", "q/k norm",
+    "clipped q/k/v", "softcap", "sink logits", "temperature by position", "per-head gate", "output gate",
+    "parallel block", "logit scaling", "final softcap", "MoE", "multimodal",
+)  # fmt: skip
 
 
 def table() -> str:
@@ -42,7 +51,8 @@ def table() -> str:
 def _by_kind(rows: dict) -> list[list[str]]:
     grouped = defaultdict(list)
     for kind, row in rows.items():
-        grouped[row["positions"], ", ".join(row["attention"]) or "plain"].append(kind)
+        terms = sorted(row.get("attention", []), key=TERMS.index)
+        grouped[row["positions"], ", ".join(terms) or "plain"].append(kind)
     return [[*key, ", ".join(kinds)] for key, kinds in sorted(grouped.items())]
 
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +46,7 @@ def test_rows_say_what_they_must():
     for family in families().values():
         assert family.outcome in OUTCOMES, family
         assert (family.why is None) == (family.outcome == "exact"), family
-        assert (family.positions is not None and family.attention is not None) == (family.outcome == "exact"), family
+        assert (family.positions is not None) == (family.outcome == "exact"), family
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -173,7 +176,7 @@ def test_refused_with_the_reason(kind):
     assert "\n" not in said and not re.search(r"\. [A-Z]", said), "one sentence"
 
 
-def test_counts():
-    """The numbers that the README states come from this table."""
-    assert sum(family.outcome == "exact" for family in families().values()) >= 100
-    assert isinstance(families()["llama"], Family)
+def test_the_readme_says_what_the_table_says():
+    script = Path(__file__).parents[1] / "bin" / "support_table.py"
+    found = subprocess.run([sys.executable, str(script), "--check"], stdin=subprocess.DEVNULL)
+    assert found.returncode == 0, "run bin/support_table.py"
