@@ -180,7 +180,8 @@ def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
         for call in calls
     )  # fmt: skip
     max_length = _max_length(model.config)
-    limits = (getattr(model.config.get_text_config(), "max_position_embeddings", None), max_length)
+    names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
+    limits = (*(getattr(model.config.get_text_config(), name, None) for name in names), max_length)
     limit = min((limit for limit in limits if limit is not None), default=None)
     return Anatomy(
         kind, type(model), type(model.config), trunk_name, type(trunk).__name__, blocks, sites, limit, max_length

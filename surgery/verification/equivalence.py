@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy
+from ..anatomy.structure import brief
 from ..errors import UnsupportedModel
 from ..operations.attention_bias import Slots, grafted
 from ..survey.stream import input_device
@@ -69,8 +70,8 @@ def compare_random_ids(
             plain = _distance(log_probabilities(ids, use_cache=False), control)
             padded = _distance(_padded(ids, log_probabilities), padded_control)
             cached = _distance(_cached(model, ids, 0), cached_control) if has_cache else None
-    except ValueError as refusal:  # what the runtime says to a call that it cannot serve
-        raise UnsupportedModel(f"{anatomy.model_type}: {refusal}") from refusal
+    except Exception as error:  # the runtime refuses a call, or foreign model code breaks on it: either way, no fold
+        raise UnsupportedModel(f"{anatomy.model_type}: the folded model does not run ({brief(error)})") from error
     found = Equivalence(plain, padded, cached, limit)
     for how, value in (("", plain), (" under left padding", padded), (" with a key/value cache", cached)):
         if value is not None and not value <= limit:
