@@ -148,22 +148,43 @@ def verify(checkpoint, against, text, chunks, chunk_length, revision, device, ju
 
 
 @cli.command()
-@click.argument("source")
-@_options(_text, _chunking(8, 1), _dtype, _revision, _device, _json)
-def scan(source, text, chunks, chunk_length, dtype, revision, device, json_file) -> int:
-    """Survey SOURCE on text: massive activations and attention sinks, layer by layer."""
-    require_result_file(json_file, "--json", _given(source, *text))
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@_options(
+    _text, _chunking(8, 1),
+    click.option(
+        "--interventions", is_flag=True, help="Also change the live model as the survey suggests, and measure."
+    ),
+    click.option("--report", type=FILE, metavar="FILE", help="Write a report as one HTML file."),
+    click.option("--plots", type=FILE, metavar="DIR", help="Write the report's plots as PNG and SVG files."),
+    _dtype, _revision, _device, _json,
+)  # fmt: skip
+def scan(
+    sources, text, chunks, chunk_length, interventions, report, plots, dtype, revision, device, json_file
+) -> int:  # fmt: skip
+    """Survey each SOURCE on text, layer by layer: massive activations, geometry, attention, super neurons."""
+    require_result_file(json_file, "--json", _given(*sources, *text, report))
+    require_result_file(report, "--report", _given(*sources, *text))
     from .reporting import TerminalReporter, show_survey
     from .verbs.scan import scan as verb
     from .verification.text import Chunking
     from .verification.verdict import plain_json
 
-    survey = verb(
-        source, text=text, dtype=dtype, revision=revision, device=device, chunking=Chunking(chunks, chunk_length),
-        reporter=TerminalReporter(),
-    )  # fmt: skip
-    write_result(json_file, "--json", json_text(plain_json(survey)))
-    show_survey(_console(), survey)
+    surveys = []
+    for source in sources:
+        survey = verb(
+            source, text=text, dtype=dtype, revision=revision, device=device, interventions=interventions,
+            chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
+        )  # fmt: skip
+        surveys.append(plain_json(survey))
+        show_survey(_console(), surveys[-1])
+    write_result(json_file, "--json", json_text(surveys[0] if len(surveys) == 1 else {"surveys": surveys}))
+    if report is not None or plots is not None:
+        from .report import write_plots, write_report
+
+        if report is not None:
+            write_report(surveys, report)
+        if plots is not None:
+            write_plots(surveys, plots)
     return 0
 
 

@@ -173,21 +173,68 @@ def _massive_table(found: dict) -> Table:
 
 def show_survey(console: Console, survey: dict) -> None:
     title = f"Survey of {escape(survey['source'])}"
-    table = _table(title, "layer", "max", "median", "ratio", "massive", "dims", "|x_0|", "|x_i|", "sink rate")
+    table = _table(
+        title, "layer", "max", "median", "ratio", "massive", "dims", "|x_0|", "|x_i|", "p1", "entropy", "sink rate",
+        "mixing",
+    )  # fmt: skip
     for row in survey["layers"]:
         dims = ", ".join(str(dim) for dim in dict.fromkeys(entry["dim"] for entry in row["massive"])) or "-"
-        sink = f"{row['sink_rate']:.2f}" if row.get("sink_rate") is not None else ""
         table.add_row(
             str(row["layer"]), f"{row['max']:,.1f}", f"{row['median']:.3f}", f"{row['ratio']:,.0f}", str(row["count"]),
-            dims, f"{row['first_norm']:,.1f}", f"{row['rest_norm']:,.1f}", sink,
+            dims, f"{row['first_norm']:,.1f}", f"{row['rest_norm']:,.1f}", _share(row.get("p1")),
+            _share(row.get("entropy_normalised")), _share(row.get("sink_rate")), _share(row.get("mixing")),
         )  # fmt: skip
     console.print(table)
-    total = survey["massive_activations"]
-    console.print(
-        f"\n{total['count']:,} massive activations in {survey['chunks']} x {survey['chunk_length']} tokens"
-        + (f", dims {total['dims'][:6]}, layers {_ranges(total['layers'])}" if total["count"] else "")
-        + f"; perplexity {survey['perplexity']['ppl']:.4f}"
+    for line in _findings(survey):
+        console.print(line, markup=False, highlight=False)
+    if survey.get("interventions"):
+        console.print("")
+        console.print(_interventions(survey["interventions"]))
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _findings(survey: dict) -> list[str]:
+    """What the table comes to, line by line."""
+    total, across = survey["massive_activations"], survey["across"]
+    lines = [
+        "",
+        f"{total['count']:,} massive activations in {survey['chunks']} x {survey['chunk_length']} tokens; "
+        f"perplexity {survey['perplexity']['ppl']:.4f}",
+    ]
+    if total["count"]:
+        tokens = " ".join(repr(token) for token in across["tokens"][:4])
+        lines.append(
+            f"Born at layer {across['born']}, gone after layer {across['died']}; dims {total['dims'][:6]}, on {tokens}"
+        )
+    for unit in survey["super_neurons"][:3]:
+        lines.append(
+            f"Super neuron: layer {unit['layer']}, unit {unit['unit']}, {unit['share']:.0%} of what is written to dim "
+            f"{unit['dim']}"
+        )
+    if phases := across["phases"]:
+        named = ", ".join(f"{name} {first}-{last}" for name, (first, last) in phases.items())
+        lines.append(f"Phases by layer: {named}")
+    return lines
+
+
+def _interventions(rows: list[dict]) -> Table:
+    table = _table(
+        "Interventions", "", "where", "touched", "perplexity", "of untouched", "95% interval", "sink rate", "massive"
     )
+    for row in rows:
+        where = escape(str(row["where"]))
+        if row.get("error"):
+            table.add_row(row["name"], where, "0", escape(row["error"]))
+            continue
+        change = row["delta_nll"]
+        table.add_row(
+            row["name"], where, f"{row['touched']:,}", f"{row['ppl']:,.4g}", f"{_exp(change['mean']):.4g}",
+            f"{_exp(change['low']):.4g} to {_exp(change['high']):.4g}", _share(row["sink_rate"]), f"{row['massive']:,}",
+        )  # fmt: skip
+    return table
 
 
 def _ranges(layers: list[int]) -> str:

@@ -176,7 +176,10 @@ def test_a_scan_has_every_layer_and_key(place: Place, tmp_path: Path, which: str
     survey = results(found)
     assert survey == surgery.scan(str(getattr(place, which)), text=[place.text], chunking=Chunking(4, 32))
     assert [row["layer"] for row in survey["layers"]] == [0, 1, 2]
-    keys = {"max", "median", "ratio", "massive", "first_norm", "rest_norm", "sink_score", "sink_rate"}
+    keys = {
+        "max", "median", "ratio", "massive", "first_norm", "rest_norm", "p1", "entropy_bits", "entropy_normalised",
+        "dominance", "sink_score", "sink_rate", "mixing", "lens_ppl",
+    }  # fmt: skip
     assert all(keys <= set(row) for row in survey["layers"])
     assert survey["layers"][0]["sink_score"] is None and len(survey["layers"][1]["sink_score"]) == 4
     slots = [0] * 4 if which == "source" else [2] * 4
@@ -189,6 +192,22 @@ def test_a_scan_reads_no_more_of_the_text_than_positions_allow(place: Place, tmp
     options = ("--chunks", "2", "--chunk-length", "4000", "--json", found)
     assert surgery_command("scan", place.source, "--text", place.text, *options).code == 0
     assert results(found)["chunk_length"] == 256
+
+
+def test_a_scan_of_two_models_makes_a_report_and_plots(place: Place, tmp_path: Path) -> None:
+    found, report, plots = tmp_path / "s.json", tmp_path / "r.html", tmp_path / "plots"
+    ended = surgery_command(
+        "scan", place.source, place.converted, "--text", place.text, *MEASURED, "--interventions", "--json", found,
+        "--report", report, "--plots", plots,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    surveys = results(found)["surveys"]
+    assert [survey["source"] for survey in surveys] == [str(place.source), str(place.converted)]
+    assert [survey["n_slots"] for survey in surveys] == [0, 2]
+    untouched = surveys[0]["interventions"][0]
+    assert untouched["touched"] == 0 and untouched["ppl"] == surveys[0]["perplexity"]["ppl"]
+    assert "<svg" in report.read_text(encoding="utf-8")
+    assert {path.suffix for path in plots.iterdir()} == {".png", ".svg"}
 
 
 # ---- how it ends

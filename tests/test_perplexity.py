@@ -16,9 +16,9 @@ from surgery.anatomy.sites import examine
 from surgery.operations.attention_bias import fold, grafted
 from surgery.recipe import parse_recipe
 from surgery.survey import stream as stream_module
+from surgery.survey.attention import SINK_SCORE, AttentionStatistics
 from surgery.survey.likelihood import Likelihood
 from surgery.survey.massive import MassiveActivations, massive
-from surgery.survey.sinks import SINK_SCORE, SinkScores
 from surgery.survey.stream import Batch, stream
 from surgery.verification.gates import at_most, quality_gates
 from surgery.verification.measure import Measurement, Original, measure, measure_original
@@ -253,7 +253,7 @@ def test_what_carries_massive_activations_is_told_and_a_prefix_is_not_counted() 
     assert seen.summary() == {
         "count": 2, "worst_ratio": 2000.0, "dims": [3], "layers": [4], "token_ids": [52, 53],
     }  # fmt: skip
-    (row,) = seen.rows()
+    row = seen.rows()[4]
     assert row["max"] == 1000.0 and row["median"] == 0.5 and row["count"] == 2
     assert row["massive"][0] == {"dim": 3, "position": 1, "token": 52, "value": -1000.0}
 
@@ -265,7 +265,7 @@ def test_every_layer_is_seen_once_and_is_that_of_output_hidden_states(llama) -> 
     stream(model, anatomy, chunks, [seen])
     with torch.no_grad():
         states = model(input_ids=chunks, output_hidden_states=True).hidden_states
-    rows = {row["layer"]: row for row in seen.rows()}
+    rows = seen.rows()
     assert sorted(rows) == list(range(5))
     for layer in range(4):  # transformers' last entry is behind the final norm, which is not a layer
         expected = states[layer].abs().amax(dim=(1, 2)).mean().item()
@@ -291,19 +291,20 @@ def test_sink_scores_are_eager_attention_to_position_0(kind: str) -> None:
     """Plain, windowed, soft-capped, and with learned sink logits."""
     model = tiny_model(kind, torch.float32)
     anatomy, chunks = examine(model.config.to_dict()), tiny_text(rows=2, length=30)
-    seen = SinkScores()
+    seen = AttentionStatistics()
     stream(model, anatomy, chunks, [seen])
     for block, weights in enumerate(eager_attention(model, chunks)):
         expected = weights[..., 0].double().mean(dim=(0, 2))
-        assert np.allclose(seen.rows()[block]["sink_score"], expected, atol=1e-5)
+        assert np.allclose(seen.rows()[block + 1]["sink_score"], expected, atol=1e-5)
         share = (expected >= SINK_SCORE).double().mean().item()
-        assert math.isclose(seen.rows()[block]["sink_rate"], share) and seen.rows()[block]["slot_score"] == [[]] * 4
+        row = seen.rows()[block + 1]
+        assert math.isclose(row["sink_rate"], share) and row["slot_score"] == [[]] * 4
 
 
 def test_with_slots_what_they_take_is_what_the_text_lacks() -> None:
     model = tiny_model("llama", torch.float32)
     anatomy, chunks = examine(model.config.to_dict()), tiny_text(rows=2, length=30)
-    slots, seen = fold(model, anatomy, PREFIX), SinkScores()
+    slots, seen = fold(model, anatomy, PREFIX), AttentionStatistics()
     with grafted(model, anatomy, PREFIX, slots, "as_prefix"):
         stream(model, anatomy, chunks, [seen])
         model.config._attn_implementation_internal = "eab_eager"
@@ -312,7 +313,7 @@ def test_with_slots_what_they_take_is_what_the_text_lacks() -> None:
     behind = torch.cat([torch.tensor([PREFIX, PREFIX]), chunks], dim=1)
     control = eager_attention(model, behind)
     for block, weights in enumerate(attentions):
-        row = seen.rows()[block]
+        row = seen.rows()[block + 1]
         assert np.allclose(row["sink_score"], weights[..., 0].double().mean(dim=(0, 2)), atol=1e-5)
         assert np.allclose(np.sum(row["slot_score"], axis=1), 1 - weights.double().sum(-1).mean(dim=(0, 2)), atol=1e-5)
         expected = control[block][:, :, len(PREFIX) :, : len(PREFIX)].double().mean(dim=(0, 2))
@@ -322,5 +323,5 @@ def test_with_slots_what_they_take_is_what_the_text_lacks() -> None:
 
 def test_observers_ask_for_no_more_than_they_use() -> None:
     assert Likelihood.wants("logits") and not Likelihood.wants("hidden") and not Likelihood.wants("attention")
-    assert SinkScores.wants("attention") and MassiveActivations.wants("hidden")
+    assert AttentionStatistics.wants("attended") and MassiveActivations.wants("hidden")
     assert replace(Batch(torch.zeros(1, 1), 0), lead=1).lead == 1

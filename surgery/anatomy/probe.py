@@ -1,22 +1,28 @@
 """The seam: each attention site of a transformers model asks `ALL_ATTENTION_FUNCTIONS` for its function, then calls it.
 
-`observing` stands at that point. It changes nothing about which function or which mask a model gets; it sees each call.
+`observing` stands at that point. It changes nothing about which function or which mask a model gets; it sees each call
+and, where asked, what came of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call: query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E), after rotary and norms."""
+    """One attention call: query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E), after rotary and norms.
+
+    `lse` (B, Hq, T), once the call is computed and if a kernel found it: logsumexp over the keys of each query's logits
+    (slots and learned sink logits left out).
+    """
 
     module: nn.Module
     query: torch.Tensor
@@ -24,6 +30,7 @@ class Call:
     value: torch.Tensor
     mask: torch.Tensor | None
     arguments: dict = field(default_factory=dict)
+    lse: torch.Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -32,10 +39,17 @@ class Call:
 
 
 @contextlib.contextmanager
-def observing(observe: Callable[[Call], None], compute: bool = True) -> Iterator[None]:
+def observing(
+    observe: Callable[[Call], None] | None,
+    attended: Callable[[Call, torch.Tensor], None] | None = None,
+    *,
+    compute: bool = True,
+) -> Iterator[None]:
     """While active, `observe` sees every attention call in this process, before it is computed.
 
-    With `compute=False` attention is left out and gives an empty tensor of the right shape: for the meta device.
+    `attended` sees the call again once it is computed, with its output (B, T, Hq, E): the heads' sums of values, before
+    the output projection. Either may be None. With `compute=False` attention is left out and gives an empty tensor of
+    the right shape, for the meta device; nothing is attended then.
     """
     ask = ALL_ATTENTION_FUNCTIONS.get_interface
 
@@ -43,11 +57,18 @@ def observing(observe: Callable[[Call], None], compute: bool = True) -> Iterator
         attend = ask(name, default)
 
         def attention(module, query, key, value, attention_mask=None, **arguments):
-            observe(Call(module, query, key, value, attention_mask, arguments))
-            if compute:
+            call = Call(module, query, key, value, attention_mask, arguments)
+            if observe is not None:
+                observe(call)
+            if not compute:
+                batch, heads, length = query.shape[:3]
+                return query.new_empty(batch, length, heads, value.shape[-1]), None
+            if attended is None:
                 return attend(module, query, key, value, attention_mask, **arguments)
-            batch, heads, length = query.shape[:3]
-            return query.new_empty(batch, length, heads, value.shape[-1]), None
+            with _Listening() as heard:
+                result = attend(module, query, key, value, attention_mask, **arguments)
+            attended(replace(call, lse=heard.lse_over(key.shape[2])), result[0])
+            return result
 
         return attention
 
@@ -56,3 +77,28 @@ def observing(observe: Callable[[Call], None], compute: bool = True) -> Iterator
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS.get_interface  # the instance attribute; the class's method is back
+
+
+class _Listening(TorchDispatchMode):
+    """Keeps what the CPU's flash kernel knows and its callers drop, the log-sum-exp; every operation runs as it would.
+
+    torch.nn.functional.scaled_dot_product_attention discards it, and so does the merged path of sites with slots.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, torch.Tensor]] = []  # number of keys, log-sum-exp
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        aten, kwargs = torch.ops.aten, kwargs or {}
+        if function is aten.scaled_dot_product_attention.default:  # in inference mode it arrives in one piece
+            with self:
+                return function.decompose(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function is aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.calls.append((args[1].shape[2], result[1]))
+        return result
+
+    def lse_over(self, keys: int) -> torch.Tensor | None:
+        """The log-sum-exp (B, Hq, T), if attention was one call of the kernel over so many keys."""
+        return self.calls[0][1] if [count for count, _ in self.calls] == [keys] else None

@@ -101,11 +101,10 @@ class MassiveActivations(Observer):
             "token_ids": [token for token, _ in self.tokens().most_common()],
         }
 
-    def rows(self) -> list[dict]:
-        """One entry per layer, keys of the survey."""
-        return [
-            {
-                "layer": layer,
+    def rows(self) -> dict[int, dict]:
+        """Layer -> keys of the survey."""
+        return {
+            layer: {
                 "count": tally.count,
                 "max": tally.mean(tally.max),
                 "median": tally.mean(tally.median),
@@ -118,7 +117,7 @@ class MassiveActivations(Observer):
                 ],
             }
             for layer, tally in sorted(self.layers.items())
-        ]
+        }
 
 
 def _largest(listed: list[tuple]) -> list[tuple]:

@@ -7,12 +7,14 @@ stream after block k; the final norm's output is not a layer.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.probe import Call, observing
 from ..anatomy.seam import on_the_seam
@@ -39,6 +41,16 @@ class Observer:
     def attention(self, block: int, call: Call, batch: Batch) -> None:
         """One attention call, before it is computed."""
 
+    def attended(self, block: int, call: Call, output: torch.Tensor, batch: Batch) -> None:
+        """The same call with its output (B, T, Hq, E): the heads' sums of values, before the output projection."""
+
+    def units(self, block: int, activations: torch.Tensor, written: torch.Tensor, batch: Batch) -> None:
+        """One down projection of an MLP: activations (B, T, m) go in, written (B, T, d) comes out.
+
+        A block without one (`down_projections`) does not call. What norms or multipliers the block puts between the
+        projection and the residual stream (Gemma 2, OLMo 2, Granite) is not in `written`.
+        """
+
     def logits(self, logits: torch.Tensor, batch: Batch) -> None:
         """logits (B, T, V)."""
 
@@ -60,16 +72,50 @@ def stream(
     size = max(1, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size * (chunks.shape[1] + len(prefix))))
     lead = torch.tensor(list(prefix), dtype=torch.long).expand(chunks.shape[0], -1)
     device = input_device(model)
-    needs_logits = any(o.wants("logits") for o in observers)
+    keep = {}
+    if (
+        not any(o.wants("logits") for o in observers)
+        and "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    ):
+        # One row of logits is enough for a pass that nobody reads them from. It is named by its place: given a number
+        # of rows, some models (Gemma 4) compute their last blocks for only as many tokens.
+        keep = {"logits_to_keep": torch.tensor([chunks.shape[1] + len(prefix) - 1], device=device)}
     for rows in torch.cat([lead, chunks], dim=1).split(size):
         batch = Batch(rows.to(device), len(prefix))
-        # One row of logits is enough for a pass that nobody reads them from.
-        keep = {} if needs_logits else {"logits_to_keep": 1}
         with torch.inference_mode(), _watching(model, anatomy, batch, observers):
             out = model(input_ids=batch.tokens, use_cache=False, **keep)
             for observer in observers:
                 observer.logits(out.logits, batch)
         progress(len(rows))
+
+
+def down_projections(model: PreTrainedModel, anatomy: Anatomy) -> dict[int, nn.Module]:
+    """Block -> the module that projects its MLP's activations down to the residual stream.
+
+    By shape and place: inside the block, outside of its attention sites, from a wider space to the hidden size. A block
+    with none (experts fused into one tensor) or with several (lists of experts, two MLPs) is left out: which unit is
+    meant would not be known.
+    """
+    trunk = model.get_submodule(anatomy.trunk)
+    width = getattr(trunk.config.get_text_config(), "hidden_size", None)
+    sites = tuple(f"{site.name}." for site in anatomy.sites)
+    found = {}
+    for index, name in enumerate(anatomy.blocks):
+        inside = [
+            module
+            for path, module in trunk.get_submodule(name).named_modules(prefix=name)
+            if not f"{path}.".startswith(sites) and _widths(module)[1] == width and _widths(module)[0] > width
+        ]
+        if len(inside) == 1:
+            found[index] = inside[0]
+    return found
+
+
+def _widths(module: nn.Module) -> tuple[int, int | None]:
+    """What a linear layer of any kind maps from and to; (0, None) for any other module."""
+    if isinstance(module, Conv1D):  # GPT-2's, with its weight transposed
+        return module.nx, module.nf
+    return getattr(module, "in_features", 0), getattr(module, "out_features", None)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -81,8 +127,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
 @contextlib.contextmanager
 def _watching(model, anatomy: Anatomy, batch: Batch, observers: Sequence[Observer]) -> Iterator[None]:
     trunk = model.get_submodule(anatomy.trunk)
-    hidden = [o for o in observers if o.wants("hidden")]
-    attention = [o for o in observers if o.wants("attention")]
+    hidden, units, attention, attended = (
+        [o for o in observers if o.wants(method)] for method in ("hidden", "units", "attention", "attended")
+    )
     with contextlib.ExitStack() as stack:
         if hidden:
             for layer, name in enumerate(anatomy.blocks):
@@ -90,15 +137,21 @@ def _watching(model, anatomy: Anatomy, batch: Batch, observers: Sequence[Observe
                 if layer == 0:
                     stack.callback(block.register_forward_pre_hook(_before(hidden, batch), with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(_after(layer + 1, hidden, batch)).remove)
-        if attention:
+        for index, projection in down_projections(model, anatomy).items() if units else ():
+            stack.callback(projection.register_forward_hook(_projected(index, units, batch)).remove)
+        if attention or attended:
             block_of = {trunk.get_submodule(site.name): site.block for site in anatomy.sites}
 
-            def observe(call: Call) -> None:
+            def before(call: Call) -> None:
                 for observer in attention:
                     observer.attention(block_of[call.module], call, batch)
 
+            def after(call: Call, output: torch.Tensor) -> None:
+                for observer in attended:
+                    observer.attended(block_of[call.module], call, output, batch)
+
             stack.enter_context(on_the_seam(model, anatomy))
-            stack.enter_context(observing(observe))
+            stack.enter_context(observing(before, after if attended else None))
         yield
 
 
@@ -116,5 +169,18 @@ def _after(layer: int, observers, batch: Batch):
         states = output[0] if isinstance(output, tuple) else output
         for observer in observers:
             observer.hidden(layer, states, batch)
+
+    return hook
+
+
+def _projected(block: int, observers, batch: Batch):
+    def hook(projection: nn.Module, args, output) -> None:
+        activations, (rows, length) = args[0], batch.tokens.shape
+        if activations.numel() != rows * length * activations.shape[-1]:
+            return  # not all tokens pass here: an expert's
+        # Some families (OPT) put all tokens of a batch in one row.
+        activations, written = (part.reshape(rows, length, -1) for part in (activations, output))
+        for observer in observers:
+            observer.units(block, activations, written, batch)
 
     return hook

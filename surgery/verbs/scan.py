@@ -18,10 +18,8 @@ from ..checkpoint.source import materialise, open_source
 from ..errors import SourceError
 from ..loading import load_original, load_tokenizer, require_device
 from ..reporting import Reporter
-from ..survey.likelihood import Likelihood
-from ..survey.massive import MassiveActivations
-from ..survey.sinks import SinkScores
-from ..survey.stream import stream
+from ..survey.full import survey
+from ..survey.interventions import audit, run_interventions
 from ..verification.converted import converted_anatomy, load_converted, read_config
 from ..verification.text import FEW_CHUNKS, Chunking, read_texts
 from .inputs import SILENT, cut, fit_chunks, vocabulary_size
@@ -32,15 +30,17 @@ def scan(
     source: str,
     *,
     text: Sequence[Path],
+    interventions: bool = False,
     dtype: str | None = None,
     revision: str | None = None,
     device: str = "cpu",
     chunking: Chunking = FEW_CHUNKS,
     reporter: Reporter = SILENT,
 ) -> dict:
-    """Survey `source` (a directory, hub id, GGUF, or converted checkpoint) on `text`: one entry per layer.
+    """Survey `source` (a directory, hub id, GGUF, or converted checkpoint) on `text`: layer by layer, and across them.
 
-    Layer 0 is the embedding output and has no attention; layer k carries the sinks of block k - 1, which writes it.
+    Layer 0 is the embedding output and has no attention; layer k carries the attention of block k - 1, which writes it.
+    With `interventions`, the live model is also changed in the ways that its survey suggests, and measured each time.
     """
     if not text:
         raise SourceError("a scan needs text to read: give --text FILE.")
@@ -51,31 +51,14 @@ def scan(
         fitting = fit_chunks(chunking, opened.anatomy, opened.n_slots)
         chunks = cut(opened.tokenizer, words, fitting, opened.vocab_size, "--text")
         model = opened.load(device)
-        massive, sinks, likelihood = MassiveActivations(), SinkScores(), Likelihood()
         with reporter.bar("scan", len(chunks)) as advance:
-            stream(
-                model, opened.anatomy, chunks, [massive, sinks, likelihood], progress=lambda done: advance(done, "scan")
-            )
-        return _survey(str(source), opened.anatomy, opened.tokenizer, massive, sinks, likelihood, fitting)
-
-
-def _survey(source: str, anatomy: Anatomy, tokenizer, massive, sinks, likelihood, chunking: Chunking) -> dict:
-    attention = sinks.rows()
-    nothing = {"sink_score": None, "slot_score": None, "sink_rate": None}
-    layers = []
-    for row in massive.rows():
-        for entry in row["massive"]:
-            entry["token"] = tokenizer.decode([entry["token"]])
-        layers.append({**row, **attention.get(row["layer"] - 1, nothing)})
-    return {
-        "source": source,
-        "model_type": anatomy.model_type,
-        "chunks": chunking.count,
-        "chunk_length": chunking.length,
-        "perplexity": likelihood.score.to_dict(),
-        "massive_activations": massive.summary(),
-        "layers": layers,
-    }
+            found = survey(model, opened.anatomy, opened.tokenizer, chunks, progress=lambda done: advance(done, "scan"))
+        found = {"source": str(source), **found}
+        if interventions:
+            reporter.step("intervene")
+            found["interventions"] = run_interventions(model, opened.anatomy, chunks, found)
+            found["audit"] = audit(model, opened.anatomy, chunks, found)
+        return found
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,192 @@
+"""The report's tables, as text cells that a template only has to place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .words import best, effect, finite, interval, intervention_name, listing, number, percent, place, score, visible
+
+MOST = 12  # rows of a table of things that were found, the largest first
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings and rows of text; the first column names the row. `note` says what was left out."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+def overview(surveys: Sequence[dict], names: Sequence[str]) -> Table:
+    """One column per survey, one row per figure; rows that no survey has are left out."""
+    lines = [
+        ("perplexity", [score(_get(s, "perplexity", "ppl")) for s in surveys]),
+        ("massive activations", [number(_get(s, "massive_activations", "count")) for s in surveys]),
+        ("worst of them / median", [number(_worst(s)) for s in surveys]),
+        ("in dimensions", [_dims(s) for s in surveys]),
+        ("born in layer", [number(place(s, "born")) for s in surveys]),
+        ("gone from layer", [number(place(s, "died")) for s in surveys]),
+        ("highest sink rate", [_extreme(s, "sink_rate", max, percent) for s in surveys]),
+        ("lowest entropy, bits", [_extreme(s, "entropy_bits", min, number) for s in surveys]),
+        ("highest p1", [_extreme(s, "p1", max, percent) for s in surveys]),
+        ("bias slots per site", [number(s.get("n_slots")) for s in surveys]),
+    ]
+    kept = [(name, *cells) for name, cells in lines if any(cell != "–" for cell in cells)]
+    return Table(("", *names), kept)
+
+
+def tiles(survey: dict) -> list[tuple[str, str, str]]:
+    """(what, figure, remark) of one survey's main figures; what it lacks is left out."""
+    found = survey.get("massive_activations") or {}
+    sinks, narrow = best(survey, "sink_rate"), best(survey, "entropy_bits", min)
+    worst = f"worst {number(_worst(survey))} × median" if found.get("count") else "none found"
+    born, died = place(survey, "born"), place(survey, "died")
+    until = f"gone from layer {died} on" if died is not None else "last to the end"
+    candidates = [
+        ("perplexity", score(_get(survey, "perplexity", "ppl")), _read(survey)),
+        ("massive activations", number(_get(survey, "massive_activations", "count")), worst),
+        ("born in layer", number(born), until),
+        ("highest sink rate", percent(_value(sinks)), f"in layer {sinks[0]}" if sinks else ""),
+        ("lowest entropy", number(_value(narrow), 3), f"bits, in layer {narrow[0]}" if narrow else ""),
+    ]
+    return [tile for tile in candidates if tile[1] != "–"]
+
+
+def _read(survey: dict) -> str:
+    tokens = _get(survey, "perplexity", "tokens")
+    return f"of {tokens:,} tokens" if tokens is not None else ""
+
+
+def changes(surveys: Sequence[dict], names: Sequence[str]) -> list[str]:
+    """What differs between the first survey and each of the others, in words."""
+    first = surveys[0]
+    found = []
+    for survey, name in zip(surveys[1:], names[1:], strict=True):
+        pairs = [
+            ("massive activations", *(_get(s, "massive_activations", "count") for s in (first, survey)), number),
+            ("perplexity", *(_get(s, "perplexity", "ppl") for s in (first, survey)), score),
+            ("highest sink rate", *(_value(best(s, "sink_rate")) for s in (first, survey)), percent),
+            ("lowest entropy", *(_value(best(s, "entropy_bits", min)) for s in (first, survey)), number),
+        ]
+        parts = [
+            f"{what} {show(before)} → {show(after)}{' bits' if what == 'lowest entropy' else ''}"
+            for what, before, after, show in pairs
+            if before is not None and after is not None
+        ]
+        if parts:
+            text = f"From {names[0]} to {name}: {', '.join(parts)}."
+            tokens = [_get(s, "perplexity", "tokens") for s in (first, survey)]
+            if None not in tokens and tokens[0] != tokens[1]:
+                text += f" The perplexities are of different text ({tokens[0]:,} and {tokens[1]:,} tokens)."
+            found.append(text)
+    return found
+
+
+def interventions(survey: dict) -> Table | None:
+    rows = []
+    for row in survey.get("interventions") or []:
+        delta = row.get("delta_nll") or {}
+        rows.append(
+            (
+                intervention_name(row), effect(row), score(row.get("ppl")), interval(delta),
+                percent(row.get("sink_rate")), number(row.get("entropy_bits"), 3), number(row.get("massive")),
+                number(row.get("touched")),
+            )
+        )  # fmt: skip
+    head = ("intervention", "effect", "perplexity", "ΔNLL (95%)", "sinks", "entropy", "massive", "touched")
+    return Table(head, rows) if rows else None
+
+
+def massive(survey: dict) -> Table | None:
+    """The massive activations that were listed, by dimension and token, the largest first."""
+    groups: dict[tuple[int, str], list[tuple[int, int, float]]] = {}
+    for row in survey["layers"]:
+        for found in row.get("massive") or []:
+            entry = (row["layer"], found["position"], found["value"])
+            groups.setdefault((found["dim"], str(found["token"])), []).append(entry)
+    ordered = sorted(groups.items(), key=lambda group: -max(abs(value) for _, _, value in group[1]))
+    rows = []
+    for (dim, token), found in ordered[:MOST]:
+        layers, positions = ({entry[at] for entry in found} for at in (0, 1))
+        largest = max((value for _, _, value in found), key=abs)
+        rows.append((f"{dim}", visible(token), _span(layers), listing(sorted(positions), 3), number(largest)))
+    note = f"{len(ordered) - MOST:,} smaller pairs of dimension and token are not shown." if len(ordered) > MOST else ""
+    return Table(("dimension", "token", "layers", "positions", "largest"), rows, note) if rows else None
+
+
+def super_neurons(survey: dict) -> Table | None:
+    found = survey.get("super_neurons") or []  # those of the most massive activations first
+    rows = [
+        (
+            f"{unit['layer']} / {unit['unit']}", number(unit.get("dim")), percent(unit.get("share")),
+            number(unit.get("activation")), number(unit.get("column_norm")), number(unit.get("sparsity"), 3),
+        )
+        for unit in found[:MOST]
+    ]  # fmt: skip
+    note = f"{len(found) - MOST:,} more are not shown." if len(found) > MOST else ""
+    return (
+        Table(("layer / unit", "dimension", "share", "activation", "column norm", "sparsity"), rows, note)
+        if rows
+        else None
+    )
+
+
+def layers(survey: dict) -> Table | None:
+    rows = [
+        (
+            f"{row['layer']}", number(row.get("ratio"), 3), number(row.get("first_norm"), 3),
+            number(row.get("entropy_bits"), 3), percent(row.get("sink_rate")), number(row.get("count")),
+        )
+        for row in survey["layers"]
+    ]  # fmt: skip
+    return Table(("layer", "max / median", "first norm", "entropy", "sink rate", "massive"), rows)
+
+
+# key, title, text, how it is shown (a card like a figure's, a wide one, folded), table
+SECTIONS = (
+    (
+        "massive", "Massive activations",
+        "Where they stand. A dimension and a token are listed with the layers in which they meet.", "figure", massive,
+    ),
+    (
+        "neurons", "Super neurons",
+        "Units of an MLP whose activation times the norm of their output column dominates what is written to a "
+        "massive activation. Share is the unit's part of what the MLP writes there.", "table", super_neurons,
+    ),
+    ("layers", "All layers in figures", "Means over sequences; – where nothing was measured.", "folded", layers),
+)  # fmt: skip
+
+
+def _dims(survey: dict) -> str:
+    dims = (survey.get("massive_activations") or {}).get("dims")
+    return listing(dims, 4) if dims else "–"
+
+
+def _worst(survey: dict) -> float | None:
+    found = survey.get("massive_activations") or {}
+    return found.get("worst_ratio") if found.get("count") else None
+
+
+def _extreme(survey: dict, key: str, choose, show) -> str:
+    found = best(survey, key, choose)
+    return f"{show(found[1])} (layer {found[0]})" if found else "–"
+
+
+def _get(survey: dict, *keys: str):
+    for key in keys:
+        survey = (survey or {}).get(key)
+    return survey if finite(survey) else None
+
+
+def _value(found: tuple[int, float] | None) -> float | None:
+    return found[1] if found else None
+
+
+def _span(layers: set[int]) -> str:
+    """3–27, or 3, 7 and 9 where there are gaps."""
+    low, high = min(layers), max(layers)
+    if low == high:
+        return f"{low}"
+    return f"{low}–{high}" if len(layers) == high - low + 1 else listing(sorted(layers), 4)

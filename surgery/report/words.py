@@ -1,0 +1,253 @@
+"""A survey in words: numbers as people read them, one-phrase names, and the sentences of the summary.
+
+Every sentence states what the survey holds and nothing else; where a key is missing or null its sentence is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import PurePath
+
+PHASES = ("mix", "compress", "refine")
+COLLAPSE = math.log(10)  # nats: an intervention that multiplies perplexity by ten or more is called a collapse
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def finite(value) -> bool:
+    """Whether `value` is a number that can be plotted (not None, NaN or infinite)."""
+    return value is not None and math.isfinite(value)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """25439.2 -> 25,439; 21.2644 -> 21.26; 1.3e7 -> 1.3×10⁷; None and NaN -> –; a true minus sign."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    if size and not 1e-4 <= size < 1e7:
+        mantissa, exponent = f"{size:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        power = f"10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+        text = power if mantissa == "1" else f"{mantissa}×{power}"
+    elif size >= 1000 or float(size).is_integer():
+        text = f"{size:,.0f}"
+    else:
+        text = f"{size:.{digits}g}"
+    return f"−{text}" if value < 0 else text
+
+
+def score(ppl: float | None) -> str:
+    """A perplexity: two decimals where it is small, so that 20 and 20.003 do not look alike."""
+    return f"{ppl:.2f}" if finite(ppl) and ppl < 1000 else number(ppl)
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference, with its sign."""
+    return f"+{number(value, digits)}" if value is not None and value > 0 else number(value, digits)
+
+
+def interval(delta: dict) -> str:
+    """`mean` (`low` to `high`) of a difference, with as many decimals as its interval is wide."""
+    mean, low, high = (delta.get(key) for key in ("mean", "low", "high"))
+    if not (finite(mean) and finite(low) and finite(high)):
+        return signed(mean)
+    decimals = min(max(1 - math.floor(math.log10(max(high - low, 1e-9) / 2)), 2), 7)
+    mean, low, high = (f"{value:+.{decimals}f}".replace("-", "−") for value in (mean, low, high))
+    return f"{mean} ({low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high})"
+
+
+def percent(share: float | None) -> str:
+    """0.993 -> 99.3%; what is not all is never rounded to 100%."""
+    if share is None or not math.isfinite(share):
+        return "–"
+    shown = f"{100 * share:.1f}" if share < 0.9995 or share >= 1 else f"{math.floor(100_000 * share) / 1000:.3f}"
+    return f"{shown.removesuffix('.0')}%"
+
+
+def shortened(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 1]}…"
+
+
+def visible(token: object, room: int = 24) -> str:
+    """A token's text, cut to `room` characters; white space and controls can be seen: `⏎`, `␣the`, `\\u0000`."""
+    text = str(token).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+    shown = (char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+    return shortened("".join(shown), room) or "∅"
+
+
+def listing(things: Sequence, most: int = 5) -> str:
+    """a, b and c; or a, b, c and 12 more."""
+    shown = [str(thing) for thing in things[:most]]
+    if len(things) > most:
+        return f"{', '.join(shown)} and {len(things) - most:,} more"
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def count_of(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def names_of(surveys: Sequence[dict]) -> list[str]:
+    """A short name for each survey: the last part of its source, the whole source where that is not unique."""
+    sources = [str(survey.get("source") or f"survey {at}") for at, survey in enumerate(surveys, 1)]
+    short = [PurePath(source).name or source for source in sources]
+    names = [short[i] if short.count(short[i]) == 1 else sources[i] for i in range(len(short))]
+    return [visible_name(name if names.count(name) == 1 else f"{name} ({at})") for at, name in enumerate(names, 1)]
+
+
+def visible_name(name: str) -> str:
+    """A path or an id as it may stand on a page: without control characters and half characters."""
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in name)
+
+
+def place(survey: dict, key: str) -> int | None:
+    """`across.born` or `across.died`: a layer, the first one where there are several."""
+    found = (survey.get("across") or {}).get(key)
+    return (found[0] if found else None) if isinstance(found, list) else found
+
+
+def phase_range(survey: dict, phase: str) -> str | None:
+    """`3–27`, `3`, or None where no such phase is claimed."""
+    span = ((survey.get("across") or {}).get("phases") or {}).get(phase)
+    if not span or span[0] is None or span[1] is None or span[1] < span[0]:
+        return None
+    return f"{span[0]}" if span[0] == span[1] else f"{span[0]}–{span[1]}"
+
+
+def intervention_name(row: dict) -> str:
+    """What was done and where, as one phrase."""
+    name = visible_name(str(row.get("name") or "unnamed")).replace("_", " ")
+    return f"{name}, {visible_name(str(row['where']))}" if row.get("where") not in (None, "") else name
+
+
+def effect(row: dict) -> str:
+    """What an intervention did to perplexity, judged on the paired interval of its NLL difference."""
+    delta = row.get("delta_nll") or {}
+    mean, low, high = (delta.get(key) for key in ("mean", "low", "high"))
+    if mean is None or math.isnan(mean):
+        return "–"
+    if mean >= COLLAPSE:
+        return f"collapse, ×{number(math.exp(mean), 3)}" if mean < 700 else "collapse"
+    if low is None or high is None:
+        return "interval unknown"
+    if low <= 0 <= high:
+        return "none measurable"
+    change = 100 * math.expm1(mean)
+    return f"{'worse' if mean > 0 else 'better'}, {signed(change)}%"
+
+
+def best(survey: dict, key: str, choose=max) -> tuple[int, float] | None:
+    """The layer where `key` is largest (or, with `min`, smallest), and its value."""
+    found = [(row[key], row["layer"]) for row in survey["layers"] if finite(row.get(key))]
+    if not found:
+        return None
+    extreme = choose(value for value, _ in found)
+    return next(layer for value, layer in found if value == extreme), extreme
+
+
+def summary(survey: dict, name: str) -> list[str]:
+    """The survey of one model in plain words, a sentence or two on each of its findings."""
+    parts = (_model(survey, name), _massive(survey), _auto(survey), _sinks(survey), _geometry(survey), _phases(survey),
+             _correlations(survey))  # fmt: skip
+    return [part for part in (*parts, *_interventions(survey)) if part]
+
+
+def _model(survey: dict, name: str) -> str:
+    blocks = count_of(len(survey["layers"]) - 1, "block")
+    kind = f"a {survey['model_type']} model with {blocks}" if survey.get("model_type") else f"a model with {blocks}"
+    slots = survey.get("n_slots")
+    also = f" and {count_of(slots, 'explicit bias slot')} at each attention site" if slots else ""
+    text = f"{name} is {kind}{also}."
+    ppl = (survey.get("perplexity") or {}).get("ppl")
+    if survey.get("chunks") and ppl is not None:
+        of = f" of {survey['chunk_length']:,} tokens" if survey.get("chunk_length") else ""
+        text += f" Its perplexity on {count_of(survey['chunks'], 'chunk')}{of} is {score(ppl)}."
+    return text
+
+
+def _massive(survey: dict) -> str | None:
+    found = survey.get("massive_activations")
+    if not found:
+        return None
+    if not found.get("count"):
+        loudest = best(survey, "ratio")
+        also = f" The largest is {number(loudest[1])} times its layer's median." if loudest else ""
+        return "No activation is massive (|x| at least 100 and at least 1,000 times the layer's median)." + also
+    text = f"{count_of(found['count'], 'activation is' if found['count'] == 1 else 'activation')}"
+    text = f"{text}{'' if found['count'] == 1 else ' are'} massive; the worst is {number(found.get('worst_ratio'))} "
+    text += "times the median of its layer."
+    if found.get("dims"):
+        dims = "dimension" if len(found["dims"]) == 1 else "dimensions"
+        text += f" They stand in feature {dims} {listing(found['dims'])}"
+        tokens = (survey.get("across") or {}).get("tokens")
+        text += f", on the tokens {listing([visible(token) for token in tokens])}." if tokens else "."
+    born, died = place(survey, "born"), place(survey, "died")
+    if born is not None:
+        text += f" They are born in layer {born}"
+        text += f" and gone from layer {died} on." if died is not None else " and last to the end."
+    return text
+
+
+def _auto(survey: dict) -> str | None:
+    spans = ((survey.get("across") or {}).get("auto") or {}).get("spans")
+    if not spans:
+        return None
+    ranges = [f"{first}" if first == last else f"{first}–{last}" for first, last in spans]
+    layers = "layer" if len(spans) == 1 and spans[0][0] == spans[0][1] else "layers"
+    return f"By the scale-free criterion (ten times what an ordinary token's largest entry is), {layers} " + (
+        f"{listing(ranges)} {'has' if layers == 'layer' else 'have'} them."
+    )
+
+
+def _sinks(survey: dict) -> str | None:
+    rate = best(survey, "sink_rate")
+    if rate is None:
+        return None
+    to = "the first token or a slot" if survey.get("n_slots") else "the first token"
+    if rate[1] == 0:
+        return f"No head is an attention sink: none gives {to} 30% of its attention on average."
+    return (
+        f"In layer {rate[0]}, {percent(rate[1])} of the heads are attention sinks: "
+        f"on average they give {to} at least 30% of their attention."
+    )
+
+
+def _geometry(survey: dict) -> str | None:
+    lowest = best(survey, "entropy_bits", min)
+    if lowest is None:
+        return None
+    layer, bits = lowest
+    text = f"The residual stream is narrowest in layer {layer}: its spectrum has an entropy of {number(bits, 3)} bits"
+    share = next((row.get("p1") for row in survey["layers"] if row["layer"] == layer), None)
+    return f"{text}, with {percent(share)} of the energy in one direction." if finite(share) else f"{text}."
+
+
+def _phases(survey: dict) -> str | None:
+    across = survey.get("across")
+    if not across or "phases" not in across:
+        return None
+    spans = [(phase, phase_range(survey, phase)) for phase in PHASES]
+    named = [f"{phase.capitalize()} ({'layers' if '–' in span else 'layer'} {span})" for phase, span in spans if span]
+    return f"Depth falls into phases: {listing(named)}." if named else "No phases of depth are claimed."
+
+
+def _correlations(survey: dict) -> str | None:
+    found = (survey.get("across") or {}).get("correlations") or {}
+    named = [("entropy", found.get("first_norm_entropy")), ("sink rate", found.get("first_norm_sink_rate"))]
+    parts = [f"with that of the {what} by {number(r, 2)}" for what, r in named if finite(r)]
+    return f"Over depth, the change of the first token's norm correlates {listing(parts)}." if parts else None
+
+
+def _interventions(survey: dict) -> list[str]:
+    rows = survey.get("interventions") or []
+    judged = [(intervention_name(row), effect(row)) for row in rows]
+    groups = [
+        ("Perplexity collapses (ten times or more) under: ", [n for n, e in judged if e.startswith("collapse")]),
+        ("Perplexity is measurably worse under: ", [f"{n} ({e[7:]})" for n, e in judged if e.startswith("worse")]),
+        ("Perplexity is measurably better under: ", [f"{n} ({e[8:]})" for n, e in judged if e.startswith("better")]),
+        ("No measurable change under: ", [n for n, e in judged if e == "none measurable"]),
+    ]
+    return [f"{text}{'; '.join(names)}." for text, names in groups if names]

@@ -1,0 +1,93 @@
+"""What a reader wants to see rather than average: one sequence's activations, and the attention of a few heads."""
+
+from __future__ import annotations
+
+import torch
+
+from ..anatomy.probe import Call
+from .softmax import Softmax
+from .stream import Batch, Observer
+
+TOKENS = 48  # shown of the first sequence
+DIMS = 64  # shown of the stream: the loudest, and others evenly spaced between them
+LOUDEST = 8
+HEADS = 4  # shown: from the strongest sink to the weakest
+
+
+class Landscape(Observer):
+    """|activation| of the first tokens of the first sequence, in the layer where the largest one stands."""
+
+    def __init__(self) -> None:
+        self.layer: int | None = None
+        self.tokens: list[int] = []
+        self._states: torch.Tensor | None = None  # (t, d)
+        self._seen: set[int] = set()
+
+    def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
+        if layer in self._seen:
+            return
+        self._seen.add(layer)
+        shown = states[0, batch.lead : batch.lead + TOKENS].abs().float().cpu()
+        if self._states is None or shown.max() > self._states.max():
+            self.layer, self._states = layer, shown
+            self.tokens = batch.tokens[0, batch.lead : batch.lead + TOKENS].tolist()
+
+    def to_dict(self) -> dict:
+        """`layer`, `tokens` (ids), `dims`, and `values` (token x dim)."""
+        width = self._states.shape[1]
+        loudest = self._states.amax(dim=0).topk(min(LOUDEST, width)).indices.tolist()
+        spaced = range(0, width, max(1, width // (DIMS - len(loudest))))
+        dims = sorted({*loudest, *spaced})
+        return {"layer": self.layer, "tokens": self.tokens, "dims": dims, "values": self._states[:, dims].tolist()}
+
+
+class AttentionMaps(Observer):
+    """Attention weights of the first sequence's first tokens, slots in front; of all heads, until four are chosen."""
+
+    def __init__(self) -> None:
+        self._weights: dict[int, torch.Tensor] = {}  # block -> (Hq, t, n + t), half precision
+        self._slots: dict[int, int] = {}
+        self.tokens: list[int] = []
+
+    def attention(self, block: int, call: Call, batch: Batch) -> None:
+        if block in self._weights:
+            return
+        stop = min(batch.lead + TOKENS, call.query.shape[2])
+        softmax = Softmax(_of_first(call))
+        rows = softmax.weights(torch.arange(stop))[0][0]  # (Hq, t, n + S and a sink logit)
+        self._weights[block], self._slots[block] = rows[..., : softmax.n + stop].half().cpu(), softmax.n
+        self.tokens = batch.tokens[0, :stop].tolist()
+
+    def to_list(self) -> list[dict]:
+        """Four heads from the strongest sink to the weakest: `block`, `head`, `slots`, `tokens` (ids), `weights`."""
+        scored = sorted(
+            (-_sink(weights, self._slots[block]), block, head)
+            for block, heads in self._weights.items()
+            for head, weights in enumerate(heads.float())
+        )
+        chosen = [scored[round(i * (len(scored) - 1) / (HEADS - 1))] for i in range(HEADS)] if scored else []
+        return [
+            {
+                "block": block,
+                "head": head,
+                "slots": self._slots[block],
+                "tokens": self.tokens,
+                "weights": [[round(w, 4) for w in row] for row in self._weights[block][head].float().tolist()],
+            }
+            for _, block, head in dict.fromkeys(chosen)
+        ]
+
+
+def _of_first(call: Call) -> Call:
+    """The call of the first sequence alone."""
+    mask = None if call.mask is None else call.mask[:1]
+    arguments = {
+        name: value[:1] if name == "logit_bias" and value is not None else value
+        for name, value in call.arguments.items()
+    }
+    return Call(call.module, call.query[:1], call.key[:1], call.value[:1], mask, arguments)
+
+
+def _sink(weights: torch.Tensor, n: int) -> float:
+    """The largest mean weight on one slot or on position 0."""
+    return weights[:, : n + 1].mean(dim=0).max().item()
