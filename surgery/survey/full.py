@@ -55,7 +55,7 @@ def survey(
 
 
 def _merged(observers: list[Observer], tokenizer) -> list[dict]:
-    """One dict per layer, with the keys of every observer: None where a layer has no such thing (layer 0, attention)."""
+    """One dict per layer, with the keys of every observer: None where a layer has no such thing."""
     layers: dict[int, dict] = {}
     for observer in observers:
         for layer, row in observer.rows().items():

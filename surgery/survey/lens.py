@@ -1,6 +1,6 @@
 """Perplexity by depth: what the stream after each block would predict, through the final norm and the output layer.
 
-The logit lens (nostalgebraist 2020), on a few positions of each sequence: a layer costs as much as a row of logits does.
+The logit lens (nostalgebraist 2020), on a few positions of each sequence: a layer costs a few rows of logits.
 """
 
 from __future__ import annotations
