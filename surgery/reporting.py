@@ -215,7 +215,7 @@ def _findings(survey: dict) -> list[str]:
             f"{unit['dim']}"
         )
     if phases := across["phases"]:
-        named = ", ".join(f"{name} {first}-{last}" for name, (first, last) in phases.items())
+        named = ", ".join(f"{name} {span[0]}-{span[1]}" for name, span in phases.items() if span)
         lines.append(f"Phases by layer: {named}")
     return lines
 

@@ -45,12 +45,9 @@ def planted(seed: int = 0, rows: int = 40, columns: int = 24) -> torch.Tensor:
     return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# Lives
-
-
 def test_birth_death_dims_and_tokens() -> None:
     layers = spiked(3, 9)
-    layers[4]["massive"] = [*layers[4]["massive"], {"dim": 7, "position": 2, "token": "b", "value": 200.0}]
+    layers[9]["massive"] = [*layers[9]["massive"], {"dim": 7, "position": 2, "token": "b", "value": 200.0}]
     found = across(layers)
     assert (found["born"], found["died"], found["spans"]) == (3, 10, [[3, 9]])
     assert (found["dims"], found["tokens"]) == ([5, 7], ["a", "b"])
@@ -87,9 +84,6 @@ def test_auto_is_left_out_where_it_was_not_counted() -> None:
     assert across(layers)["auto"] is None
 
 
-# Phases
-
-
 @given(st.integers(1, 6), st.integers(6, DEPTH - 1))
 def test_phases_cover_the_depth(start: int, stop: int) -> None:
     found = phases(spiked(start, stop))
@@ -108,6 +102,12 @@ def test_the_boundaries_are_halfway() -> None:
     assert phases(layers)["compress"] == [4, 9]
     layers[3].update(first_norm=101.0)
     assert phases(layers)["compress"] == [3, 9]
+
+
+def test_entropy_that_rises_later_moves_no_boundary() -> None:
+    layers = spiked(3, 8)
+    layers[8]["entropy_bits"], layers[10]["entropy_bits"] = 3.3, 9.0
+    assert phases(layers)["compress"] == [3, 7]
 
 
 def test_a_second_valley_is_not_joined() -> None:
@@ -155,9 +155,6 @@ def test_low_entropy_without_a_long_first_token_is_no_valley() -> None:
     assert phases(layers)["compress"] == [3, 8]
 
 
-# Correlations
-
-
 @given(st.integers(0, 10**6))
 def test_correlations_are_those_of_changes(seed: int) -> None:
     source = np.random.default_rng(seed)
@@ -190,9 +187,6 @@ def test_a_layer_without_attention_is_left_out() -> None:
     layers = spiked()
     layers[6]["sink_rate"] = None
     assert correlations(layers)["first_norm_sink_rate"] == pytest.approx(1)
-
-
-# The scale-free criterion
 
 
 def test_auto_finds_the_planted_ones_and_nothing_else() -> None:
@@ -248,9 +242,6 @@ def test_auto_counts_over_sequences_without_the_prefix() -> None:
         peaks = np.abs(sequence).max(axis=1)
         ratios.append(peaks.max() / np.sort(peaks)[(len(peaks) - 1) // 2])
     assert observer.rows() == {2: {"auto_count": 3, "auto_ratio": pytest.approx(np.mean(ratios), rel=1e-6)}}
-
-
-# Models
 
 
 class SinkRates(Observer):

@@ -355,13 +355,14 @@ def test_the_real_model_stands_on_its_massive_activations(smollm2_gguf, wikipedi
     model, tokenizer = load_original(root), load_tokenizer(root)
     text = wikipedia_evaluation.read_text(encoding="utf-8")[:4000]
     chunks, anatomy = chunk(tokenize(tokenizer, text), Chunking(4, 64), "evaluation"), examine(model.config.to_dict())
-    survey, means = survey_of(model, anatomy, chunks), MassiveMeans()
+    with one_thread():
+        survey, means = survey_of(model, anatomy, chunks), MassiveMeans()
     born = survey["across"]["born"]
     dims = {born: sorted({entry["dim"] for entry in survey["layers"][born]["massive"]})}
 
     def ppl(change=None) -> float:
         likelihood = Likelihood()
-        with change or torch.no_grad():
+        with one_thread(), change or torch.no_grad():
             stream(model, anatomy, chunks, [likelihood] if change else [likelihood, means])
         return likelihood.score.ppl
 

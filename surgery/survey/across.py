@@ -141,7 +141,7 @@ def phases(layers: Sequence[dict]) -> dict | None:
     halfway = (bits[valley] + before) / 2
     runs = _runs([is_long and h <= halfway for is_long, h in zip(long, bits, strict=True)])
     start, stop = next((a, b) for a, b in runs if a <= valley <= b)
-    if start == 0 or not _sinks_rise(layers, start, stop):
+    if not _sinks_rise(layers, start, stop):
         return None
     refine = [stop + 1, len(layers) - 1] if stop + 1 < len(layers) else None
     return {"mix": [0, start - 1], "compress": [start, stop], "refine": refine}
@@ -153,7 +153,10 @@ def _log_ratio(first: float, rest: float) -> float:
 
 
 def _sinks_rise(layers: Sequence[dict], start: int, stop: int) -> bool:
-    """Whether blocks that read layers start..stop have the higher sink rate; the row of l + 1 holds what reads l."""
+    """Whether blocks that read layers start..stop have a higher sink rate than those before; False if none are.
+
+    The row of layer l + 1 holds the block that reads layer l.
+    """
     rates = [row.get("sink_rate") for row in layers[1:]]
     mixing = [rate for rate in rates[:start] if rate is not None]
     compressed = [rate for rate in rates[start : stop + 1] if rate is not None]
