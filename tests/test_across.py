@@ -210,14 +210,6 @@ def test_auto_has_no_scale(seed: int, scale: float, spike: float) -> None:
     assert hits.any() == (spike > 1)
 
 
-def test_suns_criterion_does_have_one() -> None:
-    states = planted()
-    states[0, 5] = 5000.0
-    for scale, expected in ((1.0, 1), (1e-3, 0)):
-        assert massive(states * scale)[0].sum() == expected
-        assert auto_massive(states * scale)[0].sum() == 1
-
-
 def test_a_feature_that_is_large_in_most_tokens_is_not_massive() -> None:
     states = planted()
     states[:, 2] += 5000.0

@@ -235,7 +235,7 @@ def test_one_token_has_nothing_to_spread_over() -> None:
     statistics, variance, selection = (observer.rows()[1] for observer in observers)
     assert statistics["mixing"] is None and np.allclose(statistics["attention_entropy"], 0, atol=1e-12)
     assert np.allclose(statistics["sink_score"], 1, atol=1e-12) and statistics["sink_rate"] == 1.0
-    assert variance["value_variance_rest"] is None and selection["separability"] is None
+    assert variance["value_variance_rest"] is None and selection["separability"] == [None] * 4
     assert selection["attended_share"] == [1.0] * 4 and selection["attended_by_length"]["tokens"] == [1.0]
 
 
@@ -421,9 +421,10 @@ def test_a_pass_without_logits_still_computes_every_token_in_every_block() -> No
             self.seen.add(output.shape[1])
 
     for kind in ("gemma4_text", "llama", "gpt2", "opt"):
-        model, lengths = build(families()[kind].config()), Lengths()
+        model, lengths, logits = build(families()[kind].config()), Lengths(), []
+        model.register_forward_hook(lambda module, args, output, logits=logits: logits.append(output.logits.shape[1]))
         observed(model, [lengths], tiny_text(rows=2, length=9))
-        assert lengths.seen == {9}
+        assert lengths.seen == {9} and logits == [1]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt_oss", "gemma2"])

@@ -51,10 +51,17 @@ def make_survey(source: str = "models/tiny", *, slots: int = 0, spike: float = 5
     weights = np.tril(np.ones((6, 6))) / np.arange(1, 7)[:, None]
     weights = np.concatenate([np.full((6, slots), 0.2), weights * (1 - 0.2 * slots)], axis=1)
     delta = {"mean": math.log(50), "low": math.log(40), "high": math.log(60)}
-    rows = [{"name": "zero", "where": "layer 2", "touched": 4, "ppl": 500.0, "delta_nll": delta, "sink_rate": 0.0,
-             "entropy_bits": 3.0, "massive": 0},
-            {"name": "mean", "where": "layer 2", "touched": 4, "ppl": 10.0, "sink_rate": 0.6, "entropy_bits": 0.25,
-             "delta_nll": {"mean": 0.001, "low": -0.002, "high": 0.004}, "massive": 4}]  # fmt: skip
+    kept = {"mean": 0.001, "low": -0.002, "high": 0.004}
+    planted = {"position": 5, "sink_rate": 0.5, "untouched": 0.125}
+    names = ("name", "where", "touched", "ppl", "delta_nll", "sink_rate", "entropy_bits", "massive")
+    rows = [
+        ("untouched", "", 0, 10.0, dict.fromkeys(kept, 0.0), 0.6, 0.25, 4),
+        ("MLP to zero", "layer 2", 4, 500.0, delta, 0.0, 3.0, 0),
+        ("to their mean", "layer 2", 4, 10.0, kept, 0.6, 0.25, 4),
+        ("none there", "layer 9", None, None, None, None, None, None),
+    ]
+    rows = [dict(zip(names, row, strict=True)) for row in rows]
+    rows[2]["planted"], rows[3]["error"] = planted, "it touched nothing."
     found = {"count": 4, "worst_ratio": 2 * spike, "dims": [7], "layers": [2, 3], "token_ids": [5]}
     nothing = {"count": 0, "worst_ratio": 0.0, "dims": [], "layers": [], "token_ids": []}
     big = spike >= 1000
@@ -72,6 +79,7 @@ def make_survey(source: str = "models/tiny", *, slots: int = 0, spike: float = 5
         "landscape": {"layer": 2, "tokens": TOKENS, "dims": [0, 3, 7, 9], "values": size.tolist()},
         "attention_maps": [{"block": 2, "head": 1, "slots": slots, "tokens": TOKENS, "weights": weights.tolist()}],
         "interventions": rows if big else None,
+        "audit": {"layer": 2, "scalars": 3, "of": 4096, "tried": {"0": 10.0, "3": 101.0}} if big else None,
     }  # fmt: skip
 
 
@@ -181,8 +189,9 @@ def test_the_summary_says_what_the_survey_holds(alone):
         "narrowest in layer 2: its spectrum has an entropy of 0.25 bits, with 98% of the energy in one direction.",
         "Mix (layers 0–1), Compress (layers 2–3) and Refine (layer 4).",
         "correlates with that of the entropy by −0.91.",
-        "collapses (ten times or more) under: zero, layer 2.",
-        "No measurable change under: mean, layer 2.",
+        "collapses (ten times or more) under: MLP to zero, layer 2.",
+        "Zeroing the 3 largest of the 4,096 scalars in layer 2 of each sequence multiplies perplexity by ten.",
+        "No measurable change under: to their mean, layer 2.",
     ):
         assert sentence in alone.text
 
@@ -216,13 +225,13 @@ HOSTILE = [
 def test_no_text_becomes_markup(tmp_path):
     survey = make_survey("/models/<b>bold</b>\udcff")
     survey["layers"] = [{key: row[key] for key in ("layer", "massive", "max")} for row in survey["layers"]]
-    survey["model_type"] = "<i>llama</i>"
+    survey["model_type"] = "<i>llama</i>\ud800"
     survey["landscape"] = {"layer": 2, "tokens": HOSTILE, "dims": [0, 1], "values": [[1.0, 2.0]] * len(HOSTILE)}
     survey["across"]["tokens"] = HOSTILE[:5]
     for at, token in enumerate(HOSTILE):
         survey["layers"][2]["massive"].append({"dim": at, "position": at, "token": token, "value": 1000.0 - at})
-    survey["interventions"][0]["name"] = "<script>x</script>"
-    survey["interventions"][0]["where"] = "<img src=x>"
+    survey["interventions"][1]["name"] = "<script>x</script>"
+    survey["interventions"][1]["where"] = "<img src=x>"
     page = write([survey], tmp_path)
     assert not {tag for tag, _ in page.tags} & {"script", "img", "b", "i"}
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
@@ -268,7 +277,7 @@ GONE = {
     "super_neurons": ["neurons"],
     "interventions": ["interventions"],
     # No section stands on these alone.
-    "source model_type chunks chunk_length n_slots perplexity massive_activations across": [],
+    "source model_type chunks chunk_length n_slots perplexity massive_activations across audit": [],
 }
 
 
@@ -315,9 +324,9 @@ def test_the_least_survey_and_odd_ones_make_a_page(tmp_path):
     ragged["attention_maps"][0] |= {"tokens": ["a"], "weights": [[1.0]]}
     assert everything([ragged]) == set(SECTIONS)
     lost = make_survey()
-    lost["interventions"][0] |= {"ppl": math.inf, "delta_nll": {"mean": math.inf, "low": None, "high": math.nan}}
+    lost["interventions"][1] |= {"ppl": math.inf, "delta_nll": {"mean": math.inf, "low": None, "high": math.nan}}
     assert everything([lost, make_survey()]) == set(SECTIONS)
-    assert tables.interventions(lost).rows[0][1:4] == ("collapse", "∞", "+∞")
+    assert tables.interventions(lost).rows[1][1:4] == ("collapse", "∞", "+∞")
 
 
 @pytest.mark.parametrize("surveys", [[], [{}], [{"layers": []}], [{"layers": None}], ["x"], [{"layers": [{"max": 1}]}]])
@@ -387,6 +396,7 @@ def test_landscape_labels_the_loudest_and_shares_its_scales(style):
     loud, quiet = make_survey(), make_survey(spike=1.0)
     axes = maps.landscape(quiet, [loud, quiet]).axes
     assert np.nanmax(strength(axes[0])) < 0.5  # beside 5,000, one is next to nothing
+    assert np.array_equal(strength(maps.landscape(quiet, [quiet, loud]).axes[0]), strength(axes[0]))
     assert np.nanmax(strength(maps.landscape(quiet, [quiet]).axes[0])) > 0.2
     both = [maps.landscape(survey, [loud, quiet]) for survey in (loud, quiet)]
     assert both[0].axes[1].get_ylim() == both[1].axes[1].get_ylim() and both[0].axes[1].get_ylim()[1] > 5000
@@ -431,7 +441,7 @@ def test_phases_are_shaded_only_where_they_are_claimed(style):
 def test_the_same_height_means_the_same_in_every_survey(plot, style):
     first, second = make_survey(), make_survey(spike=2000.0)
     second["layers"][3] |= {"effective_tokens": [1.0, 1.0, 300.0], "dominance": 9000.0}
-    second["interventions"][0]["delta_nll"]["high"] = 9.0
+    second["interventions"][1]["delta_nll"]["high"] = 9.0
     drawn = [plot(survey, [first, second]) for survey in (first, second)]
     for at in range(len(drawn[0].axes)):
         assert drawn[0].axes[at].get_ylim() == drawn[1].axes[at].get_ylim()
@@ -447,11 +457,13 @@ def test_compare_puts_models_of_different_depth_on_one_axis(style):
 
 
 def test_plots_are_written_as_png_and_svg_and_leave_no_trace_in_matplotlib(tmp_path):
-    before = dict(matplotlib.rcParams)
     survey = make_survey()
     survey["layers"] = [{key: row.get(key) for key in ("layer", "max", "sink_score")} for row in survey["layers"]]
     survey["interventions"] = None
-    files = write_plots([survey], tmp_path / "deep" / "plots")
+    with matplotlib.rc_context({"font.size": 17.0, "axes.grid": False}):
+        before = dict(matplotlib.rcParams)
+        files = write_plots([survey], tmp_path / "deep" / "plots")
+        assert dict(matplotlib.rcParams) == before
     names = ["landscape", "magnitude", "sinks", "attention-block2-head1"]
     assert sorted(path.name for path in files) == sorted(f"{name}.{kind}" for name in names for kind in ("png", "svg"))
     assert sorted((tmp_path / "deep" / "plots").iterdir()) == sorted(files)
@@ -459,7 +471,6 @@ def test_plots_are_written_as_png_and_svg_and_leave_no_trace_in_matplotlib(tmp_p
     sinks = (tmp_path / "deep" / "plots" / "sinks.svg").read_text()
     assert "<svg" in sinks and "var(--" not in sinks and LIGHT["ink"] in sinks
     assert sinks.count("<image") == 2  # the map and its scale, in one theme
-    assert dict(matplotlib.rcParams) == before
     small = [{"source": f"x/{name}", "layers": [{"layer": 0, "max": 1.0, "ratio": 2.0}]} for name in ("m", "m n")]
     assert [path.name for path in write_plots(small, tmp_path / "two") if path.suffix == ".png"] == [
         "compare.png", "1-m-magnitude.png", "2-m-n-magnitude.png",
@@ -509,6 +520,26 @@ def test_shares_short_of_all_are_never_called_all():
 )  # fmt: skip
 def test_effects_are_judged_on_the_interval(mean, low, high, said):
     assert words.effect({"delta_nll": {"mean": mean, "low": low, "high": high}}) == said
+
+
+def test_an_intervention_that_says_nothing_is_not_called_an_effect():
+    rows = make_survey()["interventions"]
+    assert [words.effect(row) for row in rows] == ["reference", "collapse, ×50", "none measurable", "not possible"]
+    rows[1]["delta_nll"]["low"] = -3.0
+    assert words.effect(rows[1]) == "too few chunks to tell"
+    table = tables.interventions(make_survey())
+    assert "to their mean, layer 2: sink rate of position 5 12.5% → 50%." in table.note
+    assert "none there, layer 9: it touched nothing." in table.note and len(table.rows) == 4
+    with drawing():
+        labels = plots.interventions(make_survey(), [make_survey()]).axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["MLP to zero, layer 2", "to their mean, layer 2"]
+
+
+def test_the_audit_says_when_nothing_suffices():
+    survey = make_survey()
+    survey["audit"] = {"layer": 2, "scalars": None, "of": 4096, "tried": {"0": 10.0, "64": 11.0, "1024": 12.0}}
+    said = "Zeroing the 1,024 largest of the 4,096 scalars in layer 2 does not multiply perplexity by ten."
+    assert said in words.summary(survey, "m")
 
 
 def test_an_interval_has_the_decimals_that_it_is_wide():

@@ -29,7 +29,7 @@ from .curves import (
     values,
 )  # fmt: skip
 from .style import DASHES, LIGHT, SERIES, figure
-from .words import PHASES, finite, intervention_name, number, phase_range, place, shortened
+from .words import PHASES, finite, intervention_name, number, phase_range, place, shortened, untouched
 
 MASSIVE = (100.0, 1000.0)  # Sun et al., arXiv 2402.17762: |x| >= 100 and |x| >= 1000 x the median
 LENS_TOP = 1e9
@@ -158,7 +158,8 @@ def lens(survey: dict, surveys: Sequence[dict]) -> Figure | None:
 
 def interventions(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     """Paired difference in NLL of each intervention, with its 95% interval."""
-    rows = [row for row in survey.get("interventions") or [] if finite((row.get("delta_nll") or {}).get("mean"))]
+    rows = [row for row in survey.get("interventions") or [] if not untouched(row)]
+    rows = [row for row in rows if finite((row.get("delta_nll") or {}).get("mean"))]
     if not rows:
         return None
     names = [textwrap.fill(intervention_name(row), 24, max_lines=3, placeholder="…") for row in rows]

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .words import best, effect, finite, interval, intervention_name, listing, number, percent, place, score, visible
+from .words import (
+    best,
+    effect,
+    finite,
+    interval,
+    intervention_name,
+    listing,
+    number,
+    percent,
+    place,
+    score,
+    visible,
+    visible_name,
+)
 
 MOST = 12  # rows of a table of things that were found, the largest first
 
@@ -31,6 +44,7 @@ def overview(surveys: Sequence[dict], names: Sequence[str]) -> Table:
         ("highest sink rate", [_extreme(s, "sink_rate", max, percent) for s in surveys]),
         ("lowest entropy, bits", [_extreme(s, "entropy_bits", min, number) for s in surveys]),
         ("highest p1", [_extreme(s, "p1", max, percent) for s in surveys]),
+        ("scalars to a tenfold perplexity", [number(_get(s, "audit", "scalars")) for s in surveys]),
         ("bias slots per site", [number(s.get("n_slots")) for s in surveys]),
     ]
     kept = [(name, *cells) for name, cells in lines if any(cell != "–" for cell in cells)]
@@ -96,7 +110,19 @@ def interventions(survey: dict) -> Table | None:
             )
         )  # fmt: skip
     head = ("intervention", "effect", "perplexity", "ΔNLL (95%)", "sinks", "entropy", "massive", "touched")
-    return Table(head, rows) if rows else None
+    note = " ".join(_aside(row) for row in survey.get("interventions") or [] if row.get("planted") or row.get("error"))
+    return Table(head, rows, f"Sinks and entropy are means over layers. {note}".strip()) if rows else None
+
+
+def _aside(row: dict) -> str:
+    """What an intervention has to say beside its figures: why it was not possible, or where a sink came up."""
+    if row.get("error"):
+        return f"{intervention_name(row)}: {visible_name(str(row['error'])).rstrip('.')}."
+    sink = row["planted"]
+    return (
+        f"{intervention_name(row)}: sink rate of position {sink['position']} "
+        f"{percent(sink.get('untouched'))} → {percent(sink.get('sink_rate'))}."
+    )
 
 
 def massive(survey: dict) -> Table | None:

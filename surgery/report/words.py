@@ -123,12 +123,23 @@ def intervention_name(row: dict) -> str:
     return f"{name}, {visible_name(str(row['where']))}" if row.get("where") not in (None, "") else name
 
 
+def untouched(row: dict) -> bool:
+    """Whether the row is the model as it is, which the others are compared with."""
+    return row.get("touched") == 0
+
+
 def effect(row: dict) -> str:
     """What an intervention did to perplexity, judged on the paired interval of its NLL difference."""
     delta = row.get("delta_nll") or {}
     mean, low, high = (delta.get(key) for key in ("mean", "low", "high"))
+    if row.get("error"):
+        return "not possible"
+    if untouched(row):
+        return "reference"
     if mean is None or math.isnan(mean):
         return "–"
+    if mean >= COLLAPSE and low is not None and low <= 0:
+        return "too few chunks to tell"
     if mean >= COLLAPSE:
         return f"collapse, ×{number(math.exp(mean), 3)}" if mean < 700 else "collapse"
     if low is None or high is None:
@@ -152,7 +163,7 @@ def summary(survey: dict, name: str) -> list[str]:
     """The survey of one model in plain words, a sentence or two on each of its findings."""
     parts = (_model(survey, name), _massive(survey), _auto(survey), _sinks(survey), _geometry(survey), _phases(survey),
              _correlations(survey))  # fmt: skip
-    return [part for part in (*parts, *_interventions(survey)) if part]
+    return [part for part in (*parts, *_interventions(survey), _audit(survey)) if part]
 
 
 def _model(survey: dict, name: str) -> str:
@@ -249,5 +260,18 @@ def _interventions(survey: dict) -> list[str]:
         ("Perplexity is measurably worse under: ", [f"{n} ({e[7:]})" for n, e in judged if e.startswith("worse")]),
         ("Perplexity is measurably better under: ", [f"{n} ({e[8:]})" for n, e in judged if e.startswith("better")]),
         ("No measurable change under: ", [n for n, e in judged if e == "none measurable"]),
+        ("Too few chunks to tell what happens under: ", [n for n, e in judged if e == "too few chunks to tell"]),
     ]
     return [f"{text}{'; '.join(names)}." for text, names in groups if names]
+
+
+def _audit(survey: dict) -> str | None:
+    found = survey.get("audit")
+    if not found or found.get("layer") is None:
+        return None
+    of = f" of the {found['of']:,} scalars" if found.get("of") else ""
+    if found.get("scalars") is None:
+        most = max(map(int, found.get("tried") or {}), default=0)
+        return f"Zeroing the {most:,} largest{of} in layer {found['layer']} does not multiply perplexity by ten."
+    few = f"{found['scalars']:,} largest" if found["scalars"] > 1 else "largest"
+    return f"Zeroing the {few}{of} in layer {found['layer']} of each sequence multiplies perplexity by ten."

@@ -159,14 +159,15 @@ class ValueVariance(Observer):
 
 
 class Selection(Observer):
-    """Selected places of sampled rows: how many, how far apart from the others, how sensitive; by head.
+    """Which places a row selects: how many, how far apart from the others, how sensitive its weights are; by head.
 
-    For a row with weights p over the L places it sees (slots, keys, a learned sink logit, whose value is zero), values
-    v and output o = sum p v, the selected places are the N largest weights, N the least that holds 90% of the weight:
+    After Mudarisov et al. (arXiv 2508.17821), where the N largest weights of a row are selected and N is free. Here it
+    is what the row asks for, the least N that holds 90% of its weight. For a row with weights p over the L places that
+    it sees (slots, keys, a learned sink logit, whose value is zero), values v and output o = sum p v:
 
     * `attended_share`: N / L.
     * `separability`: share of the selected whose value lies nearer to o than that of any place not selected; rows that
-      select all they see are left out. None where all rows do.
+      select all they see are left out, and a head without any other row has None.
     * `selection_distance`: the paper's |sum of p v over the selected - sum of p v over the others|, divided by the sum
       of p |v|, which bounds it (triangle inequality). 1: the others add nothing, or the opposite.
     * `gradient_sensitivity`: largest p (1 - p) / T of a row, the derivative of a weight by its own product q.k, where
@@ -202,9 +203,9 @@ class Selection(Observer):
             sensitivity=(weights * (1 - weights)).amax(dim=-1).mean(dim=2) * softmax.scale,
         )
         apart, some = _separable(output[:, queries].transpose(1, 2).to(values), values, selected, places)
-        usable = some.sum(dim=2)
-        if bool((usable > 0).all()):
-            self.means.add(block, call.module, separability=(apart * some).sum(dim=2) / usable)
+        usable = some.sum(dim=2)  # (B, Hq)
+        apart = (apart * some).sum(dim=2) / usable.clamp(min=1)
+        self.means.add(block, call.module, separability=apart, usable=(usable > 0))
         for row_length, row_counted in zip(length.flatten().tolist(), counted.flatten().tolist(), strict=True):
             self.lengths[block][row_length] += row_counted
             self.seen[block][row_length] += 1
@@ -214,9 +215,10 @@ class Selection(Observer):
         found = {}
         for layer, means in self.means.rows():
             lengths = sorted(self.lengths[layer - 1])
+            separability = zip(means["separability"].tolist(), means["usable"].tolist(), strict=True)
             found[layer] = {
                 "attended_share": means["share"].tolist(),
-                "separability": means["separability"].tolist() if "separability" in means else None,
+                "separability": [share / usable if usable else None for share, usable in separability],
                 "selection_distance": means["distance"].tolist(),
                 "gradient_sensitivity": means["sensitivity"].tolist(),
                 "gradient_bound": self.bounds[layer - 1],
@@ -250,10 +252,8 @@ def _separable(
     output: torch.Tensor, values: torch.Tensor, selected: torch.Tensor, places: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, Hq, R): share of the selected nearer to output (B, Hq, R, E) than all others; whether there are others."""
-    distances = torch.cdist(_by_key_head(output, values), values, compute_mode=EXACT).view(
-        selected.shape
-    )  # (B, Hq, R, P)
-    others = places & ~selected
+    distances = torch.cdist(_by_key_head(output, values), values, compute_mode=EXACT)
+    distances, others = distances.view(selected.shape), places & ~selected  # (B, Hq, R, P)
     radius = distances.masked_fill(~others, torch.inf).amin(dim=-1, keepdim=True)
     nearer = (selected & (distances < radius)).sum(dim=-1) / selected.sum(dim=-1)
     return nearer, others.any(dim=-1)

@@ -15,7 +15,7 @@ import torch
 from ..errors import DamagedCheckpoint
 from .stream import Batch, Observer
 
-EVERY = 4  # spectra of all layers on a sequence cost two fifths of a small model's pass over it (less of a larger one)
+EVERY = 5  # spectra of all layers of a sequence cost two fifths of a small model's pass over it (less of a larger one)
 TOP = 3
 _SPECTRAL = ("p1", "entropy_bits", "entropy_normalised", "p1_bound", "entropy_bound")
 
