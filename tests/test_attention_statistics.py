@@ -17,6 +17,7 @@ from surgery.anatomy.probe import Call, observing
 from surgery.anatomy.seam import on_the_seam
 from surgery.anatomy.sites import examine
 from surgery.operations.attention_bias import fold, grafted
+from surgery.runtime.eab_runtime import Slots
 from surgery.survey.attention import AttentionStatistics, Selection, ValueVariance, attention_rows, spaced
 from surgery.survey.softmax import Softmax
 from surgery.survey.stream import Batch, Observer, down_projections, stream
@@ -227,6 +228,22 @@ def test_queries_at_the_end_of_the_keys_see_all_before_them() -> None:
     expected, found = Softmax(whole).rows(torch.arange(9)), Softmax(end).rows(torch.arange(3))
     assert torch.allclose(found.entropy, expected.entropy[:, :, 6:]) and found.places.tolist() == [[[7, 8, 9]]]
     assert torch.allclose(attention_rows(end, 0, 3), attention_rows(whole, 6, 9))
+
+
+def test_a_head_that_gives_its_attention_to_a_slot_counts_as_one_that_sinks() -> None:
+    site = nn.Module()
+    site.attention_bias = Slots(1, 2, 8, 8)
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None].expand(2, 8)  # heads 0 and 1 like the slot
+    site.attention_bias.key = site.attention_bias.value = nn.Parameter(sign[None])
+    flat = a_call(queries=40, keys=40)
+    call = Call(site, torch.ones_like(flat.query), torch.zeros_like(flat.key), flat.value, None)
+    found = AttentionStatistics()
+    found.attended(0, call, flat.query, Batch(torch.zeros(2, 40), 0))
+    place = np.arange(1, 41)
+    liked = np.mean(np.exp(8**0.5) / (np.exp(8**0.5) + place))
+    row = found.rows()[1]
+    assert np.allclose(np.ravel(row["slot_score"])[:2], liked) and liked > 0.3 > max(row["sink_score"])
+    assert row["sink_rate"] == 0.5
 
 
 def test_one_token_has_nothing_to_spread_over() -> None:

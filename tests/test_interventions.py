@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
@@ -17,6 +18,7 @@ from surgery.anatomy.sites import examine
 from surgery.checkpoint.source import materialise, open_source
 from surgery.loading import load_original, load_tokenizer
 from surgery.operations.attention_bias import fold, grafted
+from surgery.survey.attention import AttentionStatistics
 from surgery.survey.interventions import (
     SinkAt,
     amplify,
@@ -182,6 +184,21 @@ def test_no_token_depends_on_what_is_hidden_from_it(model_type):
         torch.testing.assert_close(alone[:, :6], plain[:, :6], atol=close, rtol=0)
         assert (alone - same)[:, 7].abs().max() > 1e-6, "later tokens still see those that were hidden"
         torch.testing.assert_close(model(text).logits, plain, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bloom", "gpt_neo"])
+def test_what_looks_at_attention_sees_the_masks(model_type):
+    """A pass brings these families onto the seam, where another implementation asks for masks."""
+    model = any_model(model_type)
+    anatomy, text = examine(model.config.to_dict()), tiny_text()
+    scores = []
+    for change in (contextlib.nullcontext(), mask_first(model, anatomy)):
+        statistics = AttentionStatistics()
+        with one_thread(), change:
+            stream(model, anatomy, text, [statistics])
+        scores.append(np.array([row["sink_score"] for row in statistics.rows().values()]))
+    assert np.all(scores[0] > 0.025 / 2)
+    np.testing.assert_allclose(scores[1] * text.shape[1], 1.0, atol=1e-6)  # the first token, which sees itself
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

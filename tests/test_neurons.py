@@ -162,6 +162,18 @@ def test_sums_over_births_of_either_sign(model_type):
         assert found[dim]["births"] == len(places)
 
 
+def test_what_a_block_without_units_makes_is_not_put_down_to_the_block_before():
+    model = tiny_model("llama")
+    observer, batch = SuperNeurons(model, examine(model.config.to_dict())), Batch(torch.zeros(1, 20), 0)
+    quiet, loud = torch.ones(1, 20, 32), torch.ones(1, 20, 32)
+    loud[0, 0, 3] = 1e5
+    observer.hidden(0, quiet, batch)
+    observer.units(0, torch.eye(20, 48)[None], torch.ones(1, 20, 32), batch)
+    observer.hidden(1, quiet, batch)
+    observer.hidden(2, loud, batch)
+    assert observer.to_list() == []
+
+
 @given(
     st.lists(st.lists(st.floats(-1e3, 1e3), min_size=4, max_size=4), min_size=2, max_size=12),
     st.floats(1e-3, 1e3),

@@ -184,14 +184,14 @@ def test_the_summary_says_what_the_survey_holds(alone):
     for sentence in (
         "tiny is a llama model with 4 blocks. Its perplexity on 8 chunks of 64 tokens is 20.00.",
         "4 activations are massive; the worst is 10,000 times the median of its layer. They stand in feature dimension "
-        "7, on the tokens The. They are born in layer 2 and gone from layer 4 on.",
+        "7, on the tokens “The”. They are born in layer 2 and gone from layer 4 on.",
         "In layer 2, 66.7% of the heads are attention sinks",
         "narrowest in layer 2: its spectrum has an entropy of 0.25 bits, with 98% of the energy in one direction.",
         "Mix (layers 0–1), Compress (layers 2–3) and Refine (layer 4).",
         "correlates with that of the entropy by −0.91.",
-        "collapses (ten times or more) under: MLP to zero, layer 2.",
-        "Zeroing the 3 largest of the 4,096 scalars in layer 2 of each sequence multiplies perplexity by ten.",
-        "No measurable change under: to their mean, layer 2.",
+        "collapses (ten times or more) under: MLP to zero (layer 2).",
+        "Zeroing the 3 largest of the 4,096 scalars in layer 2 of each sequence multiplies perplexity by ten or more.",
+        "changes by less than 1% under: to their mean (layer 2).",
     ):
         assert sentence in alone.text
 
@@ -446,6 +446,8 @@ def test_the_same_height_means_the_same_in_every_survey(plot, style):
     for at in range(len(drawn[0].axes)):
         assert drawn[0].axes[at].get_ylim() == drawn[1].axes[at].get_ylim()
         assert drawn[0].axes[at].get_xlim() == drawn[1].axes[at].get_xlim()
+    tops = [axes.get_ylim()[1] for axes in drawn[0].axes]
+    assert {plots.spectrum: 9000, plots.attention_spread: 300}.get(plot, 0) <= max(tops)  # the second survey's own
 
 
 def test_compare_puts_models_of_different_depth_on_one_axis(style):
@@ -513,9 +515,11 @@ def test_shares_short_of_all_are_never_called_all():
     ("mean", "low", "high", "said"),
     [
         (math.log(10), 2.0, 2.5, "collapse, ×10"), (math.log(9.9), 2.0, 2.5, "worse, +890%"),
-        (0.01, -0.01, 0.03, "none measurable"), (0.0, 0.0, 0.0, "none measurable"),
-        (0.01, 0.005, 0.015, "worse, +1.01%"), (-0.02, -0.03, -0.01, "better, −1.98%"),
-        (0.1, None, None, "interval unknown"), (None, None, None, "–"), (math.inf, None, None, "collapse"),
+        (0.0, -0.009, 0.009, "less than 1%"), (0.0, -0.009, 0.0101, "too few chunks to tell"),
+        (0.0, -0.0101, 0.009, "too few chunks to tell"), (-0.0001, -0.0002, -0.0001, "less than 1%"),
+        (1.0, -0.5, 2.5, "too few chunks to tell"), (8.0, -0.5, 20.0, "too few chunks to tell"),
+        (0.02, 0.005, 0.035, "worse, +2.02%"), (-0.02, -0.03, -0.01, "better, −1.98%"),
+        (0.1, None, None, "too few chunks to tell"), (None, None, None, "–"), (math.inf, None, None, "collapse"),
     ],
 )  # fmt: skip
 def test_effects_are_judged_on_the_interval(mean, low, high, said):
@@ -524,12 +528,16 @@ def test_effects_are_judged_on_the_interval(mean, low, high, said):
 
 def test_an_intervention_that_says_nothing_is_not_called_an_effect():
     rows = make_survey()["interventions"]
-    assert [words.effect(row) for row in rows] == ["reference", "collapse, ×50", "none measurable", "not possible"]
+    assert [words.effect(row) for row in rows] == ["reference", "collapse, ×50", "less than 1%", "not possible"]
     rows[1]["delta_nll"]["low"] = -3.0
     assert words.effect(rows[1]) == "too few chunks to tell"
+    survey = make_survey()
+    survey["interventions"].append({**survey["interventions"][2], "where": "every layer"})
+    said = "Perplexity changes by less than 1% under: to their mean (layer 2; every layer)."
+    assert said in words.summary(survey, "m") and "untouched" not in " ".join(words.summary(survey, "m"))
     table = tables.interventions(make_survey())
-    assert "to their mean, layer 2: sink rate of position 5 12.5% → 50%." in table.note
-    assert "none there, layer 9: it touched nothing." in table.note and len(table.rows) == 4
+    assert "Sink rate of position 5 under “to their mean, layer 2”: 12.5% → 50%." in table.note
+    assert "“none there, layer 9” is not possible: it touched nothing." in table.note and len(table.rows) == 4
     with drawing():
         labels = plots.interventions(make_survey(), [make_survey()]).axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == ["MLP to zero, layer 2", "to their mean, layer 2"]
@@ -544,8 +552,8 @@ def test_the_audit_says_when_nothing_suffices():
 
 def test_an_interval_has_the_decimals_that_it_is_wide():
     assert words.interval({"mean": 8.1, "low": 7.8, "high": 8.4}).replace("\xa0", " ") == "+8.10 (+7.80 to +8.40)"
-    found = words.interval({"mean": 1e-5, "low": -9e-5, "high": 1.1e-4}).replace("\xa0", " ")
-    assert found == "+0.00001 (−0.00009 to +0.00011)"
+    found = words.interval({"mean": -1e-5, "low": -9e-4, "high": 1.1e-3}).replace("\xa0", " ")
+    assert found == "+0.0000 (−0.0009 to +0.0011)"
 
 
 def test_tokens_show_what_has_no_shape():

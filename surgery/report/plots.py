@@ -140,6 +140,7 @@ def selected_by_length(survey: dict, surveys: Sequence[dict]) -> Figure | None:
                       label="all layers")  # fmt: skip
     axes.plot(lengths, np.median(table, axis=0), color=LIGHT["green"], label="median layer", marker="o")
     axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
     axes.set_title("Places that hold 90% of a row's weight")
     axes.set_xlabel("places that the row sees")
     legend(drawn, *axes.get_legend_handles_labels())
@@ -163,10 +164,10 @@ def interventions(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     if not rows:
         return None
     names = [textwrap.fill(intervention_name(row), 24, max_lines=3, placeholder="…") for row in rows]
-    lines = sum(name.count("\n") + 1 for name in names)
-    drawn = figure(70 + 11 * lines + 9 * len(rows))
+    rooms = np.array([name.count("\n") + 1.8 for name in names])  # of each row, in lines of text
+    drawn = figure(70 + 11 * rooms.sum())
     axes = drawn.subplots()
-    heights = np.cumsum([name.count("\n") + 1.8 for name in names])
+    heights = np.cumsum(rooms) - rooms / 2
     low, high = _delta_limits(surveys)
     for height, row in zip(heights, rows, strict=True):
         delta = row["delta_nll"]
@@ -181,7 +182,7 @@ def interventions(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     axes.xaxis.set_minor_locator(FixedLocator([]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.set_yticks(heights, names)
-    axes.set_ylim(heights[-1] + 1.2, heights[0] - 1.2)
+    axes.set_ylim(rooms.sum(), 0)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     axes.set_title("NLL against the untouched model, nats per token")

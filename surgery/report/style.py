@@ -104,7 +104,7 @@ def inline_svg(drawn: Figure, prefix: str, label: str) -> str:
     text = io.StringIO()
     drawn.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     body = text.getvalue()
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body[body.index("<svg") :], flags=re.DOTALL)
+    body = re.sub(r"<style.*?</style>", "", body[body.index("<svg") :], flags=re.DOTALL)
     opening, body = body.split(">", 1)
     box = re.search(r'viewBox="([^"]*)"', opening).group(1)
     body = _TAG.sub(lambda tag: _themed(tag.group(), prefix), body)

@@ -16,6 +16,7 @@ from .words import (
     percent,
     place,
     score,
+    untouched,
     visible,
     visible_name,
 )
@@ -104,7 +105,7 @@ def interventions(survey: dict) -> Table | None:
         delta = row.get("delta_nll") or {}
         rows.append(
             (
-                intervention_name(row), effect(row), score(row.get("ppl")), interval(delta),
+                intervention_name(row), effect(row), score(row.get("ppl")), "–" if untouched(row) else interval(delta),
                 percent(row.get("sink_rate")), number(row.get("entropy_bits"), 3), number(row.get("massive")),
                 number(row.get("touched")),
             )
@@ -117,10 +118,10 @@ def interventions(survey: dict) -> Table | None:
 def _aside(row: dict) -> str:
     """What an intervention has to say beside its figures: why it was not possible, or where a sink came up."""
     if row.get("error"):
-        return f"{intervention_name(row)}: {visible_name(str(row['error'])).rstrip('.')}."
+        return f"“{intervention_name(row)}” is not possible: {visible_name(str(row['error'])).rstrip('.')}."
     sink = row["planted"]
     return (
-        f"{intervention_name(row)}: sink rate of position {sink['position']} "
+        f"Sink rate of position {sink['position']} under “{intervention_name(row)}”: "
         f"{percent(sink.get('untouched'))} → {percent(sink.get('sink_rate'))}."
     )
 

@@ -12,6 +12,8 @@ from pathlib import PurePath
 
 PHASES = ("mix", "compress", "refine")
 COLLAPSE = math.log(10)  # nats: an intervention that multiplies perplexity by ten or more is called a collapse
+LITTLE = math.log(1.01)  # nats: one whose whole interval is within this changes perplexity by less than 1%
+LITTLE_CHANGE, UNKNOWN = "less than 1%", "too few chunks to tell"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -50,12 +52,13 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def interval(delta: dict) -> str:
-    """`mean` (`low` to `high`) of a difference, with as many decimals as its interval is wide."""
+    """`mean` (`low` to `high`) of a difference, with the decimals that its interval allows, at most four."""
     mean, low, high = (delta.get(key) for key in ("mean", "low", "high"))
     if not (finite(mean) and finite(low) and finite(high)):
         return signed(mean)
-    decimals = min(max(1 - math.floor(math.log10(max(high - low, 1e-9) / 2)), 2), 7)
-    mean, low, high = (f"{value:+.{decimals}f}".replace("-", "−") for value in (mean, low, high))
+    decimals = min(max(1 - math.floor(math.log10(max(high - low, 1e-9) / 2)), 2), 4)
+    # What rounds to zero has no sign of its own.
+    mean, low, high = (f"{round(value, decimals) + 0.0:+.{decimals}f}".replace("-", "−") for value in (mean, low, high))
     return f"{mean} ({low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high})"
 
 
@@ -129,7 +132,10 @@ def untouched(row: dict) -> bool:
 
 
 def effect(row: dict) -> str:
-    """What an intervention did to perplexity, judged on the paired interval of its NLL difference."""
+    """What an intervention did to perplexity, judged on the paired 95% interval of its NLL difference.
+
+    An interval that holds zero is no proof that nothing happened: only a narrow one is called little change.
+    """
     delta = row.get("delta_nll") or {}
     mean, low, high = (delta.get(key) for key in ("mean", "low", "high"))
     if row.get("error"):
@@ -138,16 +144,17 @@ def effect(row: dict) -> str:
         return "reference"
     if mean is None or math.isnan(mean):
         return "–"
-    if mean >= COLLAPSE and low is not None and low <= 0:
-        return "too few chunks to tell"
+    if mean == math.inf:
+        return "collapse"
+    if not (finite(low) and finite(high)):
+        return UNKNOWN
+    if -LITTLE <= low and high <= LITTLE:
+        return LITTLE_CHANGE
+    if low <= 0 <= high:
+        return UNKNOWN
     if mean >= COLLAPSE:
         return f"collapse, ×{number(math.exp(mean), 3)}" if mean < 700 else "collapse"
-    if low is None or high is None:
-        return "interval unknown"
-    if low <= 0 <= high:
-        return "none measurable"
-    change = 100 * math.expm1(mean)
-    return f"{'worse' if mean > 0 else 'better'}, {signed(change)}%"
+    return f"{'worse' if mean > 0 else 'better'}, {signed(100 * math.expm1(mean))}%"
 
 
 def best(survey: dict, key: str, choose=max) -> tuple[int, float] | None:
@@ -194,7 +201,7 @@ def _massive(survey: dict) -> str | None:
         dims = "dimension" if len(found["dims"]) == 1 else "dimensions"
         text += f" They stand in feature {dims} {listing(found['dims'])}"
         tokens = (survey.get("across") or {}).get("tokens")
-        text += f", on the tokens {listing([visible(token) for token in tokens])}." if tokens else "."
+        text += f", on the tokens {listing([f'“{visible(token)}”' for token in tokens])}." if tokens else "."
     born, died = place(survey, "born"), place(survey, "died")
     if born is not None:
         text += f" They are born in layer {born}"
@@ -254,15 +261,27 @@ def _correlations(survey: dict) -> str | None:
 
 def _interventions(survey: dict) -> list[str]:
     rows = survey.get("interventions") or []
-    judged = [(intervention_name(row), effect(row)) for row in rows]
-    groups = [
-        ("Perplexity collapses (ten times or more) under: ", [n for n, e in judged if e.startswith("collapse")]),
-        ("Perplexity is measurably worse under: ", [f"{n} ({e[7:]})" for n, e in judged if e.startswith("worse")]),
-        ("Perplexity is measurably better under: ", [f"{n} ({e[8:]})" for n, e in judged if e.startswith("better")]),
-        ("No measurable change under: ", [n for n, e in judged if e == "none measurable"]),
-        ("Too few chunks to tell what happens under: ", [n for n, e in judged if e == "too few chunks to tell"]),
+    kinds = [
+        ("Perplexity collapses (ten times or more) under: ", "collapse"),
+        ("Perplexity is measurably worse under: ", "worse, "),
+        ("Perplexity is measurably better under: ", "better, "),
+        ("Perplexity changes by less than 1% under: ", LITTLE_CHANGE),
+        ("Too few chunks to tell what happens under: ", UNKNOWN),
     ]
-    return [f"{text}{'; '.join(names)}." for text, names in groups if names]
+    found = []
+    for text, kind in kinds:
+        places: dict[str, list[str]] = {}  # the same intervention in several places is named once
+        for row in rows:
+            if (said := effect(row)).startswith(kind):
+                remark = said.removeprefix(kind) if kind.endswith(", ") else ""
+                where = visible_name(str(row.get("where") or ""))
+                places.setdefault(intervention_name({**row, "where": None}), []).append(
+                    ": ".join(filter(None, (where, remark)))
+                )
+        named = [f"{name} ({'; '.join(filter(None, where))})" if any(where) else name for name, where in places.items()]
+        if named:
+            found.append(f"{text}{listing(named, len(named))}.")
+    return found
 
 
 def _audit(survey: dict) -> str | None:
@@ -274,4 +293,4 @@ def _audit(survey: dict) -> str | None:
         most = max(map(int, found.get("tried") or {}), default=0)
         return f"Zeroing the {most:,} largest{of} in layer {found['layer']} does not multiply perplexity by ten."
     few = f"{found['scalars']:,} largest" if found["scalars"] > 1 else "largest"
-    return f"Zeroing the {few}{of} in layer {found['layer']} of each sequence multiplies perplexity by ten."
+    return f"Zeroing the {few}{of} in layer {found['layer']} of each sequence multiplies perplexity by ten or more."
