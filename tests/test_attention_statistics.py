@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from families import build, families
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_model, tiny_text
 from torch import nn
 
-from surgery.anatomy.probe import Call, observing
+from surgery.anatomy.probe import Call, _Listening, observing
 from surgery.anatomy.seam import on_the_seam
 from surgery.anatomy.sites import examine
 from surgery.operations.attention_bias import fold, grafted
@@ -419,11 +420,19 @@ def test_the_output_projection_of_a_site_is_no_down_projection() -> None:
 
 
 def test_a_block_without_one_down_projection_has_no_units() -> None:
-    """Fused experts (mixtral) have none; qwen2_moe's blocks without experts have one."""
-    for kind, blocks in (("mixtral", set()), ("qwen2_moe", {1})):
+    """Fused experts (mixtral) have none, longcat_flash has two MLPs; qwen2_moe's blocks without experts have one."""
+    for kind, blocks in (("mixtral", set()), ("longcat_flash", set()), ("qwen2_moe", {1})):
         model, kept = build(families()[kind].config()), Keep()
         observed(model, [kept], tiny_text(rows=2, length=7))
         assert kept.down.keys() == blocks
+
+
+def test_a_projection_that_sees_only_some_of_the_tokens_has_no_units() -> None:
+    model, kept = tiny_model("llama"), Keep()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda states: states + mlp.down_proj(states.new_ones(2, 3, 48)).mean()
+    observed(model, [kept], tiny_text(rows=2, length=7))
+    assert kept.down.keys() == {0, 2, 3}
 
 
 def test_a_pass_without_logits_still_computes_every_token_in_every_block() -> None:
@@ -460,6 +469,15 @@ def test_looking_at_outputs_changes_no_bit_of_them(kind: str) -> None:
             products = np.einsum("bhtd,bhd->bht", call.query.numpy(), np.repeat(call.key[:, :, 0].numpy(), 2, axis=1))
             near = weights[..., 0] > 0
             assert np.allclose(np.exp(products * call.scale - call.lse.numpy())[near], weights[..., 0][near], atol=1e-5)
+
+
+def test_a_log_sum_exp_over_other_keys_than_the_calls_is_not_its_own() -> None:
+    query, key = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 5, 8)
+    with torch.inference_mode(), _Listening() as heard:
+        F.scaled_dot_product_attention(query, key, key)
+        assert heard.lse_over(5).shape == (1, 2, 4) and heard.lse_over(4) is None
+        F.scaled_dot_product_attention(query, key, key)
+    assert heard.lse_over(5) is None, "of two kernels, neither is the whole attention"
 
 
 def test_observers_ask_for_no_more_than_they_use() -> None:
