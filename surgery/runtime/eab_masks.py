@@ -7,9 +7,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_
 
 
 def _without_groups(mask_function, local_size: int | None, sizes: tuple, device):
-    """The plain rule by place that `mask_function` comes down to on these tokens, or None if it groups some of them.
+    """The plain rule, causal or with a window, that `mask_function` comes down to here; None if it groups tokens.
 
-    Multimodal models hand over a rule for images with every text (Gemma 4), even where there is none in it.
+    Multimodal models hand over a rule for images with every text (Gemma 4), even where there is none in it. Chunks are
+    not to be asked about: to some tokens they look like a window.
     """
     plain = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
     asked, expected = (
@@ -37,7 +38,8 @@ def eab_mask(
     if use_vmap or not (allow_is_causal_skip or whole or (q_length == 1 and torch.compiler.is_compiling())):
         # A rule that looks tokens up (which image, which document) must not be asked about place i + n.
         sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
-        plain = None if use_vmap else _without_groups(mask_function, local_size, sizes, device)
+        chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
+        plain = None if use_vmap or chunked else _without_groups(mask_function, local_size, sizes, device)
         if plain is None and q_length > 1:
             raise ValueError(
                 "slots do not support masks that group tokens (packed sequences, images, custom mask functions): pass "
