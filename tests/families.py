@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from ruamel.yaml import YAML
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 TABLE = Path(__file__).with_name("families.yaml")
 PREFIX = [1, 5, 7]  # the BOS among them
@@ -112,19 +112,6 @@ def _merged(base: dict, settings: dict) -> dict:
         else:
             merged[name] = copy.deepcopy(value)
     return merged
-
-
-def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A float64 causal language model with weights that make attention far from uniform."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-    if getattr(model, "_can_set_experts_implementation", lambda: False)():
-        model.set_experts_implementation("eager")  # grouped_mm knows no float64
-    source = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=source, dtype=torch.float64)
-            parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.25 * noise)
-    return model
 
 
 @cache

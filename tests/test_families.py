@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import OUTCOMES, PREFIX, Family, behind, build, families
-from tiny import one_thread, tiny_text
+from families import OUTCOMES, PREFIX, Family, behind, families
+from tiny import build, one_thread, tiny_text
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from surgery.anatomy.sites import examine

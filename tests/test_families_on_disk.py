@@ -5,16 +5,13 @@ The sources differ in turn: one float32 file, float32 shards, bfloat16. `test_on
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from families import PREFIX, Family, behind, build, families
-from fresh_process import greedy, load
-from tiny import one_thread, tiny_text
+from families import PREFIX, Family, behind, families
+from fresh_process import ask, greedy, load
+from tiny import build, one_thread, tiny_text
 
 from surgery.recipe import parse_recipe
 from surgery.verbs.run import run
@@ -79,14 +76,7 @@ def everything(request, tmp_path_factory) -> dict[str, tuple[dict, dict]]:
                 "caches": [cache for cache in ("dynamic", "static") if cache in found],
                 "default_dtype": getattr(torch, family.runs_in or "float32"),
             }  # fmt: skip
-    torch.save({"families": tasks}, root / "tasks.pt")
-    script = Path(__file__).with_name("fresh_process.py")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-I", str(script), str(root / "tasks.pt"), str(root / "report.pt")],
-        check=True, env=environment, stdin=subprocess.DEVNULL, cwd=root, timeout=1800,
-    )  # fmt: skip
-    report = torch.load(root / "report.pt")
+    report = ask(root, {"families": tasks}, timeout=1800)
     assert report["surgery"] == [], "loading needed surgery"
     return {kind: (found, report[kind]) for kind, found in controls.items()}
 

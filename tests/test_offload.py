@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import build, families
-from tiny import tiny_text
+from families import families
+from tiny import build, tiny_text
 from transformers import AutoModelForCausalLM
 
 from surgery.anatomy.sites import examine

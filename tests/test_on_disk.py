@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from fresh_process import greedy, load
+from families import PREFIX, behind
+from fresh_process import ask, greedy, load
 from safetensors.torch import load_file, save_file
 from test_tokenizer_files import BOS_FIRST, byte_level
 from test_tokenizer_files import write as write_tokenizer
-from tiny import TINY, tiny_config, tiny_model, tiny_text
+from tiny import TINY, one_thread, tiny_config, tiny_model, tiny_text
 from transformers import AutoTokenizer
 
 from surgery.operations.derived import RUNTIME_FILES
 from surgery.recipe import parse_recipe
 from surgery.verbs.run import run
 
-PREFIX = [1, 5, 7]  # the BOS among them
 RECIPE = f"surgery: 1\noperations:\n  - attention_bias: {{prefix: {PREFIX}}}\n"
 LENGTH = 80  # past every window (8), chunk (16) and Llama 4's first change of temperature (64)
 PROMPT, NEW_TOKENS = 21, 12
@@ -72,8 +70,7 @@ class Converted:
 def control_of(source: Path, text: torch.Tensor, prompt: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Logits of the text behind the prefix and of the bare text; greedy tokens of the prompt, and their logits."""
     model, _ = load(source, trust_remote_code=False)
-    behind, n = (lambda ids: torch.cat([torch.tensor([PREFIX]).expand(len(ids), -1), ids], dim=1)), len(PREFIX)
-    logits = model(input_ids=behind(text), use_cache=False).logits[:, n:]
+    logits = model(input_ids=behind(text), use_cache=False).logits[:, len(PREFIX) :]
     bare = model(input_ids=text, use_cache=False).logits
     return logits, bare, *greedy(model, behind(prompt), NEW_TOKENS)
 
@@ -116,16 +113,13 @@ def damaged_copies(root: Path, out: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spin longer than models this small compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
-def everything(one_thread, tmp_path_factory) -> tuple[dict[str, Converted], dict]:
+def everything(_one_thread, tmp_path_factory) -> tuple[dict[str, Converted], dict]:
     """All families converted, and the report of the process without surgery."""
     root = tmp_path_factory.mktemp("on-disk")
     text, prompt = tiny_text(2, LENGTH), tiny_text(2, PROMPT, seed=2)
@@ -142,15 +136,7 @@ def everything(one_thread, tmp_path_factory) -> tuple[dict[str, Converted], dict
         "tokenizer": str(places["llama"][1]),
         "words": "a cab",
     }  # fmt: skip
-    torch.save(tasks, root / "tasks.pt")
-    script = Path(__file__).with_name("fresh_process.py")
-    # The folder that trust_remote_code copies code to must be empty; one thread is fastest for models this small.
-    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-I", str(script), str(root / "tasks.pt"), str(root / "report.pt")],
-        check=True, env=environment, stdin=subprocess.DEVNULL, cwd=root, timeout=600,
-    )  # fmt: skip
-    report = torch.load(root / "report.pt")
+    report = ask(root, tasks, timeout=600)
     families = {
         family: Converted(source, out, *control_of(source, text, prompt), report[family])
         for family, (source, out) in places.items()

@@ -70,13 +70,10 @@ def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**{**TINY[model_type], **changes})
 
 
-def tiny_model(
-    model_type: str, dtype: torch.dtype = torch.float64, seed: int = 0, config: PreTrainedConfig | None = None
-) -> PreTrainedModel:
-    """A causal language model in `dtype`, in evaluation mode, with random weights that depend on `seed` alone."""
-    config = tiny_config(model_type) if config is None else config
+def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A causal language model in float64, in evaluation mode, with random weights that depend on `seed` alone."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-    if hasattr(config, "num_local_experts"):
+    if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # grouped_mm knows no float64
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -84,7 +81,14 @@ def tiny_model(
             noise = torch.randn(parameter.shape, generator=source, dtype=torch.float64)
             # Norms and biases stay near what they are; matrices are large enough for attention to be far from uniform.
             parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.25 * noise)
-    return model.to(dtype)
+    return model
+
+
+def tiny_model(
+    model_type: str, dtype: torch.dtype = torch.float64, seed: int = 0, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
+    """`build` of the tiny config of a family, or of `config`, in `dtype`."""
+    return build(tiny_config(model_type) if config is None else config, seed).to(dtype)
 
 
 def tiny_text(rows: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:

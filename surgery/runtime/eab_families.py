@@ -195,30 +195,31 @@ class OpenAIGPT:
         return [out.transpose(1, 2), weights]
 
 
+def projected(projections, hidden_states, head_dim: int, cache, layer_idx: int) -> list[torch.Tensor]:
+    """Query (B, H, T, D) of this call, key and value (B, H, S, D) with what the cache holds."""
+    query, key, value = (
+        project(hidden_states).unflatten(-1, (-1, head_dim)).transpose(1, 2) for project in projections
+    )
+    if cache is not None:
+        key, value = getattr(cache, "self_attention_cache", cache).update(key, value, layer_idx)
+    return [query, key, value]
+
+
 class Bert:
     """RemBERT and Megatron-BERT, as decoders."""
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
-        shape = (*hidden_states.shape[:2], self.num_attention_heads, self.attention_head_size)
-        projections = (self.query, self.key, self.value)
-        query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
-        if past_key_values is not None:
-            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-            key, value = cache.update(key, value, self.layer_idx)
-        scale = self.attention_head_size**-0.5
-        out, weights = attend(self, query, key, value, attention_mask, scale, dropout=self.dropout.p)
+        projections, head_dim = (self.query, self.key, self.value), self.attention_head_size
+        states = projected(projections, hidden_states, head_dim, past_key_values, self.layer_idx)
+        out, weights = attend(self, *states, attention_mask, head_dim**-0.5, dropout=self.dropout.p)
         return out.flatten(2), weights
 
 
 class XGLM:
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
-        shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
-        if past_key_values is not None:
-            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-            key, value = cache.update(key, value, self.layer_idx)
-        out, weights = attend(self, query, key, value, attention_mask, self.scaling, dropout=self.dropout)
+        states = projected(projections, hidden_states, self.head_dim, past_key_values, self.layer_idx)
+        out, weights = attend(self, *states, attention_mask, self.scaling, dropout=self.dropout)
         return self.out_proj(out.flatten(2)), weights
 
 

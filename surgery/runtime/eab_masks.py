@@ -6,11 +6,26 @@ import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 
-def _without_groups(mask_function, local_size: int | None, sizes: tuple, device):
-    """The plain rule by place that `mask_function` comes down to on these tokens, or None if it groups some of them.
+def _rule_by_place(mask_function, local_size: int | None, use_vmap: bool, sizes: tuple, device, config):
+    """A rule that may be asked about place i + n; ValueError where `mask_function` groups tokens.
 
-    Multimodal models hand over a rule for images with every text (Gemma 4), even where there is none in it.
+    A rule that looks tokens up (which image, which document) must not be asked so. Multimodal models hand one over with
+    every text (Gemma 4), even where there is no image in it: then the plain rule, causal or with a window, says the
+    same, and takes its place. A chunk is not compared: to some tokens it looks like a window.
     """
+    chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
+    plain = None if use_vmap or chunked else _without_groups(mask_function, local_size, sizes, device)
+    q_length = sizes[1]
+    if plain is None and q_length > 1:
+        raise ValueError(
+            "slots do not support masks that group tokens (packed sequences, images, custom mask functions): pass "
+            "plain text with a 2-D attention_mask"
+        )
+    return plain or mask_function
+
+
+def _without_groups(mask_function, local_size: int | None, sizes: tuple, device):
+    """The plain rule, causal or with a window, that `mask_function` comes down to on these tokens, or None."""
     plain = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
     asked, expected = (
         sdpa_mask(*sizes, mask_function=rule, allow_is_causal_skip=False, device=device)
@@ -35,15 +50,8 @@ def eab_mask(
             "slots need causal attention: is_causal=False in the config would make this model bidirectional"
         )
     if use_vmap or not (allow_is_causal_skip or whole or (q_length == 1 and torch.compiler.is_compiling())):
-        # A rule that looks tokens up (which image, which document) must not be asked about place i + n.
         sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
-        plain = None if use_vmap else _without_groups(mask_function, local_size, sizes, device)
-        if plain is None and q_length > 1:
-            raise ValueError(
-                "slots do not support masks that group tokens (packed sequences, images, custom mask functions): pass "
-                "plain text with a 2-D attention_mask"
-            )
-        mask_function = plain or mask_function
+        mask_function = _rule_by_place(mask_function, local_size, use_vmap, sizes, device, config)
 
     def shifted(batch, head, q, kv):
         return mask_function(batch, head, q + n, kv + n)

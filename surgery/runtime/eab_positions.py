@@ -10,11 +10,18 @@ from __future__ import annotations
 import torch
 
 
-def text_positions(attention_mask, cache, batch: int, length: int, device) -> torch.Tensor:
-    """Positions of the text in the numbering of its caller, which starts at 0: (batch or 1, length).
+def _inputs(kwargs: dict) -> torch.Tensor:
+    """What a forward is given of the text: ids (B, T), or embeddings (B, T, d) in their place."""
+    return kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+
+
+def text_positions(kwargs: dict) -> torch.Tensor:
+    """Positions of the text in the numbering of its caller, which starts at 0: (B or 1, T), from a forward's arguments.
 
     A 2-D attention mask decides where there is one, so that left padding does not move a row; else the cache's length.
     """
+    attention_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    length, device = _inputs(kwargs).shape[1], _inputs(kwargs).device
     past = 0 if cache is None else cache.get_seq_length()
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return (torch.arange(length, device=device) + past).unsqueeze(0)
@@ -43,10 +50,7 @@ def number_text(names: list[str], wrapper, args, kwargs):
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     mask = kwargs.get("attention_mask")
     if kwargs.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        kwargs["position_ids"] = text_positions(
-            mask, kwargs.get("past_key_values"), inputs.shape[0], inputs.shape[1], inputs.device
-        )
+        kwargs["position_ids"] = text_positions(kwargs)
     return (), kwargs
 
 
@@ -57,19 +61,19 @@ def shift_positions(n: int, max_length: int | None, names: list[str], trunk, arg
     position reaches `max_length`: rotary frequencies change there (dynamic NTK, LongRoPE), and the slots would not.
     """
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     mask, cache, positions = kwargs.get("attention_mask"), kwargs.get("past_key_values"), kwargs.get("position_ids")
     use_cache = getattr(trunk.config, "use_cache", False) if kwargs.get("use_cache") is None else kwargs["use_cache"]
     unmasked = mask is None and cache is None and not use_cache
     compiling = torch.compiler.is_compiling()
     if positions is None:
-        positions = text_positions(mask, cache, inputs.shape[0], inputs.shape[1], inputs.device)
+        positions = text_positions(kwargs)
     elif unmasked and compiling:
         raise ValueError("pass an attention_mask along with position_ids when compiling a model with slots")
     elif unmasked:
         _refuse_packing(positions)
     if unmasked and compiling:
         # transformers cannot look at values while tracing and would build a packed-sequence mask; ones prevent it.
+        inputs = _inputs(kwargs)
         kwargs["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
     kwargs["position_ids"] = positions = positions + n
     if max_length is not None and bool((positions >= max_length).any()):
