@@ -43,6 +43,16 @@ def smollm2_gguf(material: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The same in float32, and its tokenizer; shared, so leave both as they are."""
+    from surgery.checkpoint.source import materialise, open_source
+    from surgery.loading import load_original, load_tokenizer
+
+    root = materialise(open_source(str(smollm2_gguf)), tmp_path_factory.mktemp("smollm2") / "model")
+    return load_original(root), load_tokenizer(root)
+
+
+@pytest.fixture(scope="session")
 def wikipedia_calibration(material: Path) -> Path:
     """English Wikipedia articles, plain text; shares no article with `wikipedia_evaluation`."""
     return _existing(material / "wikipedia" / "calibration.txt")

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from ruamel.yaml import YAML
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from tiny import TINY, build, tiny_model
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 TABLE = Path(__file__).with_name("families.yaml")
 PREFIX = [1, 5, 7]  # the BOS among them
@@ -119,3 +120,12 @@ def families() -> dict[str, Family]:
     """Model type -> its row, in the order of the file."""
     rows = YAML(typ="safe").load(TABLE.read_text(encoding="utf-8"))["families"]
     return {kind: Family(kind, **{**row, "attention": tuple(row.get("attention", ()))}) for kind, row in rows.items()}
+
+
+def any_model(model_type: str) -> PreTrainedModel:
+    """A tiny model of any type in float64: of its settings in `TINY`, else of its row."""
+    if model_type in TINY:
+        return tiny_model(model_type)
+    family = families()[model_type]
+    with family.default_dtype():
+        return build(family.config())

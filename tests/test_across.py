@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from tiny import TINY, one_thread, tiny_model, tiny_text
 
 from surgery.anatomy.sites import examine
-from surgery.checkpoint.source import materialise, open_source
-from surgery.loading import load_original, load_tokenizer
 from surgery.survey.across import AutoMassive, across, alive, auto_massive, correlations, phases
 from surgery.survey.massive import MassiveActivations, massive
 from surgery.survey.spectrum import Spectrum
@@ -270,12 +268,11 @@ def test_random_weights_have_no_massive_activations_and_no_phases(model_type: st
 
 
 @pytest.fixture(scope="module")
-def real(smollm2_gguf, wikipedia_evaluation, tmp_path_factory) -> list[dict]:
+def real(smollm2, wikipedia_evaluation) -> list[dict]:
     """Rows of SmolLM2-135M on three chunks of 128 tokens."""
-    root = materialise(open_source(str(smollm2_gguf)), tmp_path_factory.mktemp("smollm2") / "model")
-    text = wikipedia_evaluation.read_text(encoding="utf-8")[:4000]
-    ids = load_tokenizer(root)(text)["input_ids"][: 3 * 128]
-    return survey(load_original(root), torch.tensor(ids).view(3, 128))
+    model, tokenizer = smollm2
+    ids = tokenizer(wikipedia_evaluation.read_text(encoding="utf-8")[:4000])["input_ids"][: 3 * 128]
+    return survey(model, torch.tensor(ids).view(3, 128))
 
 
 def test_a_real_model_has_them_all(real: list[dict]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build, families
+from families import any_model
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_model, tiny_text
@@ -19,7 +19,7 @@ from surgery.anatomy.seam import on_the_seam
 from surgery.anatomy.sites import examine
 from surgery.operations.attention_bias import fold, grafted
 from surgery.runtime.eab_runtime import Slots
-from surgery.survey.attention import AttentionStatistics, Selection, ValueVariance, attention_rows, spaced
+from surgery.survey.attention import AttentionStatistics, Selection, ValueVariance, spaced
 from surgery.survey.softmax import Softmax
 from surgery.survey.stream import Batch, Observer, down_projections, stream
 
@@ -114,15 +114,10 @@ KINDS = {
 }
 
 
-def model_of(kind: str):
-    in_tiny = kind in {"llama", "mistral", "gpt2", "gemma2", "gpt_oss"}
-    return tiny_model(kind, torch.float64) if in_tiny else build(families()[kind].config())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slots", [0, 2], ids=["plain", "folded"])
 def test_statistics_are_those_of_the_weights_written_out(kind: str, slots: int) -> None:
-    model = model_of(kind)
+    model = any_model(kind)
     anatomy, chunks = examine(model.config.to_dict()), tiny_text(rows=3, length=30)
     found, kept = AttentionStatistics(), Keep()
     if slots:
@@ -153,7 +148,7 @@ def test_queries_that_are_scaled_by_place_are_scaled_for_the_statistics_too() ->
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt_oss", "gemma2"])
 def test_a_prefix_and_the_slots_folded_from_it_give_the_same_figures(kind: str) -> None:
-    model = model_of(kind)
+    model = any_model(kind)
     anatomy, chunks = examine(model.config.to_dict()), tiny_text(rows=2, length=20)
     samples = 6 if kind in ("llama", "mistral") else ALL  # where only slots bring the kernel, the others see every row
     before = [AttentionStatistics(samples), ValueVariance(), Selection(rows=6)]
@@ -228,7 +223,8 @@ def test_queries_at_the_end_of_the_keys_see_all_before_them() -> None:
     end = Call(end.module, end.query[:, :, 6:], end.key, end.value, None)
     expected, found = Softmax(whole).rows(torch.arange(9)), Softmax(end).rows(torch.arange(3))
     assert torch.allclose(found.entropy, expected.entropy[:, :, 6:]) and found.places.tolist() == [[[7, 8, 9]]]
-    assert torch.allclose(attention_rows(end, 0, 3), attention_rows(whole, 6, 9))
+    expected, found = Softmax(whole).weights(torch.arange(6, 9))[0], Softmax(end).weights(torch.arange(3))[0]
+    assert torch.allclose(found, expected)
 
 
 def test_a_head_that_gives_its_attention_to_a_slot_counts_as_one_that_sinks() -> None:
@@ -344,7 +340,7 @@ def expected_selection(weights: np.ndarray, values: np.ndarray) -> tuple[int, in
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
 def test_selection_is_what_its_definition_says(kind: str) -> None:
-    model = model_of(kind)
+    model = any_model(kind)
     anatomy, chunks = examine(model.config.to_dict()), tiny_text(rows=2, length=30)
     found, kept = Selection(rows=5), Keep()
     with grafted(model, anatomy, PREFIX, fold(model, anatomy, PREFIX), "as_prefix"):
@@ -422,7 +418,7 @@ def test_the_output_projection_of_a_site_is_no_down_projection() -> None:
 def test_a_block_without_one_down_projection_has_no_units() -> None:
     """Fused experts (mixtral) have none, longcat_flash has two MLPs; qwen2_moe's blocks without experts have one."""
     for kind, blocks in (("mixtral", set()), ("longcat_flash", set()), ("qwen2_moe", {1})):
-        model, kept = build(families()[kind].config()), Keep()
+        model, kept = any_model(kind), Keep()
         observed(model, [kept], tiny_text(rows=2, length=7))
         assert kept.down.keys() == blocks
 
@@ -447,7 +443,7 @@ def test_a_pass_without_logits_still_computes_every_token_in_every_block() -> No
             self.seen.add(output.shape[1])
 
     for kind in ("gemma4_text", "llama", "gpt2", "opt"):
-        model, lengths, logits = build(families()[kind].config()), Lengths(), []
+        model, lengths, logits = any_model(kind), Lengths(), []
         model.register_forward_hook(lambda module, args, output, logits=logits: logits.append(output.logits.shape[1]))
         observed(model, [lengths], tiny_text(rows=2, length=9))
         assert lengths.seen == {9} and logits == [1]

@@ -8,33 +8,28 @@ import math
 import numpy as np
 import pytest
 import torch
-from families import families
+from families import any_model
 from test_neurons import DIM, LAYER, UNITS, Keep, kept, planted, planted_text
 from tiny import TINY, one_thread, tiny_config, tiny_model, tiny_text
-from transformers import AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from surgery.anatomy.sites import examine
-from surgery.checkpoint.source import materialise, open_source
-from surgery.loading import load_original, load_tokenizer
 from surgery.operations.attention_bias import fold, grafted
 from surgery.survey.attention import AttentionStatistics
-from surgery.survey.interventions import (
-    SinkAt,
+from surgery.survey.edits import (
+    TouchedNothing,
     amplify,
-    audit,
     isolate,
     mask_first,
-    plan_interventions,
-    run_interventions,
     set_massive,
     zero_largest,
     zero_median,
     zero_random,
 )
+from surgery.survey.interventions import SinkAt, audit, plan_interventions, run_interventions
 from surgery.survey.likelihood import Likelihood
-from surgery.survey.massive import MassiveActivations
-from surgery.survey.neurons import MassiveMeans, SuperNeurons, TouchedNothing
+from surgery.survey.massive import MassiveActivations, MassiveMeans
+from surgery.survey.neurons import SuperNeurons
 from surgery.survey.stream import stream
 from surgery.verification.text import Chunking, chunk, tokenize
 
@@ -145,20 +140,6 @@ def test_largest_and_amplified_entries(layer):
 # ---- attention: what a token is hidden from cannot depend on it
 
 OFF_SEAM = ("bloom", "falcon", "mpt", "gptj", "gpt_neo", "codegen")
-
-
-def any_model(model_type: str):
-    if model_type in TINY:
-        return tiny_model(model_type)
-    family = families()[model_type]
-    with family.default_dtype():
-        config = family.config()
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-    source = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=source, dtype=torch.float64) * 0.25)
-    return model
 
 
 @pytest.mark.parametrize("model_type", [*TINY, *OFF_SEAM])
@@ -287,8 +268,10 @@ def test_the_table_of_the_planted_model():
     with one_thread():
         survey = survey_of(model, anatomy, text)
         done = []
-        rows = run_interventions(model, anatomy, text, survey, progress=done.append)
-    assert sum(done) == len(rows) * 4
+        planned = plan_interventions(model, anatomy, text.shape[1], survey)
+        rows = run_interventions(model, anatomy, text, planned, lambda what, count: done.append((what, count)))
+    assert sum(count for _, count in done) == len(rows) * 4 == planned.passes * 4
+    assert list(dict.fromkeys(what for what, _ in done)) == list(dict.fromkeys(row["name"] for row in rows))
     by_name = {(row["name"], row["where"]): row for row in rows}
     assert len(by_name) == len(rows) == 15 and not any("error" in row for row in rows)
     untouched = rows[0]
@@ -320,11 +303,11 @@ def test_without_massive_activations_only_sinks_can_be_moved():
     anatomy, text = examine(model.config.to_dict()), tiny_text()
     with one_thread():
         survey = survey_of(model, anatomy, text)
-        rows = run_interventions(model, anatomy, text, survey)
+        rows = run_interventions(model, anatomy, text, plan_interventions(model, anatomy, text.shape[1], survey))
     assert [row["name"] for row in rows] == [
         "untouched", "attention to token 0 masked", "token 10 isolated", "token 10 amplified",
     ]  # fmt: skip
-    assert plan_interventions(model, anatomy, 2, survey, MassiveMeans()) == []
+    assert plan_interventions(model, anatomy, 2, survey).planned == []
 
 
 def test_an_intervention_without_a_hold_on_the_model_says_so_in_its_row():
@@ -332,7 +315,7 @@ def test_an_intervention_without_a_hold_on_the_model_says_so_in_its_row():
     anatomy, text = examine(model.config.to_dict()), tiny_text()
     with one_thread():
         survey = {**survey_of(model, anatomy, text), "super_neurons": [{"layer": 2, "unit": 3}]}
-        rows = run_interventions(model, anatomy, text, survey)
+        rows = run_interventions(model, anatomy, text, plan_interventions(model, anatomy, text.shape[1], survey))
     assert [row["ppl"] is None for row in rows] == [False, True, False, False, False]
     assert "touched nothing" in rows[1]["error"] and rows[1]["name"] == "super neurons silenced"
     assert set(rows[0]) < set(rows[1])
@@ -366,10 +349,9 @@ def test_audit_finds_the_smallest_number(length, most):
         assert audit(model, anatomy, text, survey, most=needed - 1)["scalars"] is None
 
 
-def test_the_real_model_stands_on_its_massive_activations(smollm2_gguf, wikipedia_evaluation, tmp_path):
+def test_the_real_model_stands_on_its_massive_activations(smollm2, wikipedia_evaluation):
     """SmolLM2: zero multiplies perplexity by more than 100, the mean and the controls leave it within one percent."""
-    root = materialise(open_source(str(smollm2_gguf)), tmp_path / "model")
-    model, tokenizer = load_original(root), load_tokenizer(root)
+    model, tokenizer = smollm2
     text = wikipedia_evaluation.read_text(encoding="utf-8")[:4000]
     chunks, anatomy = chunk(tokenize(tokenizer, text), Chunking(4, 64), "evaluation"), examine(model.config.to_dict())
     with one_thread():

@@ -12,15 +12,9 @@ from transformers import PreTrainedModel
 
 from surgery.anatomy.sites import Anatomy, examine
 from surgery.errors import SurgeryError
-from surgery.survey.neurons import (
-    MassiveMeans,
-    SuperNeurons,
-    TouchedNothing,
-    edit_stream,
-    hoyer,
-    silence_units,
-    zero_mlp_write,
-)
+from surgery.survey.edits import TouchedNothing, edit_stream, silence_units, zero_mlp_write
+from surgery.survey.massive import MassiveMeans
+from surgery.survey.neurons import SuperNeurons, hoyer
 from surgery.survey.stream import Batch, Observer, stream
 
 SPECIAL = {1: 30.0, 2: 20.0}  # tokens that the planted model makes massive, and what marks them

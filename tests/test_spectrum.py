@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from families import any_model
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import one_thread, tiny_model, tiny_text
+from tiny import one_thread, tiny_text
 
 from surgery.anatomy.sites import examine
 from surgery.errors import DamagedCheckpoint
@@ -65,10 +66,10 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", [20, 50])  # shorter and longer than the 32 hidden dims
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "openai-gpt"])
 def test_a_pass_gives_what_numpy_finds_in_the_same_states(model_type: str, length: int) -> None:
     with one_thread():
-        model = tiny_model(model_type)
+        model = any_model(model_type)
         keep, spectrum = Keep(), Spectrum(every=1)
         anatomy = examine(model.config.to_dict())
         stream(model, anatomy, tiny_text(3, length), [keep, spectrum], prefix=[1, 5])

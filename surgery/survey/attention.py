@@ -25,12 +25,6 @@ EXACT = "donot_use_mm_for_euclid_dist"  # equal values, such as those of repeate
 GOLDEN = (5**0.5 - 1) / 2
 
 
-def attention_rows(call: Call, start: int, stop: int) -> torch.Tensor:
-    """Weights of the queries start..stop over slots and keys: (B, Hq, stop - start, n + S), slots first."""
-    softmax = Softmax(call)
-    return softmax.weights(torch.arange(start, stop))[0][..., : softmax.n + call.key.shape[2]]
-
-
 def spaced(rows: range, count: int, turn: int = 0) -> torch.Tensor:
     """`count` of `rows`, evenly spaced, or all of them; each `turn` starts elsewhere within the first space.
 

@@ -1,158 +1,45 @@
-"""Interventions: change a few scalars or attention weights of a live model, and see what depends on them.
+"""Interventions: what becomes of a model when what its survey found is changed, and how little breaks it.
 
-Each is a context manager that yields `Touched` and undoes itself; what the model computes while it is open is changed.
-One that has touched nothing at its end raises TouchedNothing. Those on MLP units are in `neurons`. Layers, dims and
-units come from a survey of the same model on the same text; `run_interventions` takes them from there.
-
-Notation: B sequences, T tokens, d hidden size. Layer l is the stream after block l - 1, 0 the embedding output; tokens
-are counted from the first that is fed, so feed no prefix.
+`run_interventions` takes layers, dims and units from a survey of the same model on the same text; how they are changed
+is in `edits`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..anatomy.probe import Call
-from ..anatomy.seam import on_the_seam
 from ..anatomy.sites import Anatomy
 from ..verification.perplexity import paired
-from .attention import SINK_SCORE, AttentionStatistics, attention_rows
+from .attention import SINK_SCORE, AttentionStatistics
+from .edits import (
+    Change,
+    TouchedNothing,
+    amplify,
+    isolate,
+    mask_first,
+    set_massive,
+    silence_units,
+    zero_largest,
+    zero_median,
+    zero_mlp_write,
+    zero_random,
+)
 from .likelihood import Likelihood, Score
-from .massive import MassiveActivations, massive
-from .neurons import MassiveMeans, Touched, TouchedNothing, edit_stream, intervention, silence_units, zero_mlp_write
+from .massive import MassiveActivations, MassiveMeans
+from .softmax import Softmax
 from .spectrum import Spectrum
 from .stream import Batch, Observer, down_projections, stream
 
-Change = contextlib.AbstractContextManager[Touched]
-Dims = Mapping[int, Sequence[int]]  # layer -> dims in which the survey found massive activations
-AMPLIFIED = 10.0  # factor on the token that is to become a sink
 COLLAPSE = 10.0  # the audit asks what multiplies perplexity by this
 ROWS = 128  # of attention that are written out: the last of each sequence
-
-
-# ---- scalars of the residual stream
-
-
-def set_massive(model: PreTrainedModel, anatomy: Anatomy, dims: Dims, means: MassiveMeans | None = None) -> Change:
-    """Massive activations (Sun's criterion, in `dims` of each layer) to zero or to their means: Sun et al., section 3.
-
-    A massive activation that `means` has not seen the like of stays as it is.
-    """
-
-    def pick(layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
-        places = _massive_places(states, dims[layer])
-        if means is None:
-            return places, 0.0
-        flat, d = states.flatten(), states.shape[1]
-        return places, flat.new_tensor([means.of(layer, *divmod(p, d), flat[p].item()) for p in places.tolist()])
-
-    return edit_stream(model, anatomy, dims, pick, f"massive activations to {'zero' if means is None else 'means'}")
-
-
-def zero_random(model: PreTrainedModel, anatomy: Anatomy, dims: Dims, seed: int = 0) -> Change:
-    """The control: of each sequence and layer as many scalars as are massive, any others, to zero."""
-    source = torch.Generator().manual_seed(seed)
-
-    def pick(layer: int, states: torch.Tensor) -> tuple[torch.Tensor, float]:
-        order, places = torch.rand(states.numel(), generator=source), _massive_places(states, dims[layer])
-        order[places] = -1.0
-        return order.topk(len(places)).indices.to(states.device), 0.0
-
-    return edit_stream(model, anatomy, dims, pick, "random activations to zero")
-
-
-def zero_median(model: PreTrainedModel, anatomy: Anatomy, dims: Dims) -> Change:
-    """The other control: as many scalars, those whose size is nearest to the median, to zero."""
-
-    def pick(layer: int, states: torch.Tensor) -> tuple[torch.Tensor, float]:
-        magnitude, places = states.abs().flatten(), _massive_places(states, dims[layer])
-        return (magnitude - magnitude.median()).abs().topk(len(places), largest=False).indices, 0.0
-
-    return edit_stream(model, anatomy, dims, pick, "median-sized activations to zero")
-
-
-def zero_largest(model: PreTrainedModel, anatomy: Anatomy, layer: int, scalars: int) -> Change:
-    """The `scalars` largest entries of each sequence at `layer`, massive or not, to zero."""
-
-    def pick(layer: int, states: torch.Tensor) -> tuple[torch.Tensor, float]:
-        return states.abs().flatten().topk(min(scalars, states.numel())).indices, 0.0
-
-    return edit_stream(model, anatomy, [layer], pick, f"the {scalars} largest activations of layer {layer} to zero")
-
-
-def amplify(
-    model: PreTrainedModel, anatomy: Anatomy, position: int, layer: int = 0, factor: float = AMPLIFIED
-) -> Change:
-    """Multiply the token at `position` by `factor` at `layer`, its variance by the square of it (arXiv 2605.06611).
-
-    At the embedding output, what attention then writes to the token is small against its own part, as in a first token.
-    """
-
-    def pick(layer: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = states[position : position + 1] * factor
-        return position * states.shape[1] + torch.arange(chosen.numel(), device=states.device), chosen.flatten()
-
-    return edit_stream(model, anatomy, [layer], pick, f"token {position} amplified at layer {layer}")
-
-
-def _massive_places(states: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
-    """Flat places of the massive activations of states (T, d) in `dims`."""
-    hits = massive(states.float())[0]
-    wanted = torch.zeros(states.shape[1], dtype=torch.bool, device=states.device)
-    wanted[list(dims)] = True
-    return (hits & wanted).flatten().nonzero().flatten()
-
-
-# ---- attention
-
-
-def mask_first(model: PreTrainedModel, anatomy: Anatomy) -> Change:
-    """Hide token 0 from every later one. Token 1 then sees only itself, as token 0 did: the sink may move there."""
-    return _hidden(model, anatomy, slice(1, None), slice(0, 1), "attention to position 0 masked")
-
-
-def isolate(model: PreTrainedModel, anatomy: Anatomy, position: int) -> Change:
-    """Hide every earlier token from the one at `position`, as they are from a first token (arXiv 2605.06611)."""
-    return _hidden(model, anatomy, slice(position, position + 1), slice(0, position), f"token {position} isolated")
-
-
-@contextlib.contextmanager
-def _hidden(model, anatomy: Anatomy, queries: slice, keys: slice, what: str) -> Iterator[Touched]:
-    """Masks that transformers makes hide `keys` from `queries`, both positions of the text; slots stay visible."""
-    trunk = model.get_submodule(anatomy.trunk)
-    mapping = ALL_MASK_ATTENTION_FUNCTIONS._local_mapping  # in front of the functions that are registered
-    with intervention(what) as (touched, undo):
-        undo.enter_context(on_the_seam(model, anatomy))
-        n = (getattr(trunk.config, "eab", None) or {}).get("n_slots", 0)
-        keys = slice(n + keys.start, n + keys.stop)
-
-        def masking(ask: Callable) -> Callable:
-            def mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, device="cpu", **kwargs):
-                found = ask(batch_size, q_length, kv_length, q_offset=q_offset, device=device, **kwargs)
-                if found is None:  # plain causal, left to the kernel
-                    found = torch.ones(q_length, n + kv_length, dtype=torch.bool, device=device)
-                    found = found.tril(n + kv_length - q_length)[None, None]
-                found, low = found.clone(), 0 if found.dtype == torch.bool else torch.finfo(found.dtype).min
-                rows = [i for i in range(q_length) if i + int(q_offset) in range(kv_length)[queries]]
-                touched.count += int((found[:, :, rows, keys] > low).sum()) * batch_size // len(found)
-                found[:, :, rows, keys] = low
-                return found
-
-            return mask
-
-        undo.callback(mapping.update, dict(mapping))
-        undo.callback(mapping.clear)
-        for name in {config._attn_implementation for config in (model.config, trunk.config)}:
-            mapping[name] = masking(ALL_MASK_ATTENTION_FUNCTIONS[name])
-        yield touched
 
 
 class SinkAt(Observer):
@@ -165,17 +52,15 @@ class SinkAt(Observer):
 
     def attention(self, block: int, call: Call, batch: Batch) -> None:
         place, stop = batch.lead + self.position, call.query.shape[2]
-        rows = attention_rows(call, max(place + 1, stop - ROWS), stop)  # (B, Hq, at most ROWS, n + S)
-        given = rows[..., rows.shape[-1] - call.key.shape[2] + place].double().mean(dim=2).sum(dim=0).cpu()
+        softmax = Softmax(call)
+        rows, _ = softmax.weights(torch.arange(max(place + 1, stop - ROWS), stop))  # (B, Hq, at most ROWS, P)
+        given = rows[..., softmax.n + place].double().mean(dim=2).sum(dim=0).cpu()
         self._heads[call.module] = self._heads.get(call.module, 0.0) + given
         self._sequences[call.module] += len(call.query)
 
     def rate(self) -> float:
         scores = torch.cat([total / self._sequences[site] for site, total in self._heads.items()])
         return (scores >= SINK_SCORE).double().mean().item()
-
-
-# ---- what depends on them
 
 
 @dataclass(frozen=True)
@@ -188,11 +73,24 @@ class Planned:
     sink: int | None = None
 
 
+@dataclass(frozen=True)
+class Interventions:
+    """The rows behind the untouched one; `means` is empty until the untouched model has run."""
+
+    planned: list[Planned]
+    means: MassiveMeans
+
+    @property
+    def passes(self) -> int:
+        """Over the text, with the untouched one."""
+        return 1 + len(self.planned)
+
+
 def plan_interventions(
-    model: PreTrainedModel, anatomy: Anatomy, length: int, survey: dict, means: MassiveMeans, seed: int = 0
-) -> list[Planned]:
+    model: PreTrainedModel, anatomy: Anatomy, length: int, survey: dict, *, seed: int = 0
+) -> Interventions:
     """What `survey` gives reason for, on texts of `length` tokens; if nothing is massive, only what moves sinks."""
-    on, planned = (model, anatomy), []
+    on, planned, means = (model, anatomy), [], MassiveMeans()
     dims = {row["layer"]: sorted({entry["dim"] for entry in row["massive"]}) for row in survey["layers"]}
     dims = {layer: found for layer, found in dims.items() if found}
     born = survey["across"]["born"]
@@ -219,35 +117,35 @@ def plan_interventions(
     if (chosen := length // 4) > 1:
         planned.append(Planned(f"token {chosen} isolated", "all layers", lambda: isolate(*on, chosen), sink=chosen))
         planned.append(Planned(f"token {chosen} amplified", "layer 0", lambda: amplify(*on, chosen), sink=chosen))
-    return planned
+    return Interventions(planned, means)
 
 
 def run_interventions(
     model: PreTrainedModel,
     anatomy: Anatomy,
     chunks: torch.Tensor,
-    survey: dict,
-    *,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
+    interventions: Interventions,
+    progress: Callable[[str, int], None] = lambda what, done: None,
 ) -> list[dict]:
-    """Each intervention that `survey` gives reason for, on `chunks` (N, T), against the untouched model, the first row.
+    """Each intervention on `chunks` (N, T), against the untouched model, the first row.
 
     Rows: `name`, `where`, `touched` (scalars, or places in masks), `ppl`, `delta_nll` per token (paired by chunk),
     `sink_rate` and `entropy_bits` (means over layers), `massive`. Where a sink may come up elsewhere also `planted`:
     `position`, its `sink_rate` and the `untouched` one. An intervention that finds no hold on this model has `error`
-    and None for the rest. `progress` is told how many sequences are done, of N for each row.
+    and None for the rest. `progress` is told which one runs and how many sequences are done, of N for each pass.
     """
-    means = MassiveMeans()
-    planned = plan_interventions(model, anatomy, chunks.shape[1], survey, means, seed)
-    sinks = {plan.sink: SinkAt(plan.sink) for plan in planned if plan.sink is not None}
-    untouched, found = _measure(model, anatomy, chunks, progress, [means, *sinks.values()])
+
+    def measured(what: str, also: Sequence[Observer]) -> tuple[Score, dict]:
+        return _measure(model, anatomy, chunks, lambda done: progress(what, done), also)
+
+    sinks = {plan.sink: SinkAt(plan.sink) for plan in interventions.planned if plan.sink is not None}
+    untouched, found = measured("untouched", [interventions.means, *sinks.values()])
     rows = [_row("untouched", "", 0, untouched, untouched, found)]
-    for plan in planned:
+    for plan in interventions.planned:
         there = [SinkAt(plan.sink)] if plan.sink is not None else []
         try:
             with plan.apply() as touched:
-                score, found = _measure(model, anatomy, chunks, progress, there)
+                score, found = measured(plan.name, there)
         except TouchedNothing as error:
             rows.append({**dict.fromkeys(rows[0]), "name": plan.name, "where": plan.where, "error": str(error)})
             continue
@@ -271,7 +169,15 @@ def _measure(model, anatomy, chunks, progress, also: Sequence[Observer]) -> tupl
     return likelihood.score, {"sink_rate": fmean(rates), "entropy_bits": fmean(bits), "massive": found.count}
 
 
-def audit(model: PreTrainedModel, anatomy: Anatomy, chunks: torch.Tensor, survey: dict, *, most: int = 1024) -> dict:
+def audit(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    chunks: torch.Tensor,
+    survey: dict,
+    *,
+    most: int = 1024,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+) -> dict:
     """The attack surface: how few scalars of the stream, set to zero in every sequence, multiply perplexity by ten.
 
     Greedy: the k largest entries of the layer where the largest stands highest over the median. k is doubled, then
@@ -284,7 +190,7 @@ def audit(model: PreTrainedModel, anatomy: Anatomy, chunks: torch.Tensor, survey
     def ppl(scalars: int) -> float:
         likelihood = Likelihood()
         with zero_largest(model, anatomy, layer, scalars) if scalars else contextlib.nullcontext():
-            stream(model, anatomy, chunks, [likelihood])
+            stream(model, anatomy, chunks, [likelihood], progress=lambda done: progress(f"{scalars} to zero", done))
         tried[scalars] = likelihood.score.ppl
         return tried[scalars]
 

@@ -120,5 +120,23 @@ class MassiveActivations(Observer):
         }
 
 
+class MassiveMeans(Observer):
+    """Mean massive activation by layer and dim, of the first tokens of texts and of later ones."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[int, int, bool], tuple[float, int]] = {}
+
+    def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
+        for row in states[:, batch.lead :]:
+            if row.abs().max() >= MIN_MAGNITUDE:  # the median in the criterion is dear
+                for position, dim in massive(row.float())[0].nonzero().tolist():
+                    total, count = self._sums.get((layer, dim, position == 0), (0.0, 0))
+                    self._sums[layer, dim, position == 0] = total + row[position, dim].item(), count + 1
+
+    def of(self, layer: int, position: int, dim: int, otherwise: float) -> float:
+        total, count = self._sums.get((layer, dim, position == 0), (otherwise, 1))
+        return total / count
+
+
 def _largest(listed: list[tuple]) -> list[tuple]:
     return sorted(listed, key=lambda entry: -abs(entry[0]))[:LISTED]

@@ -8,19 +8,15 @@ Notation: B sequences, T tokens, d hidden size, m units. Layer l is the stream a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.sites import Anatomy
-from ..errors import SurgeryError
 from .massive import MIN_MAGNITUDE, massive
 from .stream import Batch, Observer, down_projections
 
@@ -120,24 +116,6 @@ class SuperNeurons(Observer):
         return sorted(found, key=lambda entry: (-entry["births"], -abs(entry["share"])))
 
 
-class MassiveMeans(Observer):
-    """Mean massive activation by layer and dim, of the first tokens of texts and of later ones."""
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[int, int, bool], tuple[float, int]] = {}
-
-    def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
-        for row in states[:, batch.lead :]:
-            if row.abs().max() >= MIN_MAGNITUDE:  # the median in the criterion is dear
-                for position, dim in massive(row.float())[0].nonzero().tolist():
-                    total, count = self._sums.get((layer, dim, position == 0), (0.0, 0))
-                    self._sums[layer, dim, position == 0] = total + row[position, dim].item(), count + 1
-
-    def of(self, layer: int, position: int, dim: int, otherwise: float) -> float:
-        total, count = self._sums.get((layer, dim, position == 0), (otherwise, 1))
-        return total / count
-
-
 def hoyer(weight: torch.Tensor) -> torch.Tensor:
     """Channel sparsity of each column of `weight` (d, m): (m,), 0 all channels alike, 1 a single channel.
 
@@ -156,116 +134,3 @@ def _none(units: int) -> _Births:
 def _columns(projection: nn.Module) -> torch.Tensor:
     """The weight as (d, m), one column per unit."""
     return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
-
-
-# ---- interventions: context managers that change a live model and undo it
-
-
-class TouchedNothing(SurgeryError):
-    """An intervention that changed nothing, and so shows nothing."""
-
-
-@dataclass
-class Touched:
-    """How many scalars (or attention weights) an intervention has changed so far."""
-
-    count: int = 0
-
-
-@contextlib.contextmanager
-def intervention(what: str) -> Iterator[tuple[Touched, contextlib.ExitStack]]:
-    """What is put on the stack is undone at the end; TouchedNothing if nothing was counted until then."""
-    touched = Touched()
-    with contextlib.ExitStack() as undo:
-        yield touched, undo
-    if not touched.count:
-        raise TouchedNothing(
-            f"the intervention ({what}) touched nothing on this model and text, so it would show nothing; take layers, "
-            "dims and units from a survey of the same model on the same text, or leave it out."
-        )
-
-
-def on_layer(
-    trunk: nn.Module, blocks: Sequence[str], layer: int, change: Callable[[torch.Tensor], torch.Tensor]
-) -> RemovableHandle:
-    """Hook `change` of states (B, T, d) into the stream at `layer`, in front of whatever already looks at it there."""
-
-    def leaving(block, args, output):
-        if isinstance(output, (tuple, list)):  # OpenAI GPT gives a list
-            return type(output)((change(output[0]), *output[1:]))
-        return change(output)
-
-    def entering(block, args, kwargs):
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    if layer:
-        return trunk.get_submodule(blocks[layer - 1]).register_forward_hook(leaving, prepend=True)
-    return trunk.get_submodule(blocks[0]).register_forward_pre_hook(entering, with_kwargs=True, prepend=True)
-
-
-@contextlib.contextmanager
-def edit_stream(
-    model: PreTrainedModel, anatomy: Anatomy, layers: Sequence[int], pick: Callable, what: str
-) -> Iterator[Touched]:
-    """For each sequence, at each of `layers`, what `pick(layer, states (T, d))` says: flat places and new values."""
-    trunk = model.get_submodule(anatomy.trunk)
-    with intervention(what) as (touched, undo):
-        for layer in layers:
-
-            def change(states: torch.Tensor, layer: int = layer) -> torch.Tensor:
-                changed = states.clone().flatten(1)
-                for sequence, row in enumerate(states):
-                    places, values = pick(layer, row)
-                    changed[sequence, places] = values
-                    touched.count += len(places)
-                return changed.view_as(states)
-
-            undo.callback(on_layer(trunk, anatomy.blocks, layer, change).remove)
-        yield touched
-
-
-@contextlib.contextmanager
-def zero_mlp_write(model: PreTrainedModel, anatomy: Anatomy, layer: int, position: int = 0) -> Iterator[Touched]:
-    """Take away what the MLP of the block before `layer` writes to the token at `position` (targeted MLP ablation).
-
-    By its down projection; a block without one, or with several, has nothing to take away.
-    """
-    with intervention(f"the MLP's write to token {position} at layer {layer}") as (touched, undo):
-        if (projection := down_projections(model, anatomy).get(layer - 1)) is not None:
-            block = model.get_submodule(anatomy.trunk).get_submodule(anatomy.blocks[layer - 1])
-            shape: list[int] = []
-
-            def entering(_, args, kwargs):
-                shape[:] = (args[0] if args else kwargs["hidden_states"]).shape[:2]
-
-            def leaving(_, args, output):
-                if output.numel() != shape[0] * shape[1] * output.shape[-1] or position >= shape[1]:
-                    return None  # not every token passes here: one of several experts
-                written = output.reshape(*shape, -1).clone()  # OPT: all tokens of a batch in one row
-                written[:, position] = 0.0
-                touched.count += written[:, position].numel()
-                return written.view_as(output)
-
-            undo.callback(block.register_forward_pre_hook(entering, with_kwargs=True, prepend=True).remove)
-            undo.callback(projection.register_forward_hook(leaving, prepend=True).remove)
-        yield touched
-
-
-@contextlib.contextmanager
-def silence_units(model: PreTrainedModel, anatomy: Anatomy, units: Mapping[int, Sequence[int]]) -> Iterator[Touched]:
-    """Set MLP units to zero at every token; `units` maps a layer to those of the block before it."""
-    with intervention("MLP units to zero") as (touched, undo):
-        projections = down_projections(model, anatomy)
-        for layer, silent in units.items():
-            if silent and layer - 1 in projections:
-
-                def entering(_, args, silent=tuple(silent)):
-                    activations = args[0].clone()
-                    activations[..., silent] = 0.0
-                    touched.count += activations[..., silent].numel()
-                    return (activations, *args[1:])
-
-                undo.callback(projections[layer - 1].register_forward_pre_hook(entering).remove)
-        yield touched

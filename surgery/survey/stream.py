@@ -166,7 +166,7 @@ def _before(observers, batch: Batch):
 
 def _after(layer: int, observers, batch: Batch):
     def hook(block: nn.Module, args, output) -> None:
-        states = output[0] if isinstance(output, tuple) else output
+        states = output[0] if isinstance(output, (tuple, list)) else output  # OpenAI GPT gives a list
         for observer in observers:
             observer.hidden(layer, states, batch)
 

@@ -19,7 +19,7 @@ from ..errors import SourceError
 from ..loading import load_original, load_tokenizer, require_device
 from ..reporting import Reporter
 from ..survey.full import survey
-from ..survey.interventions import audit, run_interventions
+from ..survey.interventions import audit, plan_interventions, run_interventions
 from ..verification.converted import converted_anatomy, load_converted, read_config
 from ..verification.text import FEW_CHUNKS, Chunking, read_texts
 from .inputs import SILENT, cut, fit_chunks, vocabulary_size
@@ -56,8 +56,16 @@ def scan(
         found = {"source": str(source), **found}
         if interventions:
             reporter.step("intervene")
-            found["interventions"] = run_interventions(model, opened.anatomy, chunks, found)
-            found["audit"] = audit(model, opened.anatomy, chunks, found)
+            planned = plan_interventions(model, opened.anatomy, chunks.shape[1], found)
+            with reporter.bar("intervene", planned.passes * len(chunks)) as advance:
+                found["interventions"] = run_interventions(
+                    model, opened.anatomy, chunks, planned, lambda what, done: advance(done, what)
+                )
+            reporter.step("audit: how few scalars hold the model up")
+            with reporter.bar("audit", None) as advance:
+                found["audit"] = audit(
+                    model, opened.anatomy, chunks, found, progress=lambda what, done: advance(done, what)
+                )
         return found
 
 
