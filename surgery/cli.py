@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from . import __version__
 from .errors import SurgeryError
-from .results import json_text, require_result_file, write_result
+from .results import json_text, require_result_file, require_result_folder, write_result
 
 FILE = click.Path(path_type=Path)
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
@@ -92,22 +91,25 @@ def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
     ),
     click.option("--no-verify", is_flag=True, help="Write without proof; the manifest says unverified."),
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
+    click.option("--report", type=FILE, metavar="FILE", help="Survey before and after, side by side in one HTML file."),
     _chunking(64, 2), _link, _dtype, _revision, _device, _json,
 )  # fmt: skip
 def run(
-    recipe, source, out, text, calibration, no_verify, keep_failed, chunks, chunk_length, link, dtype, revision,
-    device, json_file,
+    recipe, source, out, text, calibration, no_verify, keep_failed, report, chunks, chunk_length, link, dtype,
+    revision, device, json_file,
 ) -> int:  # fmt: skip
     """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified."""
-    require_result_file(json_file, "--json", _given(recipe, source, out, keep_failed, *text, *calibration))
+    given = _given(recipe, source, out, keep_failed, *text, *calibration)
+    require_result_file(json_file, "--json", [*given, *_given(report)])
+    require_result_file(report, "--report", given)
     from .reporting import TerminalReporter, show_output, show_verdict
     from .verbs.run import run as verb
     from .verification.text import Chunking
     from .verification.verdict import plain_json
 
     verdict = verb(
-        recipe, source, out, text=text, calibration=calibration, verify=not no_verify, keep_failed=keep_failed,
-        link=link, dtype=dtype, revision=revision, device=device,
+        recipe, source, out, text=text, calibration=calibration, verify=not no_verify, report=report,
+        keep_failed=keep_failed, link=link, dtype=dtype, revision=revision, device=device,
         chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
     )  # fmt: skip
     write_result(json_file, "--json", json_text(plain_json(verdict)))
@@ -164,6 +166,7 @@ def scan(
     """Survey each SOURCE on text, layer by layer: massive activations, geometry, attention, super neurons."""
     require_result_file(json_file, "--json", _given(*sources, *text, report))
     require_result_file(report, "--report", _given(*sources, *text))
+    require_result_folder(plots, "--plots")
     from .reporting import TerminalReporter, show_survey
     from .verbs.scan import scan as verb
     from .verification.text import Chunking
@@ -188,7 +191,7 @@ def scan(
     return 0
 
 
-def _given(*paths: Path | str | None) -> Iterable[Path | str]:
+def _given(*paths: Path | str | None) -> list[Path | str]:
     return [path for path in paths if path is not None]
 
 

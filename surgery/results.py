@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,6 +35,21 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
             partial.unlink()
         else:
             path.open("ab").close()
+    except OSError as error:
+        raise _unwritable(path, option, error) from error
+
+
+def require_result_folder(path: Path | None, option: str) -> None:
+    """Raise OutputError unless `path` is a directory that can be written to, or can become one."""
+    if path is None:
+        return
+    made = not path.exists()
+    try:
+        path.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        if made:
+            path.rmdir()
     except OSError as error:
         raise _unwritable(path, option, error) from error
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .massive import at_least, median
 from .stream import Batch, Observer
 
 AUTO_RATIO = 10.0
@@ -21,12 +22,12 @@ FIRST_TOKEN = 10.0  # a first token that long against the others dominates; with
 
 
 def auto_massive(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """states (T, d) of one sequence -> bool (T, d) where an entry is massive on its own scale, and that scale.
+    """states (T, d) of one sequence -> places (K, 2) of what is massive on its own scale, and that scale.
 
-    The scale is what an ordinary token's largest entry is: the median over tokens of max_i |x_ti| (of an even count,
-    the lower of the middle two). Massive is what is at least `AUTO_RATIO` times that. Unlike Sun's criterion it has no
-    absolute threshold, so a stream may be small (vision) or large (Gemma); and a feature that is large in most tokens
-    (an outlier feature, not a massive activation) raises the scale instead of the count.
+    The scale is what an ordinary token's largest entry is: the median over tokens of max_i |x_ti|. Massive is what is
+    at least `AUTO_RATIO` times that. Unlike Sun's criterion it has no absolute threshold, so a stream may be small
+    (vision) or large (Gemma); and a feature that is large in most tokens (an outlier feature, not a massive activation)
+    raises the scale instead of the count.
 
     Where ten comes from: entries of a Gaussian stream reach 1.5 scales at T = 512, d = 576, and tiny models of 16
     families with random weights 4; SmolLM2 has at most 2.3 at layers 0 and 1, where nothing is massive yet, and 48 to
@@ -34,8 +35,9 @@ def auto_massive(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ordinary token is all zeros has no scale: neither has massive activations.
     """
     magnitude = states.abs()
-    ordinary = magnitude.amax(dim=1).median()
-    return (magnitude >= AUTO_RATIO * ordinary) & (ordinary > 0), ordinary
+    peaks = magnitude.amax(dim=1)
+    ordinary = median(peaks)
+    return at_least(magnitude, peaks, AUTO_RATIO * ordinary if ordinary > 0 else math.inf), ordinary
 
 
 class AutoMassive(Observer):
@@ -48,9 +50,11 @@ class AutoMassive(Observer):
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
         for row in states[:, batch.lead :].float():
-            hits, ordinary = auto_massive(row)
-            self.counts[layer] += int(hits.sum())
-            self.ratios[layer] += (row.abs().max() / ordinary).item() if ordinary > 0 else 0.0
+            places, ordinary = auto_massive(row)
+            self.counts[layer] += len(places)
+            self.ratios[layer] += (
+                max(abs(end.item()) for end in row.aminmax()) / ordinary.item() if ordinary > 0 else 0.0
+            )
             self.sequences[layer] += 1
 
     def rows(self) -> dict[int, dict]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..anatomy.probe import Call
-from .softmax import Softmax
+from .softmax import Rows, Softmax
 from .stream import Batch, Observer
 
 SINK_SCORE = 0.3  # a head with at least this score counts into the layer's sink rate
@@ -75,34 +75,41 @@ class AttentionStatistics(Observer):
     * `learned_sink_score`: weight of a learned sink logit (GPT-OSS), by head; only where sites have one. It is a place
       of the row in entropy and mixing, and counts in no sink rate: no token is attended to.
 
-    Scores are means over all rows. The others, which cost what attention costs, are of `rows` rows of each text, evenly
-    spaced and starting elsewhere in each batch, wherever the model's own pass tells enough for the scores.
+    Scores are means over all rows. The others, which cost what attention costs, are of `rows` rows of each text in each
+    `every`-th batch, evenly spaced and starting elsewhere each time, wherever the model's own pass tells enough for the
+    scores.
     """
 
-    def __init__(self, rows: int = ROWS) -> None:
-        self.samples = rows
+    def __init__(self, rows: int = ROWS, every: int = 1) -> None:
+        self.samples, self.every = rows, every
         self.means = HeadMeans()
         self.turns: Counter[nn.Module] = Counter()
 
     def attended(self, block: int, call: Call, output: torch.Tensor, batch: Batch) -> None:
         softmax = Softmax(call)
-        text = softmax.text(batch.lead)
-        sinks = softmax.sinks(torch.tensor(text), batch.lead)
-        queries = torch.tensor(text) if sinks is None else spaced(text, self.samples, self.turns[call.module])
-        rows = softmax.rows(queries, batch.lead)
-        sinks = sinks or rows.sinks
+        text, turn = softmax.text(batch.lead), self.turns[call.module]
         self.turns[call.module] += 1
-        found = {"first": sinks.first, "slots": sinks.slots, "learned": sinks.learned, "entropy": rows.entropy}
-        self.means.add(
-            block,
-            call.module,
-            **{name: row.mean(dim=2, dtype=torch.float64) for name, row in found.items() if row is not None},
-        )
+        sinks = softmax.sinks(torch.tensor(text), batch.lead)
+        if sinks is None:
+            rows = softmax.rows(torch.tensor(text), batch.lead)
+            sinks = rows.sinks
+        elif turn % self.every == 0:
+            rows = softmax.rows(spaced(text, self.samples, turn // self.every), batch.lead)
+        else:
+            rows = None
+        found = {"first": sinks.first, "slots": sinks.slots, "learned": sinks.learned}
+        found = {name: row.mean(dim=2, dtype=torch.float64) for name, row in found.items() if row is not None}
+        self.means.add(block, call.module, **found)
+        if rows is not None:
+            self._spread(block, call.module, rows)
+
+    def _spread(self, block: int, site: nn.Module, rows: Rows) -> None:
+        self.means.add(block, site, entropy=rows.entropy.mean(dim=2, dtype=torch.float64))
         spread = (rows.places > 1).expand_as(rows.entropy)
         if bool(spread.any()):
             shares = rows.entropy.double() / rows.places.clamp(min=2).double().log()
             mixing = torch.where(spread, shares, 0.0).sum(dim=2) / spread.sum(dim=2).clamp(min=1)
-            self.means.add(block, call.module, mixing=mixing)
+            self.means.add(block, site, mixing=mixing)
 
     def rows(self) -> dict[int, dict]:
         """Layer -> the keys above."""
@@ -168,11 +175,12 @@ class Selection(Observer):
       T = 1 / scale is the temperature; `gradient_bound`: 1 / (4 T), which it cannot exceed (p (1 - p) <= 1/4).
     * `attended_by_length`: `length` (L) and `tokens` (N, mean over heads, sites and sequences) of the sampled rows.
 
-    Means over `rows` rows of a sequence, evenly spaced and starting elsewhere in each batch, then over sequences.
+    Means over `rows` rows of a sequence, evenly spaced and starting elsewhere each time, then over the sequences of
+    each `every`-th batch.
     """
 
-    def __init__(self, rows: int = SELECTION_ROWS) -> None:
-        self.samples = rows
+    def __init__(self, rows: int = SELECTION_ROWS, every: int = 1) -> None:
+        self.samples, self.every = rows, every
         self.means = HeadMeans()
         self.turns: Counter[nn.Module] = Counter()
         self.bounds: dict[int, float] = {}
@@ -180,9 +188,12 @@ class Selection(Observer):
         self.seen: dict[int, Counter[int]] = defaultdict(Counter)  # block -> L -> how many rows of a head
 
     def attended(self, block: int, call: Call, output: torch.Tensor, batch: Batch) -> None:
-        softmax = Softmax(call)
-        queries = spaced(softmax.text(batch.lead), self.samples, self.turns[call.module])
+        turn = self.turns[call.module]
         self.turns[call.module] += 1
+        if turn % self.every:
+            return
+        softmax = Softmax(call)
+        queries = spaced(softmax.text(batch.lead), self.samples, turn // self.every)
         weights, places = softmax.weights(queries)
         selected = _largest(weights, HELD)
         places = places.expand_as(weights)

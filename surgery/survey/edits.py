@@ -165,10 +165,9 @@ def amplify(
 
 def _massive_places(states: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
     """Flat places of the massive activations of states (T, d) in `dims`."""
-    hits = massive(states.float())[0]
-    wanted = torch.zeros(states.shape[1], dtype=torch.bool, device=states.device)
-    wanted[list(dims)] = True
-    return (hits & wanted).flatten().nonzero().flatten()
+    positions, found = massive(states.float())[0].unbind(dim=1)
+    wanted = torch.isin(found, torch.tensor(list(dims), device=states.device))
+    return (positions * states.shape[1] + found)[wanted]
 
 
 # ---- MLPs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,13 +11,55 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..anatomy.sites import Anatomy
 from .across import AutoMassive, across
 from .attention import AttentionStatistics, Selection, ValueVariance
-from .lens import LogitLens
+from .lens import POSITIONS, LogitLens
 from .likelihood import Likelihood
 from .massive import MassiveActivations
 from .neurons import SuperNeurons
 from .pictures import AttentionMaps, Landscape
 from .spectrum import Spectrum
 from .stream import Observer, stream
+
+SHARE = 1 / 16  # of a pass that spectra may take; the lens gets half as much
+SPECTRUM = 31  # one of rank r takes as long as so many times r^3 operations of the pass (CPU, r = 512 and 576)
+
+
+class FullSurvey:
+    """Every observer there is, on chunks of `length` tokens, and what they found.
+
+    To add a metric, write an observer with `rows()` and name it here.
+    """
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, length: int) -> None:
+        every, positions = affordable(model, anatomy, length)
+        often = min(every, 4)  # rows of attention cost little, but not nothing
+        self._massive, self._likelihood = MassiveActivations(), Likelihood()
+        self._per_layer = [
+            self._massive, AutoMassive(), Spectrum(every), AttentionStatistics(every=often), ValueVariance(),
+            Selection(every=often),
+            LogitLens(model, anatomy, positions),
+        ]  # fmt: skip
+        self._neurons, self._landscape, self._maps = SuperNeurons(model, anatomy), Landscape(), AttentionMaps()
+        self._about = {"model_type": anatomy.model_type, "n_slots": _slots(model, anatomy)}
+
+    @property
+    def observers(self) -> list[Observer]:
+        return [*self._per_layer, self._neurons, self._landscape, self._maps, self._likelihood]
+
+    def to_dict(self, tokenizer: PreTrainedTokenizerBase) -> dict:
+        """Plain data; DESIGN names the keys, each observer defines its own, and those with `rows()` join per layer."""
+        layers, score = _merged(self._per_layer, tokenizer), self._likelihood.score
+        return {
+            **self._about,
+            "chunks": len(score.chunks),
+            "chunk_length": score.targets + 1,
+            "perplexity": score.to_dict(),
+            "massive_activations": self._massive.summary(),
+            "layers": layers,
+            "across": across(layers),
+            "super_neurons": self._neurons.to_list(),
+            "landscape": _named(self._landscape.to_dict(), tokenizer),
+            "attention_maps": [_named(shown, tokenizer) for shown in self._maps.to_list()],
+        }
 
 
 def survey(
@@ -27,31 +70,24 @@ def survey(
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict:
-    """Everything about `model` on `chunks` (N, T), as plain data; DESIGN names the keys, each observer defines its own.
+    """Everything about `model` on `chunks` (N, T), in one pass."""
+    found = FullSurvey(model, anatomy, chunks.shape[1])
+    stream(model, anatomy, chunks, found.observers, progress=progress)
+    return found.to_dict(tokenizer)
 
-    To add a metric, write an observer with `rows()` and name it here: its keys join those of the layers.
+
+def affordable(model: PreTrainedModel, anatomy: Anatomy, length: int) -> tuple[int, int]:
+    """Of which sequences spectra are taken (each how-manieth), and at how many positions of each the lens looks.
+
+    A pass over n tokens takes 2 n operations per parameter. What does not grow with the parameters weighs on small
+    models alone: SmolLM2-135M has a spectrum of each 15th sequence of 512 tokens, a model of 7B of each.
     """
-    massive, likelihood = MassiveActivations(), Likelihood()
-    per_layer: list[Observer] = [
-        massive, AutoMassive(), Spectrum(), AttentionStatistics(), ValueVariance(), Selection(),
-        LogitLens(model, anatomy),
-    ]  # fmt: skip
-    neurons, landscape, maps = SuperNeurons(model, anatomy), Landscape(), AttentionMaps()
-    stream(model, anatomy, chunks, [*per_layer, neurons, landscape, maps, likelihood], progress=progress)
-    layers = _merged(per_layer, tokenizer)
-    return {
-        "model_type": anatomy.model_type,
-        "chunks": chunks.shape[0],
-        "chunk_length": chunks.shape[1],
-        "n_slots": _slots(model, anatomy),
-        "perplexity": likelihood.score.to_dict(),
-        "massive_activations": massive.summary(),
-        "layers": layers,
-        "across": across(layers),
-        "super_neurons": neurons.to_list(),
-        "landscape": _named(landscape.to_dict(), tokenizer),
-        "attention_maps": [_named(shown, tokenizer) for shown in maps.to_list()],
-    }
+    config = model.config.get_text_config()
+    layers, width, parameters = len(anatomy.blocks) + 1, config.hidden_size, model.num_parameters()
+    share = SHARE * 2 * parameters * length
+    every = math.ceil(SPECTRUM * min(length, width) ** 3 * layers / share)
+    positions = int(share / 2 / (2 * config.vocab_size * width * layers))
+    return every, min(max(positions, 1), POSITIONS)
 
 
 def _merged(observers: list[Observer], tokenizer) -> list[dict]:

@@ -1,20 +1,19 @@
 """Perplexity by depth: what the stream after each block would predict, through the final norm and the output layer.
 
-The logit lens (nostalgebraist 2020), on a few positions of each sequence: a layer costs a few rows of logits.
+The logit lens (nostalgebraist 2020), on a few positions of each sequence: a layer costs as many rows of logits.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy
-from .likelihood import perplexity
+from .likelihood import perplexity, token_losses
 from .stream import Batch, Observer
 
-POSITIONS = 8  # per sequence, evenly spaced
+POSITIONS = 16  # per sequence, evenly spaced
 AGREES = 1e-3  # nats: how far the lens of the last layer may be from the model's own prediction
 
 
@@ -24,22 +23,36 @@ class LogitLens(Observer):
     That is so where logits are scaled or capped after the output layer; the lens of other layers would mislead then.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, positions: int = POSITIONS) -> None:
+        self._positions = positions
         self._head = model.get_output_embeddings()
         self._norm = final_norm(model, anatomy)
+        self._ready: dict[int, torch.Tensor] = {}  # layer -> what goes into the output layer, (B, P, d)
         self._nll: dict[int, list[float]] = {}
         self._own: list[float] = []
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
-        if self._norm is None or self._head is None:
-            return
-        place = _places(batch)
-        predicted = self._head(self._norm(states[:, place]))
-        self._nll.setdefault(layer, []).extend(_losses(predicted, batch, place))
+        if self._norm is not None and self._head is not None:
+            self._ready[layer] = self._norm(states[:, self._places(batch)])
 
     def logits(self, logits: torch.Tensor, batch: Batch) -> None:
-        place = _places(batch)
-        self._own.extend(_losses(logits[:, place], batch, place))
+        place = self._places(batch)
+        targets = batch.tokens[:, place + 1].flatten()
+        self._own += token_losses(logits[:, place].flatten(0, 1), targets).tolist()
+        # As many layers at a time as the text has rows: each product reads the whole output layer.
+        together = max(1, batch.tokens.shape[1] // len(place))
+        layers = sorted(self._ready)
+        for start in range(0, len(layers), together):
+            some = layers[start : start + together]
+            rows = torch.cat([self._ready[layer].flatten(0, 1).to(logits.device) for layer in some])
+            losses = token_losses(self._head(rows), targets.repeat(len(some)))
+            for layer, part in zip(some, losses.split(len(targets)), strict=True):
+                self._nll.setdefault(layer, []).extend(part.tolist())
+        self._ready = {}
+
+    def _places(self, batch: Batch) -> torch.Tensor:
+        """Positions in the row whose next token is scored."""
+        return torch.linspace(batch.lead, batch.tokens.shape[1] - 2, self._positions).long().unique()
 
     def rows(self) -> dict[int, dict]:
         """Layer -> `lens_ppl`."""
@@ -57,13 +70,3 @@ def final_norm(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module | None:
     after = [i for i, (name, _) in enumerate(children) if name in stacks]
     norms = [child for _, child in children[max(after) + 1 :] if "norm" in type(child).__name__.lower()]
     return norms[0] if len(norms) == 1 else None
-
-
-def _places(batch: Batch) -> torch.Tensor:
-    """Positions in the row whose next token is scored."""
-    return torch.linspace(batch.lead, batch.tokens.shape[1] - 2, POSITIONS).long().unique()
-
-
-def _losses(logits: torch.Tensor, batch: Batch, place: torch.Tensor) -> list[float]:
-    targets = batch.tokens[:, place + 1].to(logits.device)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").tolist()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.sites import Anatomy
-from .massive import MIN_MAGNITUDE, massive
+from .massive import MIN_MAGNITUDE, MIN_RATIO, at_least, median
 from .stream import Batch, Observer, down_projections
 
 GROWTH = 0.5  # a block makes a massive activation if it adds at least this part of it
@@ -61,12 +61,13 @@ class SuperNeurons(Observer):
 
     def _row(self, block: int, before, states, activations, written) -> None:
         """One sequence: before, states, written (T, d), activations (T, m)."""
-        positions, dims = (states.abs() >= MIN_MAGNITUDE).nonzero(as_tuple=True)  # few, and the median is dear
+        magnitude = states.abs()
+        positions, dims = at_least(magnitude, magnitude.amax(dim=1), MIN_MAGNITUDE).unbind(dim=1)  # few, often none
         values = states[positions, dims]
         new = (values - before.to(states.device)[positions, dims]).abs() >= GROWTH * values.abs()
         if not new.any():
             return
-        new &= massive(states.float())[0][positions, dims]
+        new &= values.float().abs() >= MIN_RATIO * median(magnitude.float())
         if not new.any():
             return
         with align_module_device(self._projections[block]):  # a weight that accelerate keeps elsewhere comes back

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 
 from ..anatomy.probe import Call
 
-BLOCK = 128  # rows at a time where logits are written out
-PARTS = 4  # rows in order go to the kernel in so many parts, each with the keys up to its last row
+BLOCK = 128  # rows at a time where logits or masks are written out
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Softmax:
             return Rows.joined([self._from_weights(part, lead) for part in queries.split(BLOCK)])
         if self.mask is None and self.offset == 0 and len(queries) == self.query.shape[2]:
             return self._from_kernel(queries, lead, causal=True)
-        return Rows.joined([self._from_kernel(part, lead, causal=False) for part in queries.chunk(PARTS)])
+        return Rows.joined([self._from_kernel(part, lead, causal=False) for part in queries.split(BLOCK)])
 
     def weights(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax of the rows `queries` (R,), written out: (B, Hq, R, P), slots first, then keys, then the sink logit.

@@ -15,7 +15,6 @@ import torch
 from ..errors import DamagedCheckpoint
 from .stream import Batch, Observer
 
-EVERY = 5  # spectra of all layers of a sequence cost two fifths of a small model's pass over it (less of a larger one)
 TOP = 3
 _SPECTRAL = ("p1", "entropy_bits", "entropy_normalised", "p1_bound", "entropy_bound")
 
@@ -81,7 +80,7 @@ class Spectrum(Observer):
     A prefix in front of the text is left out. Raises DamagedCheckpoint where the stream is not finite.
     """
 
-    def __init__(self, every: int = EVERY) -> None:
+    def __init__(self, every: int = 1) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, not {every}")
         self.every = every

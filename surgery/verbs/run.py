@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +21,15 @@ from ..operations.card import model_card
 from ..operations.prefix_search import PrefixSearch
 from ..planning import Plan
 from ..recipe import Recipe, load_recipe
+from ..report import write_report
 from ..reporting import Reporter
+from ..survey.full import survey
 from ..verification.converted import load_converted
 from ..verification.equivalence import Equivalence, compare_random_ids
-from ..verification.gates import quality_gates
-from ..verification.integrity import check_integrity
+from ..verification.gates import Gate, quality_gates
+from ..verification.integrity import Check, check_integrity
 from ..verification.measure import Measurement, Original, baseline_passes, measure, measure_original
-from ..verification.text import CHUNKS, Chunking
+from ..verification.text import CHUNKS, FEW_CHUNKS, Chunking
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
 from .emit import emit
@@ -35,6 +37,30 @@ from .inputs import SILENT, Texts, cut, fit_chunks, gather_texts, source_work, v
 from .plan import prepare
 
 CALIBRATION_CHUNKS = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every step of a run needs: evaluation chunks (N, T) or None, calibration chunks or None."""
+
+    plan: Plan
+    stage: Stage
+    texts: Texts
+    evaluation: torch.Tensor | None
+    calibrating: torch.Tensor | None
+    device: str
+    surveyed: bool
+    reporter: Reporter
+
+    def survey(self, model: PreTrainedModel, tokenizer, what: str, source: str) -> dict | None:
+        """Of some of the evaluation text, if a report was asked for."""
+        if not self.surveyed:
+            return None
+        some = self.evaluation[: FEW_CHUNKS.count]
+        self.reporter.step(f"survey {what}")
+        with self.reporter.bar("survey", len(some)) as advance:
+            found = survey(model, self.plan.anatomy, tokenizer, some, progress=lambda done: advance(done, "survey"))
+        return {"source": source, **found}
 
 
 @dataclass(frozen=True)
@@ -46,6 +72,17 @@ class Operated:
     random_ids: Equivalence
     search: dict | None
     original: Original | None
+    survey: dict | None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What the files as emitted were found to be; nothing, without text."""
+
+    checks: list[Check]
+    gates: list[Gate]
+    measurement: Measurement | None
+    survey: dict | None
 
 
 def run(
@@ -56,6 +93,7 @@ def run(
     text: Sequence[Path] = (),
     calibration: Sequence[Path] = (),
     verify: bool = True,
+    report: Path | None = None,
     keep_failed: Path | None = None,
     link: bool = False,
     dtype: str | None = None,
@@ -67,9 +105,12 @@ def run(
     """Convert `source` by `recipe` into the new directory `out`, and return the verdict.
 
     `out` exists afterwards only if every gate passed, or with `verify=False`, when the manifest says `unverified`
-    (`passed` is None). What fails goes to `keep_failed`, where given. Raises SurgeryError for what a person can mend.
+    (`passed` is None). What fails goes to `keep_failed`, where given. With `report`, original and converted are
+    surveyed and shown side by side in that HTML file, passed or not. Raises SurgeryError for what a person can mend.
     """
     require_device(device)
+    if report is not None and not verify:
+        raise SourceError("a report surveys the converted model on text, which --no-verify leaves out; take one away.")
     texts = gather_texts(text, calibration)
     reporter.step(f"plan {source}")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
@@ -89,13 +130,13 @@ def run(
         directory = _materialise(plan, stage, reporter)
         if tokenizer is not None:  # the one of a GGUF is by now in files, which the converted checkpoint's come from
             tokenizer = load_tokenizer(directory)
-        operated = _operate(plan, directory, tokenizer, evaluation, calibrating, device, reporter)
+        job = Job(plan, stage, texts, evaluation, calibrating, device, report is not None, reporter)
+        operated = _operate(job, directory, tokenizer)
         tokens = [tokenizer.decode([token]) for token in operated.prefix] if tokenizer is not None else None
         reporter.step("write the converted checkpoint")
         manifest = emit(plan, stage, directory, tokenizer, operated.prefix, operated.slots, link)
-        findings = _verify_stage(
-            plan, stage, directory, tokenizer, texts, operated, evaluation, manifest, tokens, device, reporter
-        )
+        converted = _measure_stage(job, tokenizer, operated)
+        findings = _finish_stage(job, tokenizer, operated, converted, manifest, tokens)
         verdict = build_verdict(findings, tokenizer)
         if not verify:
             verdict["passed"] = None if verdict["passed"] else False
@@ -105,6 +146,8 @@ def run(
             stage.publish()
         elif keep_failed is not None:
             stage.keep(Path(keep_failed))
+    if report is not None:
+        write_report([plain_json(operated.survey), plain_json(converted.survey)], Path(report))
     return verdict
 
 
@@ -142,19 +185,18 @@ def _materialise(plan: Plan, stage: Stage, reporter: Reporter) -> Path:
     return materialise(plan.source, source_work(stage))
 
 
-def _operate(
-    plan: Plan, directory: Path, tokenizer, evaluation, calibrating, device: str, reporter: Reporter
-) -> Operated:
-    """Everything that needs the original's weights: search, fold, comparison on random ids, baselines."""
+def _operate(job: Job, directory: Path, tokenizer) -> Operated:
+    """Everything that needs the original's weights: search, fold, comparison on random ids, baselines, survey."""
+    plan, evaluation, reporter = job.plan, job.evaluation, job.reporter
     reporter.step("load the original")
-    model = load_original(directory, device=device)
+    model = load_original(directory, device=job.device)
     _require_finite(model)
     prefix, search, visible = plan.prefix, None, plan.operation.slots_visible
     if prefix is None:
         reporter.step(f"search for a prefix of up to {plan.n_slots} tokens")
         with reporter.bar("search", None) as advance:
             searching = PrefixSearch(
-                model, plan.anatomy, tokenizer, calibrating, visible, lambda what: advance(1, what)
+                model, plan.anatomy, tokenizer, job.calibrating, visible, lambda what: advance(1, what)
             )
             best = searching.run(plan.n_slots)
         prefix, search = best.prefix, searching.to_dict()
@@ -172,10 +214,11 @@ def _operate(
             original = measure_original(
                 model, plan.anatomy, evaluation, prefix, bos, lambda what, done: advance(done, what)
             )
+    found = job.survey(model, tokenizer, "the original", plan.source.spec)
     slots = {site: (key.float().cpu(), value.float().cpu()) for site, (key, value) in slots.items()}
     del model
     gc.collect()
-    return Operated(tuple(prefix), slots, random_ids, search, original)
+    return Operated(tuple(prefix), slots, random_ids, search, original, found)
 
 
 def _require_finite(model: PreTrainedModel) -> None:
@@ -186,52 +229,48 @@ def _require_finite(model: PreTrainedModel) -> None:
             )
 
 
-def _verify_stage(
-    plan: Plan,
-    stage: Stage,
-    directory: Path,
-    tokenizer,
-    texts: Texts,
-    operated: Operated,
-    evaluation,
-    manifest: dict,
-    tokens,
-    device,
-    reporter,
+def _measure_stage(job: Job, tokenizer, operated: Operated) -> Converted:
+    """The files as emitted, through their own tokenizer and a fresh load."""
+    if job.evaluation is None:
+        return Converted([], [], None, None)
+    plan, stage, reporter = job.plan, job.stage, job.reporter
+    reporter.step("measure the converted model, loaded fresh from its files")
+    checks = [check_tokenizer(stage.path, tokenizer, operated.prefix, job.texts.evaluation)]
+    model = load_converted(stage.path, device=job.device)
+    with reporter.bar("converted", len(job.evaluation)) as advance:
+        measurement = measure(
+            model, plan.anatomy, job.evaluation, "converted", lambda what, done: advance(done, what), massive=True
+        )
+    found = job.survey(model, tokenizer, "the converted model", str(stage.out))
+    del model
+    gc.collect()
+    return Converted(checks, quality_gates(plan.recipe.verify, operated.original, measurement), measurement, found)
+
+
+def _finish_stage(
+    job: Job, tokenizer, operated: Operated, converted: Converted, manifest: dict, tokens: list[str] | None
 ) -> Findings:
-    """Measure the files as emitted, write card and manifest, then check the integrity of all of it."""
-    converted: Measurement | None = None
-    checks, gates = [], []
-    if evaluation is not None:
-        reporter.step("measure the converted model, loaded fresh from its files")
-        checks.append(check_tokenizer(stage.path, tokenizer, operated.prefix, texts.evaluation))
-        model = load_converted(stage.path, device=device)
-        with reporter.bar("converted", len(evaluation)) as advance:
-            converted = measure(
-                model, plan.anatomy, evaluation, "converted", lambda what, done: advance(done, what), massive=True
-            )
-        del model
-        gc.collect()
-        gates = quality_gates(plan.recipe.verify, operated.original, converted)
+    """Write card and manifest, then check the integrity of all of it."""
+    plan, stage = job.plan, job.stage
     findings = Findings(
         [],
-        gates,
+        converted.gates,
         operated.original,
-        converted,
+        converted.measurement,
         operated.random_ids,
         operated.search,
         {"ids": list(operated.prefix), "tokens": tokens},
     )
     eab = eab_config(plan.anatomy, operated.prefix, plan.operation.slots_visible)
     folds_bos = tokenizer is not None and tokenizer.bos_token_id in operated.prefix
-    measured = build_verdict(findings, tokenizer) if converted is not None else None
+    measured = build_verdict(findings, tokenizer) if converted.measurement is not None else None
     stage.add_text(
         "README.md", model_card(plan.source, plan.derived, plan.recipe.to_dict(), eab, tokens, folds_bos, measured)
     )
     manifest["files"] = stage.hashes()
     stage.add_json(MANIFEST, manifest)
-    reporter.step("check the files against the source")
+    job.reporter.step("check the files against the source")
     # A GGUF's tensors were moved here from their dequantised copy: there is nothing left to compare them with.
     source = plan.source if plan.source.kind != "gguf" else None
-    checks = [*check_integrity(stage.path, manifest, source, source and source.root), *checks]
-    return Findings(checks, gates, findings.original, converted, findings.random_ids, findings.search, findings.prefix)
+    checks = [*check_integrity(stage.path, manifest, source, source and source.root), *converted.checks]
+    return replace(findings, checks=checks)

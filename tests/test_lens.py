@@ -1,0 +1,81 @@
+"""The logit lens against plain numpy, and where it has nothing to say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import one_thread, tiny_config, tiny_model, tiny_text
+from torch import nn
+
+from surgery.anatomy.sites import examine
+from surgery.survey import lens
+from surgery.survey.lens import LogitLens, final_norm
+from surgery.survey.stream import Batch, Observer, stream
+
+EPS = 1e-5
+
+
+class Keep(Observer):
+    def __init__(self) -> None:
+        self.states: dict[int, list[np.ndarray]] = {}
+
+    def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
+        self.states.setdefault(layer, []).extend(states.double().numpy())
+
+
+def rms(x: np.ndarray, norm: nn.Module) -> np.ndarray:
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + norm.variance_epsilon) * norm.weight.detach().numpy()
+
+
+def standard(x: np.ndarray, norm: nn.Module) -> np.ndarray:
+    x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + norm.eps)
+    return x * norm.weight.detach().numpy() + norm.bias.detach().numpy()
+
+
+@pytest.mark.parametrize("length", [5, 40])  # fewer places to predict from than are asked for, and more
+@pytest.mark.parametrize(("model_type", "normed"), [("llama", rms), ("gpt2", standard)])
+def test_each_layer_predicts_through_the_final_norm_and_the_output_layer(model_type, normed, length) -> None:
+    model, text, prefix = tiny_model(model_type), tiny_text(3, length), [1, 5]
+    anatomy, keep = examine(model.config.to_dict()), Keep()
+    with one_thread():
+        found = LogitLens(model, anatomy)
+        stream(model, anatomy, text, [keep, found], prefix=prefix)
+    norm, head = final_norm(model, anatomy), model.get_output_embeddings().weight.detach().numpy()
+    rows = found.rows()
+    assert sorted(rows) == [0, 1, 2, 3, 4]
+    places = np.unique(np.linspace(2, 2 + length - 2, lens.POSITIONS).astype(int))  # all but the last have a target
+    for layer, row in rows.items():
+        losses = []
+        for tokens, states in zip(text.numpy(), keep.states[layer], strict=True):
+            logits = normed(states[places], norm) @ head.T
+            logits -= logits.max(axis=1, keepdims=True)
+            chosen = logits[np.arange(len(places)), tokens[places - 2 + 1]]
+            losses += (np.log(np.exp(logits).sum(axis=1)) - chosen).tolist()
+        assert math.log(row["lens_ppl"]) == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_the_rows_of_many_layers_go_to_the_output_layer_in_parts() -> None:
+    model, text = tiny_model("llama"), tiny_text(2, 12)
+    anatomy, sizes = examine(model.config.to_dict()), []
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: sizes.append(args[0].numel() // args[0].shape[-1])
+    )
+    with one_thread():
+        found = LogitLens(model, anatomy)
+        stream(model, anatomy, text, [found])
+    assert sizes[1:] and max(sizes[1:]) <= text.numel(), "no more logits at a time than the pass itself has"
+    assert len(found.rows()) == 5
+
+
+@pytest.mark.parametrize("model_type", ["granite", "gemma2"])  # logits are scaled, and capped
+def test_it_is_silent_where_the_output_layer_is_not_the_prediction(model_type: str) -> None:
+    changes = {"logits_scaling": 8.0} if model_type == "granite" else {"final_logit_softcapping": 5.0}
+    model = tiny_model(model_type, config=tiny_config(model_type, **changes))
+    anatomy = examine(model.config.to_dict())
+    with one_thread():
+        found = LogitLens(model, anatomy)
+        stream(model, anatomy, tiny_text(), [found])
+    assert found.rows() == {}

@@ -1,0 +1,62 @@
+"""What the report's pictures show is what the model computes on the first sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from test_neurons import DIM, planted, planted_text
+from tiny import one_thread, tiny_model, tiny_text
+
+from surgery.anatomy.sites import examine
+from surgery.operations.attention_bias import fold, grafted
+from surgery.survey.pictures import HEADS, AttentionMaps, Landscape
+from surgery.survey.stream import stream
+
+
+def test_the_landscape_is_that_of_the_layer_with_the_largest_activation() -> None:
+    model, anatomy = planted()
+    text = planted_text()
+    with one_thread(), torch.inference_mode():
+        found = Landscape()
+        stream(model, anatomy, text, [found], prefix=[4])
+        states = model(torch.cat([torch.tensor([[4]]), text[:1]], dim=1), output_hidden_states=True).hidden_states
+    shown = found.to_dict()
+    peaks = [layer.abs().max().item() for layer in states[:-1]]  # the last is the final norm's output
+    assert shown["layer"] in {int(np.argmax(peaks)), len(peaks)}, "the last block's is not among hidden_states"
+    assert shown["tokens"] == text[0].tolist() and DIM in shown["dims"]
+    if shown["layer"] < len(peaks):
+        expected = states[shown["layer"]][0, 1:, shown["dims"]].abs()
+        np.testing.assert_allclose(np.array(shown["values"]), expected.numpy(), rtol=1e-6)
+
+
+def test_maps_are_the_weights_of_eager_attention_from_the_strongest_sink_to_the_weakest() -> None:
+    model = tiny_model("llama")
+    anatomy, text = examine(model.config.to_dict()), tiny_text()
+    with one_thread(), torch.inference_mode():
+        found = AttentionMaps()
+        stream(model, anatomy, text, [found])
+        model.set_attn_implementation("eager")
+        weights = torch.stack(model(text[:1], output_attentions=True).attentions)[:, 0].numpy()  # (blocks, heads, T, T)
+    shown = found.to_list()
+    sinks = weights[..., 0].mean(axis=-1)
+    assert len(shown) == HEADS and all(entry["tokens"] == text[0].tolist() for entry in shown)
+    for entry in shown:
+        np.testing.assert_allclose(entry["weights"], weights[entry["block"], entry["head"]], atol=1e-3)
+    scores = [sinks[entry["block"], entry["head"]] for entry in shown]
+    assert scores[0] == sinks.max() and scores[-1] == sinks.min() and scores == sorted(scores, reverse=True)
+
+
+def test_slots_stand_in_front_of_a_map() -> None:
+    model = tiny_model("llama")
+    anatomy, text = examine(model.config.to_dict()), tiny_text()
+    with one_thread(), torch.inference_mode():
+        found, behind = AttentionMaps(), AttentionMaps()
+        slots = fold(model, anatomy, [1, 5])
+        stream(model, anatomy, text, [behind], prefix=[1, 5])
+        with grafted(model, anatomy, [1, 5], slots, "as_prefix"):
+            stream(model, anatomy, text, [found])
+    for entry in found.to_list():
+        assert entry["slots"] == 2
+        block, head = entry["block"], entry["head"]
+        expected = behind._weights[block][head, 2:].float().numpy()  # the prefix's own rows are no rows of the fold
+        np.testing.assert_allclose(entry["weights"], expected, atol=1e-3)
