@@ -314,6 +314,21 @@ OUTPUTS = {
     "--json inside OUT": (with_option("--json", lambda bench: bench.out / "v.json"), INPUT, "--json"),
     "--json over the recipe": (with_option("--json", lambda bench: bench.root / "recipe.yaml"), INPUT, "--json"),
     "--json over the text": (with_option("--json", lambda bench: bench.place.text), INPUT, "--json"),
+    "--report over the text": (with_option("--report", lambda bench: bench.place.text), INPUT, "--report"),
+    "--report inside OUT": (with_option("--report", lambda bench: bench.out / "r.html"), INPUT, "--report"),
+    "--report without text": (
+        lambda bench: [*bench.run(text=False), "--no-verify", "--report", bench.root / "r.html"], INPUT, "--no-verify"
+    ),
+    "--plots is a file": (
+        lambda bench: [
+            "scan", bench.place.source, "--text", bench.place.text, "--plots", bench.file("plots", "a file"),
+        ], INPUT, "--plots"
+    ),
+    "--plots in no directory": (
+        lambda bench: [
+            "scan", bench.place.source, "--text", bench.place.text, "--plots", bench.root / "a" / "b",
+        ], INPUT, "--plots"
+    ),
     "--json on a system file": (with_option("--json", lambda bench: Path("/proc/v.json")), INPUT, "--json"),
     "--junit inside the checkpoint": (
         lambda bench: ["verify", bench.place.converted, "--junit", bench.place.converted / "j.xml"], INPUT, "--junit"

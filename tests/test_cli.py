@@ -210,6 +210,23 @@ def test_a_scan_of_two_models_makes_a_report_and_plots(place: Place, tmp_path: P
     assert {path.suffix for path in plots.iterdir()} == {".png", ".svg"}
 
 
+def test_a_run_shows_before_and_after_in_a_report(place: Place, tmp_path: Path) -> None:
+    out, report, found = tmp_path / "out", tmp_path / "r.html", tmp_path / "v.json"
+    options = ("--text", place.text, *MEASURED, "--report", report, "--json", found)
+    assert surgery_command("run", place.recipe, place.source, out, *options).code == 0
+    page, verdict = report.read_text(encoding="utf-8"), results(found)
+    for shown in ("source", "out", *(f"{verdict['perplexity'][name]['ppl']:.1f}" for name in ("bare", "converted"))):
+        assert shown in page
+    assert not (out / "r.html").exists()
+
+
+def test_what_failed_has_a_report_too(place: Place, tmp_path: Path) -> None:
+    recipe, out, report = tmp_path / "r.yaml", tmp_path / "out", tmp_path / "r.html"
+    recipe.write_text(place.recipe.read_text().replace("max_ratio: 2.0", "max_ratio: 0.01"))
+    ended = surgery_command("run", recipe, place.source, out, "--text", place.text, *MEASURED, "--report", report)
+    assert ended.code == 1 and not out.exists() and "<svg" in report.read_text(encoding="utf-8")
+
+
 # ---- how it ends
 
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -24,7 +22,7 @@ from ..anatomy.seam import on_the_seam
 from ..anatomy.sites import Anatomy
 from ..errors import SurgeryError
 from .massive import MassiveMeans, massive
-from .stream import down_projections
+from .stream import down_projections, on_layer
 
 Dims = Mapping[int, Sequence[int]]  # layer -> dims in which the survey found massive activations
 AMPLIFIED = 10.0  # factor on the token that is to become a sink
@@ -54,26 +52,6 @@ def intervention(what: str) -> Iterator[tuple[Touched, contextlib.ExitStack]]:
         )
 
 
-def on_layer(
-    trunk: nn.Module, blocks: Sequence[str], layer: int, change: Callable[[torch.Tensor], torch.Tensor]
-) -> RemovableHandle:
-    """Hook `change` of states (B, T, d) into the stream at `layer`, in front of whatever already looks at it there."""
-
-    def leaving(block, args, output):
-        if isinstance(output, (tuple, list)):  # OpenAI GPT gives a list
-            return type(output)((change(output[0]), *output[1:]))
-        return change(output)
-
-    def entering(block, args, kwargs):
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    if layer:
-        return trunk.get_submodule(blocks[layer - 1]).register_forward_hook(leaving, prepend=True)
-    return trunk.get_submodule(blocks[0]).register_forward_pre_hook(entering, with_kwargs=True, prepend=True)
-
-
 @contextlib.contextmanager
 def edit_stream(
     model: PreTrainedModel, anatomy: Anatomy, layers: Sequence[int], pick: Callable, what: str
@@ -91,7 +69,7 @@ def edit_stream(
                     touched.count += len(places)
                 return changed.view_as(states)
 
-            undo.callback(on_layer(trunk, anatomy.blocks, layer, change).remove)
+            undo.callback(on_layer(trunk, anatomy.blocks, layer, change, first=True).remove)
         yield touched
 
 

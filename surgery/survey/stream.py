@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -118,6 +119,45 @@ def _widths(module: nn.Module) -> tuple[int, int | None]:
     return getattr(module, "in_features", 0), getattr(module, "out_features", None)
 
 
+def on_layer(
+    trunk: nn.Module,
+    blocks: Sequence[str],
+    layer: int,
+    look: Callable[[torch.Tensor], torch.Tensor | None],
+    *,
+    first: bool = False,
+) -> RemovableHandle:
+    """Show `look` the stream (B, T, d) at `layer` whenever it passes; what it returns, if anything, goes on instead.
+
+    With `first`, in front of whatever already looks there. Gemma 3n carries several streams side by side, (K, B, T, d):
+    shown is the one that its blocks read.
+    """
+    active = getattr(trunk.config.get_text_config(), "altup_active_idx", None)
+
+    def shown(states: torch.Tensor) -> torch.Tensor | None:
+        changed = look(states if active is None else states[active])
+        if changed is None or active is None:
+            return changed
+        states = states.clone()
+        states[active] = changed
+        return states
+
+    def leaving(block, args, output):
+        several = isinstance(output, (tuple, list))  # OpenAI GPT gives a list
+        changed = shown(output[0] if several else output)
+        return changed if changed is None or not several else type(output)((changed, *output[1:]))
+
+    def entering(block, args, kwargs):
+        changed = shown(args[0] if args else kwargs["hidden_states"])
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+    if layer:
+        return trunk.get_submodule(blocks[layer - 1]).register_forward_hook(leaving, prepend=first)
+    return trunk.get_submodule(blocks[0]).register_forward_pre_hook(entering, with_kwargs=True, prepend=first)
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go: to the embedding, or to the CPU where that is offloaded and accelerate moves them on."""
     device = model.get_input_embeddings().weight.device
@@ -132,11 +172,8 @@ def _watching(model, anatomy: Anatomy, batch: Batch, observers: Sequence[Observe
     )
     with contextlib.ExitStack() as stack:
         if hidden:
-            for layer, name in enumerate(anatomy.blocks):
-                block = trunk.get_submodule(name)
-                if layer == 0:
-                    stack.callback(block.register_forward_pre_hook(_before(hidden, batch), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(_after(layer + 1, hidden, batch)).remove)
+            for layer in range(len(anatomy.blocks) + 1):
+                stack.callback(on_layer(trunk, anatomy.blocks, layer, _look(layer, hidden, batch)).remove)
         for index, projection in down_projections(model, anatomy).items() if units else ():
             stack.callback(projection.register_forward_hook(_projected(index, units, batch)).remove)
         if attention or attended:
@@ -155,22 +192,12 @@ def _watching(model, anatomy: Anatomy, batch: Batch, observers: Sequence[Observe
         yield
 
 
-def _before(observers, batch: Batch):
-    def hook(block: nn.Module, args, kwargs) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
-        for observer in observers:
-            observer.hidden(0, states, batch)
-
-    return hook
-
-
-def _after(layer: int, observers, batch: Batch):
-    def hook(block: nn.Module, args, output) -> None:
-        states = output[0] if isinstance(output, (tuple, list)) else output  # OpenAI GPT gives a list
+def _look(layer: int, observers, batch: Batch):
+    def look(states: torch.Tensor) -> None:
         for observer in observers:
             observer.hidden(layer, states, batch)
 
-    return hook
+    return look
 
 
 def _projected(block: int, observers, batch: Batch):
