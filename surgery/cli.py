@@ -172,15 +172,16 @@ def scan(
     from .verification.text import Chunking
     from .verification.verdict import plain_json
 
-    surveys = []
+    surveys: list[dict] = []
     for source in sources:
         survey = verb(
             source, text=text, dtype=dtype, revision=revision, device=device, interventions=interventions,
             chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
         )  # fmt: skip
-        surveys.append(plain_json(survey))
-        show_survey(_console(), surveys[-1])
-    write_result(json_file, "--json", json_text(surveys[0] if len(surveys) == 1 else {"surveys": surveys}))
+        surveys.append(survey)
+        show_survey(_console(), survey)
+    result = plain_json(surveys[0] if len(surveys) == 1 else {"surveys": surveys})
+    write_result(json_file, "--json", json_text(result))
     if report is not None or plots is not None:
         from .report import write_plots, write_report
 

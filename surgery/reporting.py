@@ -174,15 +174,15 @@ def _massive_table(found: dict) -> Table:
 def show_survey(console: Console, survey: dict) -> None:
     title = f"Survey of {escape(survey['source'])}"
     table = _table(
-        title, "layer", "max", "median", "ratio", "massive", "dims", "|x_0|", "|x_i|", "p1", "entropy", "sink rate",
-        "mixing",
+        title, "layer", "max", "median", "ratio", "massive", "dims", "|x_0|", "|x_i|", "p1", "entropy, bits",
+        "sink rate", "mixing",
     )  # fmt: skip
     for row in survey["layers"]:
         dims = ", ".join(str(dim) for dim in dict.fromkeys(entry["dim"] for entry in row["massive"])) or "-"
         table.add_row(
             str(row["layer"]), f"{row['max']:,.1f}", f"{row['median']:.3f}", f"{row['ratio']:,.0f}", str(row["count"]),
             dims, f"{row['first_norm']:,.1f}", f"{row['rest_norm']:,.1f}", _share(row.get("p1")),
-            _share(row.get("entropy_normalised")), _share(row.get("sink_rate")), _share(row.get("mixing")),
+            _share(row.get("entropy_bits")), _share(row.get("sink_rate")), _share(row.get("mixing")),
         )  # fmt: skip
     console.print(table)
     for line in _findings(survey):
@@ -190,6 +190,7 @@ def show_survey(console: Console, survey: dict) -> None:
     if survey.get("interventions"):
         console.print("")
         console.print(_interventions(survey["interventions"]))
+        console.print(f"\n{_audit(survey['audit'])}", highlight=False)
 
 
 def _share(value: float | None) -> str:
@@ -206,8 +207,9 @@ def _findings(survey: dict) -> list[str]:
     ]
     if total["count"]:
         tokens = " ".join(repr(token) for token in across["tokens"][:4])
+        end = "last to the end" if across["died"] is None else f"gone from layer {across['died']} on"
         lines.append(
-            f"Born at layer {across['born']}, gone after layer {across['died']}; dims {total['dims'][:6]}, on {tokens}"
+            f"Born in layer {across['born']}, {end}; dims {', '.join(map(str, total['dims'][:6]))}, on {tokens}"
         )
     for unit in survey["super_neurons"][:3]:
         lines.append(
@@ -222,8 +224,9 @@ def _findings(survey: dict) -> list[str]:
 
 def _interventions(rows: list[dict]) -> Table:
     table = _table(
-        "Interventions", "", "where", "touched", "perplexity", "of untouched", "95% interval", "sink rate", "massive"
-    )
+        "Interventions", "", "where", "touched", "perplexity", "of untouched", "95% interval", "sink rate",
+        "entropy, bits", "massive",
+    )  # fmt: skip
     for row in rows:
         where = escape(str(row["where"]))
         if row.get("error"):
@@ -232,9 +235,17 @@ def _interventions(rows: list[dict]) -> Table:
         change = row["delta_nll"]
         table.add_row(
             row["name"], where, f"{row['touched']:,}", f"{row['ppl']:,.4g}", f"{_exp(change['mean']):.4g}",
-            f"{_exp(change['low']):.4g} to {_exp(change['high']):.4g}", _share(row["sink_rate"]), f"{row['massive']:,}",
+            f"{_exp(change['low']):.4g} to {_exp(change['high']):.4g}", _share(row["sink_rate"]),
+            _share(row["entropy_bits"]), f"{row['massive']:,}",
         )  # fmt: skip
     return table
+
+
+def _audit(found: dict) -> str:
+    where = f"largest of the {found['of']:,} scalars of each sequence at layer {found['layer']}"
+    if found["scalars"] is None:
+        return f"Audit: the {max(found['tried']):,} {where} to zero do not multiply perplexity by ten"
+    return f"Audit: it takes the {found['scalars']:,} {where} to zero to multiply perplexity by ten"
 
 
 def _ranges(layers: list[int]) -> str:

@@ -210,6 +210,17 @@ def test_a_scan_of_two_models_makes_a_report_and_plots(place: Place, tmp_path: P
     assert {path.suffix for path in plots.iterdir()} == {".png", ".svg"}
 
 
+def test_a_scan_of_one_chunk_bounds_nothing_and_says_so(place: Place, tmp_path: Path) -> None:
+    found, report = tmp_path / "s.json", tmp_path / "r.html"
+    options = ("--chunks", "1", "--chunk-length", "32", "--interventions", "--json", found, "--report", report)
+    ended = surgery_command("scan", place.source, "--text", place.text, *options)
+    assert ended.code == 0, ended.err
+    survey = results(found)
+    assert survey["chunks"] == 1 and survey["interventions"][1]["delta_nll"]["high"] == "inf"
+    assert "0 to inf" in ended.out and "Audit: " in ended.out
+    assert "Too few chunks to tell" in report.read_text(encoding="utf-8")
+
+
 def test_a_run_shows_before_and_after_in_a_report(place: Place, tmp_path: Path) -> None:
     out, report, found = tmp_path / "out", tmp_path / "r.html", tmp_path / "v.json"
     options = ("--text", place.text, *MEASURED, "--report", report, "--json", found)

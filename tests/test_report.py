@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from surgery.errors import OutputError, SourceError
 from surgery.report import html, maps, plots, tables, words, write_plots, write_report
 from surgery.report.style import DARK, LIGHT, drawing, inline_svg
+from surgery.results import json_text
+from surgery.verification.verdict import plain_json
 
 TOKENS = ["The", " cat", "\n", " sat", " on", "."]
 SECTIONS = [section.key for section in html.SECTIONS] + ["attention", "massive", "neurons", "layers"]
@@ -327,6 +330,15 @@ def test_the_least_survey_and_odd_ones_make_a_page(tmp_path):
     lost["interventions"][1] |= {"ppl": math.inf, "delta_nll": {"mean": math.inf, "low": None, "high": math.nan}}
     assert everything([lost, make_survey()]) == set(SECTIONS)
     assert tables.interventions(lost).rows[1][1:4] == ("collapse", "∞", "+∞")
+
+
+def test_a_survey_from_json_makes_the_same_page(tmp_path):
+    survey = copy.deepcopy(make_survey())
+    survey["interventions"][1] |= {"ppl": math.inf, "delta_nll": {"mean": math.inf, "low": -math.inf, "high": math.nan}}
+    survey["landscape"]["tokens"][0] = survey["layers"][3]["massive"][0]["token"] = "nan"
+    read = json.loads(json_text(plain_json(survey)))
+    pages = [write_report([found], tmp_path / "r.html").read_text(encoding="utf-8") for found in (survey, read)]
+    assert pages[0] == pages[1]
 
 
 @pytest.mark.parametrize("surveys", [[], [{}], [{"layers": []}], [{"layers": None}], ["x"], [{"layers": [{"max": 1}]}]])

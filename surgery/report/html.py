@@ -106,7 +106,7 @@ def write_report(surveys: Sequence[dict], out: Path) -> Path:
     written.
     """
     out = Path(out)
-    _check(surveys)
+    surveys = _checked(surveys)
     if out.is_dir():
         raise OutputError(f"{out} is a directory; give a file for the report.")
     names = names_of(surveys)
@@ -134,7 +134,7 @@ def write_plots(surveys: Sequence[dict], folder: Path) -> list[Path]:
     Of several surveys, file names begin with the survey's number. Raises SourceError and OutputError as above.
     """
     folder = Path(folder)
-    _check(surveys)
+    surveys = _checked(surveys)
     files = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,13 +146,23 @@ def write_plots(surveys: Sequence[dict], folder: Path) -> list[Path]:
     return files
 
 
-def _check(surveys: Sequence[dict]) -> None:
+def _checked(surveys: Sequence[dict]) -> list[dict]:
     if not surveys:
         raise SourceError("a report needs at least one survey; scan a checkpoint first.")
     for at, survey in enumerate(surveys, 1):
         layers = survey.get("layers") if isinstance(survey, dict) else None
         if not isinstance(layers, list) or not layers or not all("layer" in row for row in layers):
             raise SourceError(f"survey {at} of {len(surveys)} has no layers; give what `surgery scan --json` wrote.")
+    return [_numbers(survey) for survey in surveys]
+
+
+def _numbers(value, key: str = ""):
+    """`value` with numbers where JSON, which has no NaN or infinity, has them as text; a token may be such a word."""
+    if isinstance(value, dict):
+        return {name: _numbers(item, name) for name, item in value.items()}
+    if isinstance(value, list) and key != "tokens":
+        return [_numbers(item) for item in value]
+    return float(value) if key != "token" and value in ("nan", "inf", "-inf") else value
 
 
 def _figures(surveys: Sequence[dict]) -> Iterator[tuple[str, Figure]]:

@@ -147,7 +147,7 @@ def run(
         elif keep_failed is not None:
             stage.keep(Path(keep_failed))
     if report is not None:
-        write_report([plain_json(operated.survey), plain_json(converted.survey)], Path(report))
+        write_report([operated.survey, converted.survey], Path(report))
     return verdict
 
 
