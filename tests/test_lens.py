@@ -12,6 +12,7 @@ from torch import nn
 
 from surgery.anatomy.sites import examine
 from surgery.survey import lens
+from surgery.survey.attention import spaced
 from surgery.survey.lens import LogitLens, final_norm
 from surgery.survey.stream import Batch, Observer, stream
 
@@ -46,7 +47,7 @@ def test_each_layer_predicts_through_the_final_norm_and_the_output_layer(model_t
     norm, head = final_norm(model, anatomy), model.get_output_embeddings().weight.detach().numpy()
     rows = found.rows()
     assert sorted(rows) == [0, 1, 2, 3, 4]
-    places = np.unique(np.linspace(2, 2 + length - 2, lens.POSITIONS).astype(int))  # all but the last have a target
+    places = spaced(range(2, 2 + length - 1), lens.POSITIONS).numpy()  # all but the last have a target
     for layer, row in rows.items():
         losses = []
         for tokens, states in zip(text.numpy(), keep.states[layer], strict=True):

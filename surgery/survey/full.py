@@ -19,7 +19,7 @@ from .pictures import AttentionMaps, Landscape
 from .spectrum import Spectrum
 from .stream import Observer, stream
 
-SHARE = 1 / 16  # of a pass that spectra may take; the lens gets half as much
+SHARE = 1 / 16  # of a pass that spectra may take, and as much the lens
 SPECTRUM = 31  # one of rank r takes as long as so many times r^3 operations of the pass (CPU, r = 512 and 576)
 
 
@@ -77,7 +77,7 @@ def survey(
 
 
 def affordable(model: PreTrainedModel, anatomy: Anatomy, length: int) -> tuple[int, int]:
-    """Of which sequences spectra are taken (each how-manieth), and at how many positions of each the lens looks.
+    """One in how many sequences has its spectra taken, and how many positions of each sequence the lens looks at.
 
     A pass over n tokens takes 2 n operations per parameter. What does not grow with the parameters weighs on small
     models alone: SmolLM2-135M has a spectrum of each 15th sequence of 512 tokens, a model of 7B of each.
@@ -86,7 +86,7 @@ def affordable(model: PreTrainedModel, anatomy: Anatomy, length: int) -> tuple[i
     layers, width, parameters = len(anatomy.blocks) + 1, config.hidden_size, model.num_parameters()
     share = SHARE * 2 * parameters * length
     every = math.ceil(SPECTRUM * min(length, width) ** 3 * layers / share)
-    positions = int(share / 2 / (2 * config.vocab_size * width * layers))
+    positions = int(share / (2 * config.vocab_size * width * layers))
     return every, min(max(positions, 1), POSITIONS)
 
 

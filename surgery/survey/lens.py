@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy
+from .attention import spaced
 from .likelihood import perplexity, token_losses
 from .stream import Batch, Observer
 
@@ -24,7 +25,7 @@ class LogitLens(Observer):
     """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, positions: int = POSITIONS) -> None:
-        self._positions = positions
+        self._positions, self._turn = positions, 0
         self._head = model.get_output_embeddings()
         self._norm = final_norm(model, anatomy)
         self._ready: dict[int, torch.Tensor] = {}  # layer -> what goes into the output layer, (B, P, d)
@@ -49,10 +50,11 @@ class LogitLens(Observer):
             for layer, part in zip(some, losses.split(len(targets)), strict=True):
                 self._nll.setdefault(layer, []).extend(part.tolist())
         self._ready = {}
+        self._turn += 1
 
     def _places(self, batch: Batch) -> torch.Tensor:
-        """Positions in the row whose next token is scored."""
-        return torch.linspace(batch.lead, batch.tokens.shape[1] - 2, self._positions).long().unique()
+        """Positions in the row whose next token is scored, others in each batch."""
+        return spaced(range(batch.lead, batch.tokens.shape[1] - 1), self._positions, self._turn)
 
     def rows(self) -> dict[int, dict]:
         """Layer -> `lens_ppl`."""
