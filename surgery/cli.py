@@ -108,12 +108,17 @@ def run(
     from .verification.verdict import plain_json
 
     verdict = verb(
-        recipe, source, out, text=text, calibration=calibration, verify=not no_verify, report=report,
+        recipe, source, out, text=text, calibration=calibration, verify=not no_verify,
+        surveys=report is not None,
         keep_failed=keep_failed, link=link, dtype=dtype, revision=revision, device=device,
         chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
     )  # fmt: skip
     write_result(json_file, "--json", json_text(plain_json(verdict)))
     show_verdict(_console(), verdict)
+    if report is not None:
+        from .report import write_report
+
+        write_report(verdict["surveys"], report)
     if verdict["passed"] is not False:
         show_output(_console(), out, verdict)
     return _judged(verdict, f"what was written is in {keep_failed}" if keep_failed else f"{out} was not created")
@@ -166,7 +171,7 @@ def scan(
     """Survey each SOURCE on text, layer by layer: massive activations, geometry, attention, super neurons."""
     require_result_file(json_file, "--json", _given(*sources, *text, report))
     require_result_file(report, "--report", _given(*sources, *text))
-    require_result_folder(plots, "--plots")
+    require_result_folder(plots, "--plots", _given(*sources, *text))
     from .reporting import TerminalReporter, show_survey
     from .verbs.scan import scan as verb
     from .verification.text import Chunking

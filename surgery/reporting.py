@@ -178,7 +178,7 @@ def show_survey(console: Console, survey: dict) -> None:
         "sink rate", "mixing",
     )  # fmt: skip
     for row in survey["layers"]:
-        dims = ", ".join(str(dim) for dim in dict.fromkeys(entry["dim"] for entry in row["massive"])) or "-"
+        dims = ", ".join(str(dim) for dim, _ in row["dims"][:4]) or "-"
         table.add_row(
             str(row["layer"]), f"{row['max']:,.1f}", f"{row['median']:.3f}", f"{row['ratio']:,.0f}", str(row["count"]),
             dims, f"{row['first_norm']:,.1f}", f"{row['rest_norm']:,.1f}", _share(row.get("p1")),
@@ -211,6 +211,8 @@ def _findings(survey: dict) -> list[str]:
         lines.append(
             f"Born in layer {across['born']}, {end}; dims {', '.join(map(str, total['dims'][:6]))}, on {tokens}"
         )
+    if looked := max((row.get("spectra") or 0 for row in survey["layers"]), default=0):
+        lines.append(f"p1, entropy and phases are those of {looked} of the {survey['chunks']} sequences")
     for unit in survey["super_neurons"][:3]:
         lines.append(
             f"Super neuron: layer {unit['layer']}, unit {unit['unit']}, {unit['share']:.0%} of what is written to dim "
@@ -260,7 +262,7 @@ def _ranges(layers: list[int]) -> str:
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value >= 700 else math.exp(value)
 
 
 def _number(value) -> str:

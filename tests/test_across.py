@@ -22,7 +22,7 @@ DEPTH = 12
 
 def row(layer: int, **changes) -> dict:
     plain = {
-        "layer": layer, "count": 0, "massive": [], "auto_count": 0, "first_norm": 10.0, "rest_norm": 10.0,
+        "layer": layer, "count": 0, "dims": [], "tokens": [], "auto_count": 0, "first_norm": 10.0, "rest_norm": 10.0,
         "entropy_bits": 6.0, "sink_rate": None if layer == 0 else 0.0,
     }  # fmt: skip
     return {**plain, **changes}
@@ -30,10 +30,11 @@ def row(layer: int, **changes) -> dict:
 
 def spiked(start: int = 3, stop: int = 9, depth: int = DEPTH) -> list[dict]:
     """A first token of norm 1000 and a valley of entropy in layers start..stop; blocks that read them have sinks."""
-    listed = [{"dim": 5, "position": 0, "token": "a", "value": 900.0}]
     layers = [row(layer) for layer in range(depth)]
     for layer in range(start, stop + 1):
-        layers[layer].update(count=8, auto_count=8, massive=listed, first_norm=1000.0, entropy_bits=0.5)
+        layers[layer].update(
+            count=8, auto_count=8, dims=[[5, 8]], tokens=[["a", 8]], first_norm=1000.0, entropy_bits=0.5
+        )
         if layer + 1 < depth:
             layers[layer + 1]["sink_rate"] = 0.8
     return layers
@@ -45,10 +46,10 @@ def planted(seed: int = 0, rows: int = 40, columns: int = 24) -> torch.Tensor:
 
 def test_birth_death_dims_and_tokens() -> None:
     layers = spiked(3, 9)
-    layers[9]["massive"] = [*layers[9]["massive"], {"dim": 7, "position": 2, "token": "b", "value": 200.0}]
+    layers[9].update(dims=[[5, 8], [7, 60]], tokens=[["a", 8], ["b", 1]])
     found = across(layers)
     assert (found["born"], found["died"], found["spans"]) == (3, 10, [[3, 9]])
-    assert (found["dims"], found["tokens"]) == ([5, 7], ["a", "b"])
+    assert (found["dims"], found["tokens"]) == ([7, 5], ["a", "b"])
     assert found["auto"] == {"born": 3, "died": 10, "spans": [[3, 9]]}
 
 

@@ -324,6 +324,11 @@ OUTPUTS = {
             "scan", bench.place.source, "--text", bench.place.text, "--plots", bench.file("plots", "a file"),
         ], INPUT, "--plots"
     ),
+    "--plots inside a source": (
+        lambda bench: [
+            "scan", bench.place.converted, "--text", bench.place.text, "--plots", bench.place.converted / "figures",
+        ], INPUT, "--plots"
+    ),
     "--plots in no directory": (
         lambda bench: [
             "scan", bench.place.source, "--text", bench.place.text, "--plots", bench.root / "a" / "b",

@@ -12,6 +12,7 @@ from torch import nn
 
 from surgery.anatomy.sites import examine
 from surgery.survey import lens
+from surgery.survey import stream as stream_module
 from surgery.survey.attention import spaced
 from surgery.survey.lens import LogitLens, final_norm
 from surgery.survey.stream import Batch, Observer, stream
@@ -36,21 +37,27 @@ def standard(x: np.ndarray, norm: nn.Module) -> np.ndarray:
     return x * norm.weight.detach().numpy() + norm.bias.detach().numpy()
 
 
+@pytest.mark.parametrize("size", [1, 3])  # sequences in a batch: each batch is read at other places
 @pytest.mark.parametrize("length", [5, 40])  # fewer places to predict from than are asked for, and more
 @pytest.mark.parametrize(("model_type", "normed"), [("llama", rms), ("gpt2", standard)])
-def test_each_layer_predicts_through_the_final_norm_and_the_output_layer(model_type, normed, length) -> None:
+def test_each_layer_predicts_through_the_final_norm_and_the_output_layer(
+    model_type, normed, length, size, monkeypatch
+) -> None:  # fmt: skip
     model, text, prefix = tiny_model(model_type), tiny_text(3, length), [1, 5]
     anatomy, keep = examine(model.config.to_dict()), Keep()
+    monkeypatch.setattr(stream_module, "LOGIT_BYTES", 4 * 97 * (length + 2) * size)
     with one_thread():
         found = LogitLens(model, anatomy)
         stream(model, anatomy, text, [keep, found], prefix=prefix)
     norm, head = final_norm(model, anatomy), model.get_output_embeddings().weight.detach().numpy()
     rows = found.rows()
     assert sorted(rows) == [0, 1, 2, 3, 4]
-    places = spaced(range(2, 2 + length - 1), lens.POSITIONS).numpy()  # all but the last have a target
+    turns = [spaced(range(2, 2 + length - 1), lens.POSITIONS, turn).numpy() for turn in range(3 // size)]
+    assert length == 5 or len({tuple(places) for places in turns}) == len(turns)
     for layer, row in rows.items():
         losses = []
-        for tokens, states in zip(text.numpy(), keep.states[layer], strict=True):
+        for at, (tokens, states) in enumerate(zip(text.numpy(), keep.states[layer], strict=True)):
+            places = turns[at // size]  # all tokens but the last have a target
             logits = normed(states[places], norm) @ head.T
             logits -= logits.max(axis=1, keepdims=True)
             chosen = logits[np.arange(len(places)), tokens[places - 2 + 1]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from test_neurons import DIM, planted, planted_text
+from test_neurons import DIM, LAYER, Keep, planted, planted_text
 from tiny import one_thread, tiny_model, tiny_text
 
 from surgery.anatomy.sites import examine
@@ -18,15 +18,13 @@ def test_the_landscape_is_that_of_the_layer_with_the_largest_activation() -> Non
     text = planted_text()
     with one_thread(), torch.inference_mode():
         found = Landscape()
-        stream(model, anatomy, text, [found], prefix=[4])
-        states = model(torch.cat([torch.tensor([[4]]), text[:1]], dim=1), output_hidden_states=True).hidden_states
+        keep = Keep()
+        stream(model, anatomy, text, [found, keep], prefix=[4])
     shown = found.to_dict()
-    peaks = [layer.abs().max().item() for layer in states[:-1]]  # the last is the final norm's output
-    assert shown["layer"] in {int(np.argmax(peaks)), len(peaks)}, "the last block's is not among hidden_states"
+    first = {layer: np.abs(states[0, 1:]) for layer, states in keep.states.items()}  # of the first sequence
+    assert shown["layer"] == max(first, key=lambda layer: first[layer].max()) > LAYER - 1
     assert shown["tokens"] == text[0].tolist() and DIM in shown["dims"]
-    if shown["layer"] < len(peaks):
-        expected = states[shown["layer"]][0, 1:, shown["dims"]].abs()
-        np.testing.assert_allclose(np.array(shown["values"]), expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(shown["values"], first[shown["layer"]][:, shown["dims"]], rtol=1e-6)
 
 
 def test_maps_are_the_weights_of_eager_attention_from_the_strongest_sink_to_the_weakest() -> None:

@@ -31,7 +31,7 @@ class Keep(Observer):
 
 
 def reference(x: np.ndarray) -> dict[str, float]:
-    """DESIGN section 6, word by word, from singular values and norms."""
+    """The definitions word by word, from singular values and norms."""
     singular = np.linalg.svd(x, compute_uv=False)
     p = singular**2 / np.sum(x**2)
     nonzero = p[p > 1e-14]

@@ -182,7 +182,11 @@ SECTIONS = (
         "Units of an MLP whose activation times the norm of their output column dominates what is written to a "
         "massive activation. Share is the unit's part of what the MLP writes there.", "table", super_neurons,
     ),
-    ("layers", "All layers in figures", "Means over sequences; – where nothing was measured.", "folded", layers),
+    (
+        "layers", "All layers in figures",
+        "Means over sequences (of p1 and entropy: over those whose spectrum was taken); – where nothing was measured.",
+        "folded", layers,
+    ),
 )  # fmt: skip
 
 

@@ -240,7 +240,10 @@ def _geometry(survey: dict) -> str | None:
     layer, bits = lowest
     text = f"The residual stream is narrowest in layer {layer}: its spectrum has an entropy of {number(bits, 3)} bits"
     share = next((row.get("p1") for row in survey["layers"] if row["layer"] == layer), None)
-    return f"{text}, with {percent(share)} of the energy in one direction." if finite(share) else f"{text}."
+    if finite(share):
+        text += f", with {percent(share)} of the energy in one direction"
+    looked, of = max((row.get("spectra") or 0 for row in survey["layers"]), default=0), survey.get("chunks") or 0
+    return f"{text} (spectra of {looked} of {of} sequences)." if 0 < looked < of else f"{text}."
 
 
 def _phases(survey: dict) -> str | None:

@@ -130,8 +130,8 @@ def _eager(query, key, value, slot_key, slot_value, scale, causal, mask, slot_ma
 def _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask):
     """Slots in front: keys (B, H, n + S, D), values (B, H, n + S, E), mask (B|1, Hq|1, T, n + S) or None."""
     batch, queries = query.shape[0], query.shape[2]
-    keys = torch.cat([slot_key.to(key.dtype).transpose(0, 1).expand(batch, -1, -1, -1), key], dim=2)
-    values = torch.cat([slot_value.to(value.dtype).transpose(0, 1).expand(batch, -1, -1, -1), value], dim=2)
+    keys = torch.cat([slot_key.to(key).transpose(0, 1).expand(batch, -1, -1, -1), key], dim=2)
+    values = torch.cat([slot_value.to(value).transpose(0, 1).expand(batch, -1, -1, -1), value], dim=2)
     if causal:
         mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is None and slot_mask is None:

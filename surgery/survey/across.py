@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -73,16 +73,23 @@ def across(layers: Sequence[dict]) -> dict:
     """
     spans = alive([row["count"] for row in layers])
     living = [row for start, stop in spans for row in layers[start : stop + 1]]
-    listed = [entry for row in living for entry in row["massive"]]
     counted = all("auto_count" in row for row in layers)
     return {
         **_life(spans, len(layers)),
-        "dims": [dim for dim, _ in Counter(entry["dim"] for entry in listed).most_common()],
-        "tokens": [token for token, _ in Counter(entry["token"] for entry in listed).most_common()],
+        "dims": _most_common(row["dims"] for row in living),
+        "tokens": _most_common(row["tokens"] for row in living),
         "auto": _life(alive([row["auto_count"] for row in layers]), len(layers)) if counted else None,
         "phases": phases(layers),
         "correlations": correlations(layers),
     }
+
+
+def _most_common(counted: Iterable[list]) -> list:
+    """(what, how many) of several layers -> what, the most common first."""
+    total = Counter()
+    for layer in counted:
+        total.update(dict(layer))
+    return [what for what, _ in total.most_common()]
 
 
 def _life(spans: list[tuple[int, int]], depth: int) -> dict:

@@ -31,7 +31,7 @@ def spaced(rows: range, count: int, turn: int = 0) -> torch.Tensor:
     Turns by the golden ratio cover the space evenly, so that over many sequences every row has the same chance.
     """
     if len(rows) <= count:
-        return torch.tensor(rows)
+        return torch.tensor(rows, dtype=torch.long)
     start = (0.5 + turn * GOLDEN) % 1
     return torch.tensor([rows[int((i + start) * len(rows) / count)] for i in range(count)])
 

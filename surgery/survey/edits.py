@@ -22,7 +22,7 @@ from ..anatomy.seam import on_the_seam
 from ..anatomy.sites import Anatomy
 from ..errors import SurgeryError
 from .massive import MassiveMeans, massive
-from .stream import down_projections, on_layer
+from .stream import down_projections, on_layer, slot_count
 
 Dims = Mapping[int, Sequence[int]]  # layer -> dims in which the survey found massive activations
 AMPLIFIED = 10.0  # factor on the token that is to become a sink
@@ -163,7 +163,7 @@ def zero_mlp_write(model: PreTrainedModel, anatomy: Anatomy, layer: int, positio
             shape: list[int] = []
 
             def entering(_, args, kwargs):
-                shape[:] = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+                shape[:] = (args[0] if args else kwargs["hidden_states"]).shape[-3:-1]
 
             def leaving(_, args, output):
                 if output.numel() != shape[0] * shape[1] * output.shape[-1] or position >= shape[1]:
@@ -216,7 +216,7 @@ def _hidden(model, anatomy: Anatomy, queries: slice, keys: slice, what: str) -> 
     mapping = ALL_MASK_ATTENTION_FUNCTIONS._local_mapping  # in front of the functions that are registered
     with intervention(what) as (touched, undo):
         undo.enter_context(on_the_seam(model, anatomy))
-        n = (getattr(trunk.config, "eab", None) or {}).get("n_slots", 0)
+        n = slot_count(model, anatomy)
         keys = slice(n + keys.start, n + keys.stop)
 
         def masking(ask: Callable) -> Callable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ from .massive import MassiveActivations
 from .neurons import SuperNeurons
 from .pictures import AttentionMaps, Landscape
 from .spectrum import Spectrum
-from .stream import Observer, stream
+from .stream import Observer, slot_count, stream
 
 SHARE = 1 / 16  # of a pass that spectra may take, and as much the lens
 SPECTRUM = 31  # one of rank r takes as long as so many times r^3 operations of the pass (CPU, r = 512 and 576)
@@ -39,14 +40,14 @@ class FullSurvey:
             LogitLens(model, anatomy, positions),
         ]  # fmt: skip
         self._neurons, self._landscape, self._maps = SuperNeurons(model, anatomy), Landscape(), AttentionMaps()
-        self._about = {"model_type": anatomy.model_type, "n_slots": _slots(model, anatomy)}
+        self._about = {"model_type": anatomy.model_type, "n_slots": slot_count(model, anatomy)}
 
     @property
     def observers(self) -> list[Observer]:
         return [*self._per_layer, self._neurons, self._landscape, self._maps, self._likelihood]
 
     def to_dict(self, tokenizer: PreTrainedTokenizerBase) -> dict:
-        """Plain data; DESIGN names the keys, each observer defines its own, and those with `rows()` join per layer."""
+        """Plain data. Each observer defines its own keys; those with `rows()` join into one dict per layer."""
         layers, score = _merged(self._per_layer, tokenizer), self._likelihood.score
         return {
             **self._about,
@@ -102,6 +103,10 @@ def _merged(observers: list[Observer], tokenizer) -> list[dict]:
     for entry in layers.values():
         for found in entry["massive"]:
             found["token"] = tokenizer.decode([found["token"]])
+        texts = Counter()  # several ids may be the same text
+        for token, count in entry["tokens"]:
+            texts[tokenizer.decode([token])] += count
+        entry["tokens"] = [list(counted) for counted in texts.most_common()]
     keys = dict.fromkeys(key for entry in layers.values() for key in entry)
     return [{key: layers[layer].get(key) for key in keys} for layer in sorted(layers)]
 
@@ -109,7 +114,3 @@ def _merged(observers: list[Observer], tokenizer) -> list[dict]:
 def _named(shown: dict, tokenizer) -> dict:
     """Token ids as text."""
     return {**shown, "tokens": [tokenizer.decode([token]) for token in shown["tokens"]]}
-
-
-def _slots(model: PreTrainedModel, anatomy: Anatomy) -> int:
-    return (getattr(model.get_submodule(anatomy.trunk).config, "eab", None) or {}).get("n_slots", 0)

@@ -7,6 +7,7 @@ is in `edits`.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def plan_interventions(
 ) -> Interventions:
     """What `survey` gives reason for, on texts of `length` tokens; if nothing is massive, only what moves sinks."""
     on, planned, means = (model, anatomy), [], MassiveMeans()
-    dims = {row["layer"]: sorted({entry["dim"] for entry in row["massive"]}) for row in survey["layers"]}
+    dims = {row["layer"]: sorted(dim for dim, _ in row["dims"]) for row in survey["layers"]}
     dims = {layer: found for layer, found in dims.items() if found}
     born = survey["across"]["born"]
     if born is not None and dims:
@@ -195,9 +196,11 @@ def audit(
         return tried[scalars]
 
     limit, enough = COLLAPSE * ppl(0), 1
+    if not math.isfinite(limit):
+        enough = most  # there is nothing to multiply
     while ppl(enough) < limit and enough < most:
         enough = min(2 * enough, most)
-    few, found = enough // 2, tried[enough] >= limit
+    few, found = enough // 2, math.isfinite(limit) and tried[enough] >= limit
     while found and enough - few > 1:
         middle = (few + enough) // 2
         few, enough = (few, middle) if ppl(middle) >= limit else (middle, enough)

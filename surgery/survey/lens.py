@@ -5,6 +5,8 @@ The logit lens (nostalgebraist 2020), on a few positions of each sequence: a lay
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +17,7 @@ from .likelihood import perplexity, token_losses
 from .stream import Batch, Observer
 
 POSITIONS = 16  # per sequence, evenly spaced
+OWN = -1  # a layer of its own: what the model itself predicts
 AGREES = 1e-3  # nats: how far the lens of the last layer may be from the model's own prediction
 
 
@@ -29,8 +32,8 @@ class LogitLens(Observer):
         self._head = model.get_output_embeddings()
         self._norm = final_norm(model, anatomy)
         self._ready: dict[int, torch.Tensor] = {}  # layer -> what goes into the output layer, (B, P, d)
-        self._nll: dict[int, list[float]] = {}
-        self._own: list[float] = []
+        self._nll: dict[int, float] = {}  # layer -> sum over what was scored
+        self._scored = 0
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
         if self._norm is not None and self._head is not None:
@@ -39,7 +42,8 @@ class LogitLens(Observer):
     def logits(self, logits: torch.Tensor, batch: Batch) -> None:
         place = self._places(batch)
         targets = batch.tokens[:, place + 1].flatten()
-        self._own += token_losses(logits[:, place].flatten(0, 1), targets).tolist()
+        self._add(OWN, token_losses(logits[:, place].flatten(0, 1), targets))
+        self._scored += len(targets)
         # As many layers at a time as the text has rows: each product reads the whole output layer.
         together = max(1, batch.tokens.shape[1] // len(place))
         layers = sorted(self._ready)
@@ -48,7 +52,7 @@ class LogitLens(Observer):
             rows = torch.cat([self._ready[layer].flatten(0, 1).to(logits.device) for layer in some])
             losses = token_losses(self._head(rows), targets.repeat(len(some)))
             for layer, part in zip(some, losses.split(len(targets)), strict=True):
-                self._nll.setdefault(layer, []).extend(part.tolist())
+                self._add(layer, part)
         self._ready = {}
         self._turn += 1
 
@@ -58,10 +62,14 @@ class LogitLens(Observer):
 
     def rows(self) -> dict[int, dict]:
         """Layer -> `lens_ppl`."""
-        mean = {layer: sum(losses) / len(losses) for layer, losses in self._nll.items() if losses}
-        if not mean or abs(mean[max(mean)] - sum(self._own) / len(self._own)) > AGREES:
+        mean = {layer: total / self._scored for layer, total in self._nll.items()}
+        own, last = mean.pop(OWN, math.nan), mean.get(max(mean, default=0), math.nan)
+        if not abs(last - own) <= AGREES:
             return {}
         return {layer: {"lens_ppl": perplexity(nll)} for layer, nll in mean.items()}
+
+    def _add(self, layer: int, losses: torch.Tensor) -> None:
+        self._nll[layer] = self._nll.get(layer, 0.0) + losses.double().sum().item()
 
 
 def final_norm(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module | None:

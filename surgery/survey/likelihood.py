@@ -15,7 +15,7 @@ ROWS = 32  # of logits at a time
 
 def perplexity(nll: float) -> float:
     """exp of a mean NLL, or of a difference of two (then a ratio); infinite where a float cannot hold it."""
-    return math.exp(nll) if nll < 700 else math.inf
+    return math.inf if nll >= 700 else math.exp(nll)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,9 @@ class MassiveActivations(Observer):
         }
 
     def rows(self) -> dict[int, dict]:
-        """Layer -> keys of the survey."""
+        """Layer -> keys of the survey. `dims` and `tokens` (ids): of all massive activations, with how many each has;
+        `massive` lists the largest.
+        """
         return {
             layer: {
                 "count": tally.count,
@@ -133,6 +135,8 @@ class MassiveActivations(Observer):
                 "ratio": tally.mean(tally.ratio),
                 "first_norm": tally.mean(tally.first_norm),
                 "rest_norm": tally.mean(tally.rest_norm),
+                "dims": [list(entry) for entry in tally.dims.most_common()],
+                "tokens": [list(entry) for entry in tally.tokens.most_common()],
                 "massive": [
                     {"dim": dim, "position": position, "token": token, "value": value}
                     for value, dim, position, token in _largest(tally.listed)

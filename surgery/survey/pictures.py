@@ -36,7 +36,7 @@ class Landscape(Observer):
         """`layer`, `tokens` (ids), `dims`, and `values` (token x dim)."""
         width = self._states.shape[1]
         loudest = self._states.amax(dim=0).topk(min(LOUDEST, width)).indices.tolist()
-        spaced = range(0, width, max(1, width // (DIMS - len(loudest))))
+        spaced = range(0, width, max(1, -(-width // (DIMS - len(loudest)))))
         dims = sorted({*loudest, *spaced})
         return {"layer": self.layer, "tokens": self.tokens, "dims": dims, "values": self._states[:, dims].tolist()}
 

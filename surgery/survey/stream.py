@@ -76,6 +76,7 @@ def stream(
     keep = {}
     if (
         not any(o.wants("logits") for o in observers)
+        and len({*getattr(model, "hf_device_map", {}).values()}) < 2  # else logits may be elsewhere than the place
         and "logits_to_keep" in inspect.signature(type(model).forward).parameters
     ):
         # One row of logits is enough for a pass that nobody reads them from. It is named by its place: given a number
@@ -94,20 +95,21 @@ def down_projections(model: PreTrainedModel, anatomy: Anatomy) -> dict[int, nn.M
     """Block -> the module that projects its MLP's activations down to the residual stream.
 
     By shape and place: inside the block, outside of its attention sites, from a wider space to the hidden size. A block
-    with none (experts fused into one tensor) or with several (lists of experts, two MLPs) is left out: which unit is
-    meant would not be known.
+    with none or with several (two MLPs), or with experts, whatever stands beside them, is left out: which unit is meant
+    would not be known.
     """
     trunk = model.get_submodule(anatomy.trunk)
-    width = getattr(trunk.config.get_text_config(), "hidden_size", None)
+    width = trunk.config.get_text_config().hidden_size
     sites = tuple(f"{site.name}." for site in anatomy.sites)
     found = {}
     for index, name in enumerate(anatomy.blocks):
-        inside = [
-            module
+        outside = [
+            (path, module)
             for path, module in trunk.get_submodule(name).named_modules(prefix=name)
-            if not f"{path}.".startswith(sites) and _widths(module)[1] == width and _widths(module)[0] > width
+            if not f"{path}.".startswith(sites)
         ]
-        if len(inside) == 1:
+        inside = [module for _, module in outside if _widths(module)[1] == width and _widths(module)[0] > width]
+        if len(inside) == 1 and not any(path.endswith(".experts") for path, _ in outside):
             found[index] = inside[0]
     return found
 
@@ -117,6 +119,11 @@ def _widths(module: nn.Module) -> tuple[int, int | None]:
     if isinstance(module, Conv1D):  # GPT-2's, with its weight transposed
         return module.nx, module.nf
     return getattr(module, "in_features", 0), getattr(module, "out_features", None)
+
+
+def slot_count(model: PreTrainedModel, anatomy: Anatomy) -> int:
+    """How many slots each site has; 0 in an unchanged model."""
+    return (getattr(model.get_submodule(anatomy.trunk).config, "eab", None) or {}).get("n_slots", 0)
 
 
 def on_layer(

@@ -21,7 +21,6 @@ from ..operations.card import model_card
 from ..operations.prefix_search import PrefixSearch
 from ..planning import Plan
 from ..recipe import Recipe, load_recipe
-from ..report import write_report
 from ..reporting import Reporter
 from ..survey.full import survey
 from ..verification.converted import load_converted
@@ -93,7 +92,7 @@ def run(
     text: Sequence[Path] = (),
     calibration: Sequence[Path] = (),
     verify: bool = True,
-    report: Path | None = None,
+    surveys: bool = False,
     keep_failed: Path | None = None,
     link: bool = False,
     dtype: str | None = None,
@@ -105,11 +104,12 @@ def run(
     """Convert `source` by `recipe` into the new directory `out`, and return the verdict.
 
     `out` exists afterwards only if every gate passed, or with `verify=False`, when the manifest says `unverified`
-    (`passed` is None). What fails goes to `keep_failed`, where given. With `report`, original and converted are
-    surveyed and shown side by side in that HTML file, passed or not. Raises SurgeryError for what a person can mend.
+    (`passed` is None). What fails goes to `keep_failed`, where given. With `surveys`, the verdict also has those of
+    original and converted (`surveys`, for `surgery.report.write_report`). Raises SurgeryError for what a person can
+    mend.
     """
     require_device(device)
-    if report is not None and not verify:
+    if surveys and not verify:
         raise SourceError("a report surveys the converted model on text, which --no-verify leaves out; take one away.")
     texts = gather_texts(text, calibration)
     reporter.step(f"plan {source}")
@@ -130,7 +130,7 @@ def run(
         directory = _materialise(plan, stage, reporter)
         if tokenizer is not None:  # the one of a GGUF is by now in files, which the converted checkpoint's come from
             tokenizer = load_tokenizer(directory)
-        job = Job(plan, stage, texts, evaluation, calibrating, device, report is not None, reporter)
+        job = Job(plan, stage, texts, evaluation, calibrating, device, surveys, reporter)
         operated = _operate(job, directory, tokenizer)
         tokens = [tokenizer.decode([token]) for token in operated.prefix] if tokenizer is not None else None
         reporter.step("write the converted checkpoint")
@@ -146,9 +146,7 @@ def run(
             stage.publish()
         elif keep_failed is not None:
             stage.keep(Path(keep_failed))
-    if report is not None:
-        write_report([operated.survey, converted.survey], Path(report))
-    return verdict
+    return {**verdict, "surveys": [operated.survey, converted.survey]} if surveys else verdict
 
 
 def _require_elsewhere(keep_failed: Path, out: Path, plan: Plan) -> None:

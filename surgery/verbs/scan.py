@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import materialise, open_source
-from ..errors import SourceError
+from ..errors import DamagedCheckpoint, SourceError
 from ..loading import load_original, load_tokenizer, require_device
 from ..reporting import Reporter
 from ..survey.full import survey
@@ -53,6 +54,11 @@ def scan(
         model = opened.load(device)
         with reporter.bar("scan", len(chunks)) as advance:
             found = survey(model, opened.anatomy, opened.tokenizer, chunks, progress=lambda done: advance(done, "scan"))
+        if not math.isfinite(found["perplexity"]["nll"]):
+            raise DamagedCheckpoint(
+                f"{source}: what it predicts is not finite, so there is nothing to survey; check its weights (download "
+                "them again), or load it in float32 if it is in half precision."
+            )
         found = {"source": str(source), **found}
         if interventions:
             reporter.step("intervene")

@@ -57,6 +57,8 @@ def tokenize(tokenizer, text: str, *, special: bool = False) -> list[int]:
 
 def chunk(ids: Sequence[int], chunking: Chunking, name: str) -> torch.Tensor:
     """The first `count` chunks of `ids`: LongTensor (count, length). SourceError if the text is too short."""
+    if chunking.length < 2:
+        raise SourceError(f"{name}: chunks of {chunking.length} tokens predict nothing; make them of 2 or more.")
     needed = chunking.count * chunking.length
     if len(ids) < needed:
         raise SourceError(
