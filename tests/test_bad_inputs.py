@@ -140,11 +140,15 @@ def pickled(bench: Bench) -> list:
 
 
 def with_nan(bench: Bench) -> list:
+    return bench.run(nan_in(bench, "model.layers.1.mlp.up_proj.weight"))
+
+
+def nan_in(bench: Bench, name: str) -> Path:
     root = bench.source()
     tensors = load_file(root / SINGLE)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    tensors[name].flat[3] = np.nan
     save_file(tensors, root / SINGLE, {"format": "pt"})
-    return bench.run(root)
+    return root
 
 
 def leave_directory(weight_map: dict, root: Path) -> None:
@@ -291,6 +295,14 @@ TEXTS = {
     "scan without text": (lambda bench: ["scan", bench.place.source], INPUT, "--text"),
     "scan of too short a text": (
         lambda bench: ["scan", bench.place.source, "--text", bench.file("t.txt", "A bridge.")], INPUT, "--chunk-length"
+    ),
+    "scan of weights that are NaN": (
+        lambda bench: ["scan", nan_in(bench, "model.layers.0.mlp.up_proj.weight"), "--text", bench.place.text],
+        DAMAGED, "layer 1", "not finite",
+    ),
+    "scan of an output layer that is NaN": (
+        lambda bench: ["scan", nan_in(bench, "lm_head.weight"), "--text", bench.place.text, *MEASURED],
+        DAMAGED, "predicts", "not finite",
     ),
     "scan with --dtype of a converted checkpoint": (
         lambda bench: ["scan", bench.place.converted, "--text", bench.place.text, "--dtype", "float16"], INPUT, "dtype"
