@@ -87,7 +87,7 @@ def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
     _text,
     click.option(
         "--calibration", multiple=True, type=FILE, metavar="FILE",
-        help="Text for the search (repeatable); else half of --text.",
+        help="Text for search and scales (repeatable); else half of --text.",
     ),
     click.option("--no-verify", is_flag=True, help="Write without proof; the manifest says unverified."),
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
@@ -130,13 +130,19 @@ def run(
     click.option(
         "--against", metavar="SOURCE", help="What it was converted from: compare every kept tensor, and measure both."
     ),
-    _text, _chunking(64, 2), _revision, _device,
+    _text,
+    click.option(
+        "--calibration", multiple=True, type=FILE, metavar="FILE", help="Text for static scales, if gates need them."
+    ),
+    _chunking(64, 2), _revision, _device,
     click.option("--junit", type=FILE, metavar="FILE", help="Write gates and checks as JUnit XML."),
     _json,
 )  # fmt: skip
-def verify(checkpoint, against, text, chunks, chunk_length, revision, device, junit, json_file) -> int:
+def verify(
+    checkpoint, against, text, calibration, chunks, chunk_length, revision, device, junit, json_file
+) -> int:  # fmt: skip
     """Check the converted CHECKPOINT: files and tensors; with --text also quality; with --against also the source."""
-    inputs = _given(checkpoint, against, *text)
+    inputs = _given(checkpoint, against, *text, *calibration)
     require_result_file(json_file, "--json", _given(*inputs, junit))
     require_result_file(junit, "--junit", inputs)
     from .reporting import TerminalReporter, show_verdict
@@ -145,7 +151,7 @@ def verify(checkpoint, against, text, chunks, chunk_length, revision, device, ju
     from .verification.verdict import junit_xml, plain_json
 
     verdict = verb(
-        checkpoint, against=against, text=text, revision=revision, device=device,
+        checkpoint, against=against, text=text, calibration=calibration, revision=revision, device=device,
         chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
     )  # fmt: skip
     write_result(json_file, "--json", json_text(plain_json(verdict)))

@@ -120,12 +120,39 @@ class MassiveActivations(_Strict):
     max: Annotated[int, Field(ge=0)] = 0
 
 
+class QuantisedGate(_Strict):
+    """Perplexity of the quantised converted model over the bare original's in float, upper end of the interval."""
+
+    max_ratio: _Gate
+
+
+class Quantised(_Strict):
+    """Gates by quantisation scheme (`verification.quantised.SCHEMES`); only those that are named are measured."""
+
+    w8a8_static: QuantisedGate | None = None
+    w8a8_dynamic: QuantisedGate | None = None
+    w8a8_per_token: QuantisedGate | None = None
+    w4a4_static: QuantisedGate | None = None
+    w4: QuantisedGate | None = None
+    kv4: QuantisedGate | None = None
+    kv2: QuantisedGate | None = None
+
+    def gates(self) -> dict[str, QuantisedGate]:
+        found = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: gate for name, gate in found.items() if gate is not None}
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: gate for name, gate in plain(self).items() if gate is not None}
+
+
 class Verify(_Strict):
-    """The gates. One that is left out still applies, with its default; none can be switched off."""
+    """The gates. One that is left out still applies, with its default; none of the first three can be switched off."""
 
     equivalence: Equivalence = Equivalence()
     perplexity: Perplexity = Perplexity()
     massive_activations: MassiveActivations = MassiveActivations()
+    quantised: Quantised = Quantised()
 
 
 class Recipe(_Strict):
@@ -161,6 +188,8 @@ _MODELS: dict[str, type[_Strict]] = {
     "equivalence": Equivalence,
     "perplexity": Perplexity,
     "massive_activations": MassiveActivations,
+    "quantised": Quantised,
+    **dict.fromkeys(Quantised.model_fields, QuantisedGate),
 }
 
 
@@ -215,7 +244,11 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
         model = _MODELS[next((str(part) for part in reversed(key[:-1]) if part in _MODELS), "")]
         return line, f"unknown key '{dotted}'; {_known(str(key[-1]), model)}"
     if kind == "missing":
-        example = {"surgery": "surgery: 1", "operations": "operations: [attention_bias: {prefix: auto}]"}
+        example = {
+            "surgery": "surgery: 1",
+            "operations": "operations: [attention_bias: {prefix: auto}]",
+            "max_ratio": "max_ratio: 1.25",
+        }
         return line, f"the key '{detail['loc'][-1]}' is missing; add '{example[detail['loc'][-1]]}'"
     if kind == "value_error":
         return line, f"{dotted} {context['error']}"

@@ -120,6 +120,8 @@ def show_verdict(console: Console, verdict: dict) -> None:
         console.print(_perplexity_table(verdict), "")
     if verdict.get("massive_activations"):
         console.print(_massive_table(verdict["massive_activations"]), "")
+    if verdict.get("quantised"):
+        console.print(_quantised_table(verdict["quantised"]), "")
     if verdict["gates"]:
         gates = _table("Gates", "", "value", "limit", "result")
         for gate in verdict["gates"]:
@@ -156,6 +158,18 @@ def _perplexity_table(verdict: dict) -> Table:
         table.add_row(label, f"{score['ppl']:.4f}", f"{score['nll']:.7f}", ratio, shown)
     table.caption = f"{verdict['perplexity']['converted']['tokens']:,} target tokens, float32"
     table.caption_justify = "left"
+    return table
+
+
+def _quantised_table(found: dict) -> Table:
+    table = _table("Quantised, simulated", "", "original", "of bare", "converted", "of bare", "95% interval, paired")
+    for scheme, entry in found.items():
+        original, converted = entry["delta_nll"]["original"], entry["delta_nll"]["converted"]
+        table.add_row(
+            scheme, f"{entry['original']['ppl']:,.4f}", f"{_exp(original['mean']):.4f}",
+            f"{entry['converted']['ppl']:,.4f}", f"{_exp(converted['mean']):.4f}",
+            f"{_exp(converted['low']):.4f} to {_exp(converted['high']):.4f}",
+        )  # fmt: skip
     return table
 
 

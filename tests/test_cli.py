@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -163,6 +164,31 @@ def test_code_and_odd_settings_of_a_source_do_not_come_along(place: Place, tmp_p
     assert "_attn_implementation" not in results(out / "config.json")
     assert all("eab" in value for value in results(out / "config.json")["auto_map"].values())
     assert surgery_command("verify", out, "--against", source).code == 0
+
+
+def test_gates_on_quantised_models(place: Place, tmp_path: Path) -> None:
+    recipe, out, found = tmp_path / "q.yaml", tmp_path / "out", tmp_path / "v.json"
+    recipe.write_text(
+        place.recipe.read_text().rstrip() + "\n  quantised: {w8a8_static: {max_ratio: 3.0}, kv4: {max_ratio: 3.0}}\n"
+    )
+    calibration = ("--calibration", place.text)
+    texts = ("--text", place.text, *MEASURED)
+    assert surgery_command("run", recipe, place.source, out, *texts, *calibration, "--json", found).code == 0
+    verdict = results(found)
+    gates = {gate["name"]: gate for gate in verdict["gates"]}
+    assert list(verdict["quantised"]) == ["w8a8_static", "kv4"]
+    for name, entry in verdict["quantised"].items():
+        assert gates[f"quantised.{name}"]["value"] == pytest.approx(math.exp(entry["delta_nll"]["converted"]["high"]))
+        assert entry["original"]["ppl"] != verdict["perplexity"]["bare"]["ppl"] != entry["converted"]["ppl"]
+    against = ("--against", place.source)
+    lacking = surgery_command("verify", out, *against, *texts)
+    assert lacking.code == 2 and "--calibration" in lacking.error
+    ended = surgery_command("verify", out, *against, *texts, *calibration, "--json", found)
+    assert ended.code == 0 and "w8a8_static" in ended.out
+    assert results(found)["quantised"] == verdict["quantised"]
+    recipe.write_text(recipe.read_text().replace("kv4: {max_ratio: 3.0}", "kv4: {max_ratio: 0.01}"))
+    failed = surgery_command("run", recipe, place.source, tmp_path / "failed", *texts, *calibration)
+    assert failed.code == 1 and "quantised.kv4" in failed.error and not (tmp_path / "failed").exists()
 
 
 # ---- scan

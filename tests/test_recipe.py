@@ -40,7 +40,10 @@ def test_shipped_recipes_load():
     given_tokens = load_recipe(RECIPES / "eab-newline.yaml")
     assert given_tokens.operations[0].attention_bias.prefix == (" ", "\n")
     assert searched.verify == given_tokens.verify == Verify()
-    assert {path.name for path in RECIPES.iterdir()} == {"eab.yaml", "eab-newline.yaml"}
+    quantised = load_recipe(RECIPES / "w8a8-static.yaml")
+    assert quantised.operations == given_tokens.operations
+    assert list(quantised.verify.quantised.gates()) == ["w8a8_static"]
+    assert {path.name for path in RECIPES.iterdir()} == {"eab.yaml", "eab-newline.yaml", "w8a8-static.yaml"}
 
 
 def test_defaults_are_the_documented_ones():
@@ -52,6 +55,7 @@ def test_defaults_are_the_documented_ones():
             "equivalence": {"max_delta_nll": 1e-5},
             "perplexity": {"max_ratio": 1.01},
             "massive_activations": {"max": 0},
+            "quantised": {},
         },
     }
 

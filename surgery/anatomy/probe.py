@@ -51,11 +51,8 @@ def observing(
     the output projection. Either may be None. With `compute=False` attention is left out and gives an empty tensor of
     the right shape, for the meta device; nothing is attended then.
     """
-    ask = ALL_ATTENTION_FUNCTIONS.get_interface
 
-    def interface(name, default):
-        attend = ask(name, default)
-
+    def wrap(attend: Callable) -> Callable:
         def attention(module, query, key, value, attention_mask=None, **arguments):
             call = Call(module, query, key, value, attention_mask, arguments)
             if observe is not None:
@@ -72,11 +69,38 @@ def observing(
 
         return attention
 
-    ALL_ATTENTION_FUNCTIONS.get_interface = interface
+    with _interposed(wrap):
+        yield
+
+
+@contextlib.contextmanager
+def rewriting(
+    change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> Iterator[None]:
+    """While active, every attention call in this process computes with `change(key, value)` for its keys and values."""
+
+    def wrap(attend: Callable) -> Callable:
+        def attention(module, query, key, value, attention_mask=None, **arguments):
+            return attend(module, query, *change(key, value), attention_mask, **arguments)
+
+        return attention
+
+    with _interposed(wrap):
+        yield
+
+
+@contextlib.contextmanager
+def _interposed(wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """While active, a site that asks for its attention function gets `wrap` of it; the last to come stands outside."""
+    before, ask = vars(ALL_ATTENTION_FUNCTIONS).get("get_interface"), ALL_ATTENTION_FUNCTIONS.get_interface
+    ALL_ATTENTION_FUNCTIONS.get_interface = lambda name, default: wrap(ask(name, default))
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS.get_interface  # the instance attribute; the class's method is back
+        if before is None:
+            del ALL_ATTENTION_FUNCTIONS.get_interface  # the instance attribute; the class's method is back
+        else:
+            ALL_ATTENTION_FUNCTIONS.get_interface = before
 
 
 class _Listening(TorchDispatchMode):

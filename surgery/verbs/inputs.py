@@ -15,6 +15,7 @@ from ..errors import SourceError
 from ..reporting import Reporter
 from ..verification.text import Chunking, chunk, read_texts, split_text, tokenize
 
+CALIBRATION_CHUNKS = 32
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
@@ -52,6 +53,12 @@ def cut(tokenizer, text: str, chunking: Chunking, vocab_size: int, name: str) ->
             "belong together; put the model's own tokenizer files beside it."
         )
     return chunks
+
+
+def cut_calibration(tokenizer, text: str, chunking: Chunking, vocab_size: int) -> torch.Tensor:
+    """Chunks (M, T) to search, scale and tune on: as long as those of the evaluation, and no more than 32."""
+    wanted = Chunking(min(CALIBRATION_CHUNKS, chunking.count), chunking.length)
+    return cut(tokenizer, text, wanted, vocab_size, "the calibration text")
 
 
 def vocabulary_size(layout: Layout, config: dict) -> int:

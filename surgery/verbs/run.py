@@ -27,15 +27,15 @@ from ..verification.converted import load_converted
 from ..verification.equivalence import Equivalence, compare_random_ids
 from ..verification.gates import Gate, quality_gates
 from ..verification.integrity import Check, check_integrity
-from ..verification.measure import Measurement, Original, baseline_passes, measure, measure_original
+from ..verification.measure import Measurement, Original
+from ..verification.quantised import linears
 from ..verification.text import CHUNKS, FEW_CHUNKS, Chunking
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
 from .emit import emit
-from .inputs import SILENT, Texts, cut, fit_chunks, gather_texts, source_work, vocabulary_size
+from .inputs import SILENT, Texts, cut, cut_calibration, fit_chunks, gather_texts, source_work, vocabulary_size
+from .measuring import Measuring
 from .plan import prepare
-
-CALIBRATION_CHUNKS = 32
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Job:
     device: str
     surveyed: bool
     reporter: Reporter
+
+    @property
+    def measuring(self) -> Measuring:
+        schemes = tuple(self.plan.recipe.verify.quantised.gates())
+        return Measuring(self.plan.anatomy, self.evaluation, self.calibrating, schemes, self.reporter)
 
     def survey(self, model: PreTrainedModel, tokenizer, what: str, source: str) -> dict | None:
         """Of some of the evaluation text, if a report was asked for."""
@@ -171,8 +176,8 @@ def _cut_texts(plan: Plan, tokenizer, texts: Texts, chunking: Chunking, verify: 
                 "prefix: auto is searched on text: give --calibration FILE (or --text) and a tokenizer, or list the "
                 "prefix in the recipe."
             )
-        wanted = Chunking(min(CALIBRATION_CHUNKS, chunking.count), chunking.length)
-        calibrating = cut(tokenizer, texts.calibration, wanted, vocab_size, "the calibration text")
+    if plan.prefix is None or (verify and plan.recipe.verify.quantised.gates()):
+        calibrating = cut_calibration(tokenizer, texts.calibration, chunking, vocab_size)
     return evaluation, calibrating
 
 
@@ -185,10 +190,12 @@ def _materialise(plan: Plan, stage: Stage, reporter: Reporter) -> Path:
 
 def _operate(job: Job, directory: Path, tokenizer) -> Operated:
     """Everything that needs the original's weights: search, fold, comparison on random ids, baselines, survey."""
-    plan, evaluation, reporter = job.plan, job.evaluation, job.reporter
+    plan, reporter = job.plan, job.reporter
     reporter.step("load the original")
     model = load_original(directory, device=job.device)
     _require_finite(model)
+    if plan.recipe.verify.quantised.gates():
+        linears(model, plan.anatomy)  # what cannot be quantised is refused before the work begins
     prefix, search, visible = plan.prefix, None, plan.operation.slots_visible
     if prefix is None:
         reporter.step(f"search for a prefix of up to {plan.n_slots} tokens")
@@ -205,13 +212,8 @@ def _operate(job: Job, directory: Path, tokenizer) -> Operated:
     slots = fold(model, plan.anatomy, prefix)
     random_ids = compare_random_ids(model, plan.anatomy, prefix, slots, visible)
     original = None
-    if evaluation is not None:
-        reporter.step("measure the original")
-        bos = tokenizer.bos_token_id
-        with reporter.bar("original", baseline_passes(prefix, bos) * len(evaluation)) as advance:
-            original = measure_original(
-                model, plan.anatomy, evaluation, prefix, bos, lambda what, done: advance(done, what)
-            )
+    if job.evaluation is not None:
+        original = job.measuring.original(model, prefix, tokenizer.bos_token_id)
     found = job.survey(model, tokenizer, "the original", plan.source.spec)
     slots = {site: (key.float().cpu(), value.float().cpu()) for site, (key, value) in slots.items()}
     del model
@@ -231,14 +233,10 @@ def _measure_stage(job: Job, tokenizer, operated: Operated) -> Converted:
     """The files as emitted, through their own tokenizer and a fresh load."""
     if job.evaluation is None:
         return Converted([], [], None, None)
-    plan, stage, reporter = job.plan, job.stage, job.reporter
-    reporter.step("measure the converted model, loaded fresh from its files")
+    plan, stage = job.plan, job.stage
     checks = [check_tokenizer(stage.path, tokenizer, operated.prefix, job.texts.evaluation)]
     model = load_converted(stage.path, device=job.device)
-    with reporter.bar("converted", len(job.evaluation)) as advance:
-        measurement = measure(
-            model, plan.anatomy, job.evaluation, "converted", lambda what, done: advance(done, what), massive=True
-        )
+    measurement = job.measuring.converted(model)
     found = job.survey(model, tokenizer, "the converted model", str(stage.out))
     del model
     gc.collect()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..anatomy.sites import Anatomy
 from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, read_manifest
@@ -22,11 +21,12 @@ from ..reporting import Reporter
 from ..verification.converted import converted_anatomy, load_converted, read_config, require_converted
 from ..verification.gates import quality_gates
 from ..verification.integrity import Check, check_integrity
-from ..verification.measure import Measurement, Original, baseline_passes, measure, measure_original
+from ..verification.measure import Original
 from ..verification.text import CHUNKS, Chunking, read_texts
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict
-from .inputs import SILENT, cut, fit_chunks, vocabulary_size
+from .inputs import SILENT, Texts, cut, cut_calibration, fit_chunks, vocabulary_size
+from .measuring import Measuring
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -36,6 +36,7 @@ def verify(
     *,
     against: str | None = None,
     text: Sequence[Path] = (),
+    calibration: Sequence[Path] = (),
     revision: str | None = None,
     device: str = "cpu",
     chunking: Chunking = CHUNKS,
@@ -44,14 +45,16 @@ def verify(
     """Check the converted `checkpoint` and return the verdict.
 
     Alone: integrity of files, tensors, slots, code, tokenizer. With `text`: also perplexity and massive activations of
-    the converted model. With `against` (its source): also every kept tensor, and with both, all gates of its recipe.
+    the converted model. With `against` (its source): also every kept tensor, and with both, all gates of its recipe;
+    those on static quantisation take their scales from `calibration`.
     Python files in the checkpoint are compared with what this version writes, and never run.
     """
     root = Path(checkpoint)
     require_device(device)
     if revision is not None and against is None:
         raise SourceError(f"--revision {revision} is that of a hub id; give it with --against.")
-    words = read_texts(text) if text else None
+    texts = Texts(read_texts(calibration) if calibration else None, read_texts(text) if text else None)
+    words = texts.evaluation
     require_converted(root)
     try:
         manifest = read_manifest(root)
@@ -70,7 +73,7 @@ def verify(
             checks.append(check_tokenizer(root, original, read_config(root)["eab"]["prefix_ids"], words))
         if words is None or not all(check.passed for check in checks):
             return build_verdict(Findings(checks, []))
-        return _measured(root, manifest, checks, source, directory, words, chunking, device, reporter)
+        return _measured(root, manifest, checks, source, directory, texts, chunking, device, reporter)
 
 
 def _passed(checks: list[Check], name: str) -> bool:
@@ -83,7 +86,7 @@ def _measured(
     checks: list[Check],
     source: Source | None,
     directory: Path | None,
-    words: str,
+    texts: Texts,
     chunking,
     device,
     reporter,
@@ -94,36 +97,30 @@ def _measured(
     config, limits = read_config(root), _limits(root, manifest)
     prefix = config["eab"]["prefix_ids"]
     fitting = fit_chunks(chunking, anatomy, len(prefix))
-    chunks = cut(tokenizer, words, fitting, vocabulary_size(read_layout(root), config), "--text")
-    original = (
-        _original(anatomy, directory, tokenizer, chunks, prefix, device, reporter) if source is not None else None
-    )
-    converted = _converted(root, anatomy, chunks, device, reporter)
+    vocab_size = vocabulary_size(read_layout(root), config)
+    chunks, calibrating = cut(tokenizer, texts.evaluation, fitting, vocab_size, "--text"), None
+    schemes = tuple(limits.quantised.gates()) if source is not None else ()
+    if schemes:
+        if texts.calibration is None:
+            raise SourceError(
+                f"the recipe of {root} has gates on quantised models, whose scales come from other text than they are "
+                "measured on: give --calibration FILE."
+            )
+        calibrating = cut_calibration(tokenizer, texts.calibration, fitting, vocab_size)
+    measuring = Measuring(anatomy, chunks, calibrating, schemes, reporter)
+    original = _original(measuring, directory, tokenizer, prefix, device) if source is not None else None
+    converted = measuring.converted(load_converted(root, device=device))  # the integrity check has compared the code
     gates = quality_gates(limits, original, converted)
     tokens = {"ids": prefix, "tokens": [tokenizer.decode([token]) for token in prefix]}
     return build_verdict(Findings(checks, gates, original, converted, prefix=tokens), tokenizer)
 
 
-def _original(
-    anatomy: Anatomy, directory: Path, tokenizer, chunks, prefix, device: str, reporter: Reporter
-) -> Original:
-    reporter.step("measure the original")
+def _original(measuring: Measuring, directory: Path, tokenizer, prefix, device: str) -> Original:
     model = load_original(directory, device=device)
-    passes = baseline_passes(prefix, tokenizer.bos_token_id)
-    with reporter.bar("original", passes * len(chunks)) as advance:
-        original = measure_original(
-            model, anatomy, chunks, prefix, tokenizer.bos_token_id, lambda what, done: advance(done, what)
-        )
+    found = measuring.original(model, prefix, tokenizer.bos_token_id)
     del model
     gc.collect()
-    return original
-
-
-def _converted(root: Path, anatomy: Anatomy, chunks, device: str, reporter: Reporter) -> Measurement:
-    reporter.step("measure the converted model")
-    model = load_converted(root, device=device)  # the integrity check has compared the code
-    with reporter.bar("converted", len(chunks)) as advance:
-        return measure(model, anatomy, chunks, "converted", lambda what, done: advance(done, what), massive=True)
+    return found
 
 
 def _open_source(against: str, revision: str | None, manifest: dict) -> Source:

@@ -36,5 +36,8 @@ def quality_gates(limits: Verify, original: Original | None, converted: Measurem
         furthest = max(abs(against_control.low), abs(against_control.high))
         gates.append(at_most("equivalence", furthest, limits.equivalence.max_delta_nll))
         gates.append(at_most("perplexity", perplexity(against_bare.high), limits.perplexity.max_ratio))
+        for name, gate in limits.quantised.gates().items():
+            against_bare = paired(converted.quantised[name], original.bare.score)
+            gates.append(at_most(f"quantised.{name}", perplexity(against_bare.high), gate.max_ratio))
     gates.append(at_most("massive_activations", converted.massive["count"], limits.massive_activations.max))
     return gates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -18,10 +18,14 @@ Progress = Callable[[str, int], None]  # what is measured, sequences done since 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one pass found. `massive` is None where it was not asked for."""
+    """What one pass found. `massive` is None where it was not asked for.
+
+    `quantised`: the same text by quantisation scheme, of those that were asked for (bare original and converted).
+    """
 
     score: Score
     massive: dict | None = None
+    quantised: dict[str, Score] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

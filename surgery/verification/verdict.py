@@ -45,6 +45,8 @@ def build_verdict(findings: Findings, tokenizer=None) -> dict:
         before = findings.original.bare.massive if findings.original is not None else None
         after = findings.converted.massive
         verdict["massive_activations"] = {"before": _named(before, tokenizer), "after": _named(after, tokenizer)}
+        if findings.original is not None and findings.converted.quantised:
+            verdict["quantised"] = _quantised(findings.original.bare, findings.converted)
     if findings.search is not None:
         verdict["prefix_search"] = findings.search
     return verdict
@@ -64,6 +66,21 @@ def _differences(findings: Findings) -> dict:
     return {
         "vs_control": paired(score, original.control.score).to_dict(),
         "vs_bare": paired(score, original.bare.score).to_dict(),
+    }
+
+
+def _quantised(bare: Measurement, converted: Measurement) -> dict:
+    """Scheme -> both scores, and each one's difference to the bare original that is not quantised."""
+    return {
+        name: {
+            "original": bare.quantised[name].to_dict(),
+            "converted": score.to_dict(),
+            "delta_nll": {
+                "original": paired(bare.quantised[name], bare.score).to_dict(),
+                "converted": paired(score, bare.score).to_dict(),
+            },
+        }
+        for name, score in converted.quantised.items()
     }
 
 
