@@ -30,7 +30,7 @@ from surgery.survey.likelihood import Likelihood
 from surgery.survey.massive import MassiveActivations
 from surgery.survey.stream import Observer, stream
 
-SEQUENCES = {512: 15, 2048: 10}  # `FullSurvey` takes spectra of one in 15, and in 5
+SEQUENCES = {512: 15, 2048: 5}  # `FullSurvey` takes spectra of one in 15, and in 5
 LONGER = 4  # times as many, for memory
 
 
@@ -100,7 +100,7 @@ def peak(variant: str, length: int, count: int) -> float:
 
 
 def main(gguf: Path, text: Path) -> None:
-    bench, few = Bench(gguf, text), 4
+    bench, few = Bench(gguf, text), 2
     table = Table(title=f"A survey of SmolLM2-135M, {torch.get_num_threads()} threads", title_justify="left")
     for column in ("tokens", "", "s/sequence", "of forward", f"GiB, {few} sequences", f"{LONGER * few} sequences"):
         table.add_column(column, justify="left" if not column else "right")

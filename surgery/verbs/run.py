@@ -126,11 +126,7 @@ def run(
     plan, tokenizer = prepared.plan, prepared.tokenizer
     if keep_failed is not None:
         _require_elsewhere(Path(keep_failed), Path(out), plan)
-    fitting = fit_chunks(chunking, plan.anatomy, plan.n_slots)
-    if fitting != chunking:
-        reporter.note(f"chunks of {fitting.length} tokens: the model has no more positions behind {plan.n_slots} slots")
-    chunking = fitting
-    evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify)
+    evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify, reporter)
     with Stage(Path(out)) as stage:
         directory = _materialise(plan, stage, reporter)
         if tokenizer is not None:  # the one of a GGUF is by now in files, which the converted checkpoint's come from
@@ -162,8 +158,13 @@ def _require_elsewhere(keep_failed: Path, out: Path, plan: Plan) -> None:
         )
 
 
-def _cut_texts(plan: Plan, tokenizer, texts: Texts, chunking: Chunking, verify: bool):
+def _cut_texts(plan: Plan, tokenizer, texts: Texts, wanted: Chunking, verify: bool, reporter: Reporter):
     """Evaluation chunks (N, T) or None, calibration chunks or None. SourceError where text is missing or too short."""
+    chunking = fit_chunks(wanted, plan.anatomy, plan.n_slots)
+    if chunking != wanted:
+        reporter.note(
+            f"chunks of {chunking.length} tokens: the model has no more positions behind {plan.n_slots} slots"
+        )
     evaluation = calibrating = None
     vocab_size = vocabulary_size(plan.source.layout, plan.source.config)
     if verify:
