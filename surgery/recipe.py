@@ -146,6 +146,16 @@ class Quantised(_Strict):
         return {name: gate for name, gate in plain(self).items() if gate is not None}
 
 
+class Streaming(_Strict):
+    """Perplexity with a cache of the last `window` tokens, over that of the original which also keeps its first four.
+
+    Judged at the upper end of the paired 95% interval.
+    """
+
+    window: Annotated[int, Field(ge=2)]
+    max_ratio: _Gate
+
+
 class Verify(_Strict):
     """The gates. One that is left out still applies, with its default; none of the first three can be switched off."""
 
@@ -153,6 +163,11 @@ class Verify(_Strict):
     perplexity: Perplexity = Perplexity()
     massive_activations: MassiveActivations = MassiveActivations()
     quantised: Quantised = Quantised()
+    streaming: Streaming | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: gate for name, gate in plain(self).items() if gate}
 
 
 class Recipe(_Strict):
@@ -189,6 +204,7 @@ _MODELS: dict[str, type[_Strict]] = {
     "perplexity": Perplexity,
     "massive_activations": MassiveActivations,
     "quantised": Quantised,
+    "streaming": Streaming,
     **dict.fromkeys(Quantised.model_fields, QuantisedGate),
 }
 
@@ -248,6 +264,7 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
             "surgery": "surgery: 1",
             "operations": "operations: [attention_bias: {prefix: auto}]",
             "max_ratio": "max_ratio: 1.25",
+            "window": "window: 256",
         }
         return line, f"the key '{detail['loc'][-1]}' is missing; add '{example[detail['loc'][-1]]}'"
     if kind == "value_error":

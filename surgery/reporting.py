@@ -122,6 +122,8 @@ def show_verdict(console: Console, verdict: dict) -> None:
         console.print(_massive_table(verdict["massive_activations"]), "")
     if verdict.get("quantised"):
         console.print(_quantised_table(verdict["quantised"]), "")
+    if verdict.get("streaming"):
+        console.print(_streaming_table(verdict["streaming"]), "")
     if verdict["gates"]:
         gates = _table("Gates", "", "value", "limit", "result")
         for gate in verdict["gates"]:
@@ -170,6 +172,17 @@ def _quantised_table(found: dict) -> Table:
             f"{entry['converted']['ppl']:,.4f}", f"{_exp(converted['mean']):.4f}",
             f"{_exp(converted['low']):.4f} to {_exp(converted['high']):.4f}",
         )  # fmt: skip
+    return table
+
+
+def _streaming_table(found: dict) -> Table:
+    table = _table("Streaming through a window", "", "perplexity", "of original keeping", "95% interval, paired")
+    kept = found["original_kept"]
+    table.add_row(f"original, keeping {kept['tokens_kept']} tokens", f"{kept['ppl']:,.4f}", "1.0000", "")
+    for name in ("original", "converted"):
+        delta = found["delta_nll"][f"{name}_vs_kept"]
+        interval = f"{_exp(delta['low']):.4f} to {_exp(delta['high']):.4f}"
+        table.add_row(f"{name}, keeping none", f"{found[name]['ppl']:,.4f}", f"{_exp(delta['mean']):.4f}", interval)
     return table
 
 

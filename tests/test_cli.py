@@ -191,6 +191,27 @@ def test_gates_on_quantised_models(place: Place, tmp_path: Path) -> None:
     assert failed.code == 1 and "quantised.kv4" in failed.error and not (tmp_path / "failed").exists()
 
 
+def test_a_gate_on_streaming(place: Place, tmp_path: Path) -> None:
+    recipe, out, found = tmp_path / "q.yaml", tmp_path / "out", tmp_path / "v.json"
+    plain = place.recipe.read_text().rstrip()
+    recipe.write_text(plain + "\n  streaming: {window: 8, max_ratio: 3.0}\n")
+    texts = ("--text", place.text, *MEASURED)
+    ended = surgery_command("run", recipe, place.source, out, *texts, "--json", found)
+    assert ended.code == 0 and "keeping none" in ended.out
+    verdict = results(found)
+    gate = next(gate for gate in verdict["gates"] if gate["name"] == "streaming")
+    streamed = verdict["streaming"]
+    assert gate["value"] == pytest.approx(math.exp(streamed["delta_nll"]["converted_vs_kept"]["high"]))
+    assert streamed["original_kept"]["tokens_kept"] == 4 and streamed["original"] != streamed["converted"]
+    assert surgery_command("verify", out, "--against", place.source, *texts, "--json", found).code == 0
+    assert results(found)["streaming"] == streamed
+    recipe.write_text(plain + "\n  streaming: {window: 8, max_ratio: 0.01}\n")
+    assert surgery_command("run", recipe, place.source, tmp_path / "failed", *texts).code == 1
+    recipe.write_text(plain + "\n  streaming: {window: 999, max_ratio: 3.0}\n")
+    refused = surgery_command("run", recipe, place.source, tmp_path / "refused", *texts)
+    assert refused.code == 2 and "--chunk-length" in refused.error
+
+
 # ---- scan
 
 

@@ -43,7 +43,10 @@ def test_shipped_recipes_load():
     quantised = load_recipe(RECIPES / "w8a8-static.yaml")
     assert quantised.operations == given_tokens.operations
     assert list(quantised.verify.quantised.gates()) == ["w8a8_static"]
-    assert {path.name for path in RECIPES.iterdir()} == {"eab.yaml", "eab-newline.yaml", "w8a8-static.yaml"}
+    streaming = load_recipe(RECIPES / "streaming.yaml")
+    assert streaming.verify.streaming.window == 256
+    named = {"eab.yaml", "eab-newline.yaml", "w8a8-static.yaml", "streaming.yaml"}
+    assert {path.name for path in RECIPES.iterdir()} == named
 
 
 def test_defaults_are_the_documented_ones():
@@ -55,7 +58,6 @@ def test_defaults_are_the_documented_ones():
             "equivalence": {"max_delta_nll": 1e-5},
             "perplexity": {"max_ratio": 1.01},
             "massive_activations": {"max": 0},
-            "quantised": {},
         },
     }
 

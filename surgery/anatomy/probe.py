@@ -74,14 +74,16 @@ def observing(
 
 
 @contextlib.contextmanager
-def rewriting(
-    change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-) -> Iterator[None]:
-    """While active, every attention call in this process computes with `change(key, value)` for its keys and values."""
+def rewriting(change: Callable[[Call], Call]) -> Iterator[None]:
+    """While active, every attention call in this process is computed as `change` of it.
+
+    Of its fields, query, key, value and mask count. What begins to observe meanwhile sees the changed call.
+    """
 
     def wrap(attend: Callable) -> Callable:
         def attention(module, query, key, value, attention_mask=None, **arguments):
-            return attend(module, query, *change(key, value), attention_mask, **arguments)
+            call = change(Call(module, query, key, value, attention_mask, arguments))
+            return attend(module, call.query, call.key, call.value, call.mask, **arguments)
 
         return attention
 
@@ -91,9 +93,19 @@ def rewriting(
 
 @contextlib.contextmanager
 def _interposed(wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """While active, a site that asks for its attention function gets `wrap` of it; the last to come stands outside."""
-    before, ask = vars(ALL_ATTENTION_FUNCTIONS).get("get_interface"), ALL_ATTENTION_FUNCTIONS.get_interface
-    ALL_ATTENTION_FUNCTIONS.get_interface = lambda name, default: wrap(ask(name, default))
+    """While active, a site that asks for its attention function gets `wrap` of it; the first to come stands outside."""
+    before = vars(ALL_ATTENTION_FUNCTIONS).get("get_interface")
+    ask = type(ALL_ATTENTION_FUNCTIONS).get_interface.__get__(ALL_ATTENTION_FUNCTIONS)
+    wraps = [*getattr(before, "wraps", ()), wrap]
+
+    def interface(name, default):
+        attend = ask(name, default)
+        for wrap in reversed(wraps):
+            attend = wrap(attend)
+        return attend
+
+    interface.wraps = wraps
+    ALL_ATTENTION_FUNCTIONS.get_interface = interface
     try:
         yield
     finally:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ..anatomy.probe import Call, rewriting
 from ..anatomy.seam import on_the_seam
 from ..anatomy.sites import Anatomy
 from ..errors import SurgeryError
@@ -201,40 +202,40 @@ def silence_units(model: PreTrainedModel, anatomy: Anatomy, units: Mapping[int, 
 
 def mask_first(model: PreTrainedModel, anatomy: Anatomy) -> Change:
     """Hide token 0 from every later one. Token 1 then sees only itself, as token 0 did: the sink may move there."""
-    return _hidden(model, anatomy, slice(1, None), slice(0, 1), "attention to position 0 masked")
+    return hidden(model, anatomy, lambda query, key: (query > 0) & (key == 0), "attention to position 0 masked")
 
 
 def isolate(model: PreTrainedModel, anatomy: Anatomy, position: int) -> Change:
     """Hide every earlier token from the one at `position`, as they are from a first token (arXiv 2605.06611)."""
-    return _hidden(model, anatomy, slice(position, position + 1), slice(0, position), f"token {position} isolated")
+
+    def hides(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (query == position) & (key < position)
+
+    return hidden(model, anatomy, hides, f"token {position} isolated")
 
 
 @contextlib.contextmanager
-def _hidden(model, anatomy: Anatomy, queries: slice, keys: slice, what: str) -> Iterator[Touched]:
-    """Masks that transformers makes hide `keys` from `queries`, both positions of the text; slots stay visible."""
-    trunk = model.get_submodule(anatomy.trunk)
-    mapping = ALL_MASK_ATTENTION_FUNCTIONS._local_mapping  # in front of the functions that are registered
+def hidden(
+    model: PreTrainedModel, anatomy: Anatomy, hides: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], what: str
+) -> Iterator[Touched]:
+    """No site sees a key at a query where `hides` says so; slots stay visible.
+
+    `hides` gets positions of queries (T, 1) and of keys (1, S), counted from the first token that is fed. It is asked
+    at each site, not where masks are made: from these, sites with ALiBi tell how much of a row is padding.
+    """
+    n = slot_count(model, anatomy)
     with intervention(what) as (touched, undo):
+
+        def change(call: Call) -> Call:
+            queries, keys, device = call.query.shape[2], call.key.shape[2], call.key.device
+            mask, offset = call.mask, keys - queries
+            if mask is None:  # plain causal, left to the kernel
+                mask = torch.ones(queries, n + keys, dtype=torch.bool, device=device).tril(n + offset)[None, None]
+            hide = hides(torch.arange(offset, keys, device=device)[:, None], torch.arange(keys, device=device)[None])
+            hide, low = F.pad(hide, (n, 0)), 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            touched.count += int(((mask > low) & hide).sum()) * len(call.query) // len(mask)
+            return replace(call, mask=mask.masked_fill(hide, low))
+
         undo.enter_context(on_the_seam(model, anatomy))
-        n = slot_count(model, anatomy)
-        keys = slice(n + keys.start, n + keys.stop)
-
-        def masking(ask: Callable) -> Callable:
-            def mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, device="cpu", **kwargs):
-                found = ask(batch_size, q_length, kv_length, q_offset=q_offset, device=device, **kwargs)
-                if found is None:  # plain causal, left to the kernel
-                    found = torch.ones(q_length, n + kv_length, dtype=torch.bool, device=device)
-                    found = found.tril(n + kv_length - q_length)[None, None]
-                found, low = found.clone(), 0 if found.dtype == torch.bool else torch.finfo(found.dtype).min
-                rows = [i for i in range(q_length) if i + int(q_offset) in range(kv_length)[queries]]
-                touched.count += int((found[:, :, rows, keys] > low).sum()) * batch_size // len(found)
-                found[:, :, rows, keys] = low
-                return found
-
-            return mask
-
-        undo.callback(mapping.update, dict(mapping))
-        undo.callback(mapping.clear)
-        for name in {config._attn_implementation for config in (model.config, trunk.config)}:
-            mapping[name] = masking(ALL_MASK_ATTENTION_FUNCTIONS[name])
+        undo.enter_context(rewriting(change))
         yield touched

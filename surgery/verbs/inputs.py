@@ -12,6 +12,7 @@ from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import Layout
 from ..checkpoint.stage import Stage
 from ..errors import SourceError
+from ..recipe import Verify
 from ..reporting import Reporter
 from ..verification.text import Chunking, chunk, read_texts, split_text, tokenize
 
@@ -59,6 +60,15 @@ def cut_calibration(tokenizer, text: str, chunking: Chunking, vocab_size: int) -
     """Chunks (M, T) to search, scale and tune on: as long as those of the evaluation, and no more than 32."""
     wanted = Chunking(min(CALIBRATION_CHUNKS, chunking.count), chunking.length)
     return cut(tokenizer, text, wanted, vocab_size, "the calibration text")
+
+
+def require_window(gates: Verify, chunking: Chunking) -> None:
+    """SourceError unless chunks are longer than the window that a recipe streams them through."""
+    if gates.streaming is not None and chunking.length <= gates.streaming.window:
+        raise SourceError(
+            f"verify.streaming.window is {gates.streaming.window}, and chunks of {chunking.length} tokens never leave "
+            "it; give a longer --chunk-length, or a smaller window."
+        )
 
 
 def vocabulary_size(layout: Layout, config: dict) -> int:

@@ -9,19 +9,22 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy
+from ..recipe import Verify
 from ..reporting import Reporter
+from ..survey.likelihood import Score
 from ..verification.measure import Measurement, Original, baseline_passes, measure, measure_original
 from ..verification.quantised import measure_quantised, quantised_passes
+from ..verification.streaming import KEPT, measure_streaming
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """Text (N, T) to evaluate on, other text (M, T) to calibrate on, and the names of quantisation schemes to try."""
+    """Text (N, T) to evaluate on, other text (M, T) to calibrate on, and the gates that say what else is measured."""
 
     anatomy: Anatomy
     evaluation: torch.Tensor
     calibrating: torch.Tensor | None
-    schemes: Sequence[str]
+    gates: Verify
     reporter: Reporter
 
     def original(self, model: PreTrainedModel, prefix: Sequence[int], bos: int | None) -> Original:
@@ -30,7 +33,7 @@ class Measuring:
             found = measure_original(
                 model, self.anatomy, self.evaluation, prefix, bos, lambda what, done: advance(done, what)
             )
-        return replace(found, bare=self._quantised(model, found.bare, "the original"))
+        return replace(found, bare=self._further(model, found.bare, "the original", (0, KEPT)))
 
     def converted(self, model: PreTrainedModel) -> Measurement:
         self.reporter.step("measure the converted model")
@@ -38,17 +41,30 @@ class Measuring:
             found = measure(
                 model, self.anatomy, self.evaluation, "converted", lambda what, done: advance(done, what), massive=True
             )
-        return self._quantised(model, found, "the converted model")
+        return self._further(model, found, "the converted model", (0,))
 
-    def _quantised(self, model: PreTrainedModel, found: Measurement, whose: str) -> Measurement:
-        if not self.schemes:
-            return found
+    def _further(
+        self, model: PreTrainedModel, found: Measurement, whose: str, keeps: Sequence[int]
+    ) -> Measurement:  # fmt: skip
+        if schemes := tuple(self.gates.quantised.gates()):
+            found = replace(found, quantised=self._quantised(model, schemes, whose))
+        if self.gates.streaming is not None:
+            found = replace(found, streaming=self._streaming(model, self.gates.streaming.window, keeps, whose))
+        return found
+
+    def _quantised(self, model: PreTrainedModel, schemes: Sequence[str], whose: str) -> dict[str, Score]:
         self.reporter.step(f"measure {whose} quantised")
-        with self.reporter.bar(
-            "quantised", quantised_passes(self.schemes, self.evaluation, self.calibrating)
-        ) as advance:
-            scores = measure_quantised(
-                model, self.anatomy, self.schemes, self.evaluation, self.calibrating,
-                lambda what, done: advance(done, what),
-            )  # fmt: skip
-        return replace(found, quantised=scores)
+        passes = quantised_passes(schemes, self.evaluation, self.calibrating)
+        with self.reporter.bar("quantised", passes) as advance:
+            return measure_quantised(
+                model, self.anatomy, schemes, self.evaluation, self.calibrating, lambda what, done: advance(done, what)
+            )
+
+    def _streaming(
+        self, model: PreTrainedModel, window: int, keeps: Sequence[int], whose: str
+    ) -> dict[int, Score]:  # fmt: skip
+        self.reporter.step(f"measure {whose} through a window of {window} tokens")
+        with self.reporter.bar("streaming", len(keeps) * len(self.evaluation)) as advance:
+            return measure_streaming(
+                model, self.anatomy, self.evaluation, window, keeps, lambda what, done: advance(done, what)
+            )

@@ -33,7 +33,17 @@ from ..verification.text import CHUNKS, FEW_CHUNKS, Chunking
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
 from .emit import emit
-from .inputs import SILENT, Texts, cut, cut_calibration, fit_chunks, gather_texts, source_work, vocabulary_size
+from .inputs import (
+    SILENT,
+    Texts,
+    cut,
+    cut_calibration,
+    fit_chunks,
+    gather_texts,
+    require_window,
+    source_work,
+    vocabulary_size,
+)
 from .measuring import Measuring
 from .plan import prepare
 
@@ -53,8 +63,8 @@ class Job:
 
     @property
     def measuring(self) -> Measuring:
-        schemes = tuple(self.plan.recipe.verify.quantised.gates())
-        return Measuring(self.plan.anatomy, self.evaluation, self.calibrating, schemes, self.reporter)
+        gates = self.plan.recipe.verify
+        return Measuring(self.plan.anatomy, self.evaluation, self.calibrating, gates, self.reporter)
 
     def survey(self, model: PreTrainedModel, tokenizer, what: str, source: str) -> dict | None:
         """Of some of the evaluation text, if a report was asked for."""
@@ -171,6 +181,7 @@ def _cut_texts(plan: Plan, tokenizer, texts: Texts, wanted: Chunking, verify: bo
         if texts.evaluation is None:
             raise SourceError("verification needs text: give --text FILE, or --no-verify to write without proof.")
         evaluation = cut(tokenizer, texts.evaluation, chunking, vocab_size, "--text")
+        require_window(plan.recipe.verify, chunking)
     if plan.prefix is None:
         if texts.calibration is None or tokenizer is None:
             raise SourceError(

@@ -25,7 +25,7 @@ from ..verification.measure import Original
 from ..verification.text import CHUNKS, Chunking, read_texts
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict
-from .inputs import SILENT, Texts, cut, cut_calibration, fit_chunks, vocabulary_size
+from .inputs import SILENT, Texts, cut, cut_calibration, fit_chunks, require_window, vocabulary_size
 from .measuring import Measuring
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -99,15 +99,16 @@ def _measured(
     fitting = fit_chunks(chunking, anatomy, len(prefix))
     vocab_size = vocabulary_size(read_layout(root), config)
     chunks, calibrating = cut(tokenizer, texts.evaluation, fitting, vocab_size, "--text"), None
-    schemes = tuple(limits.quantised.gates()) if source is not None else ()
-    if schemes:
+    gates = limits if source is not None else Verify()  # what is compared needs both
+    require_window(gates, fitting)
+    if gates.quantised.gates():
         if texts.calibration is None:
             raise SourceError(
                 f"the recipe of {root} has gates on quantised models, whose scales come from other text than they are "
                 "measured on: give --calibration FILE."
             )
         calibrating = cut_calibration(tokenizer, texts.calibration, fitting, vocab_size)
-    measuring = Measuring(anatomy, chunks, calibrating, schemes, reporter)
+    measuring = Measuring(anatomy, chunks, calibrating, gates, reporter)
     original = _original(measuring, directory, tokenizer, prefix, device) if source is not None else None
     converted = measuring.converted(load_converted(root, device=device))  # the integrity check has compared the code
     gates = quality_gates(limits, original, converted)

@@ -8,6 +8,7 @@ from ..recipe import Verify
 from ..survey.likelihood import perplexity
 from .measure import Measurement, Original
 from .perplexity import paired
+from .streaming import KEPT
 
 
 @dataclass(frozen=True)
@@ -39,5 +40,8 @@ def quality_gates(limits: Verify, original: Original | None, converted: Measurem
         for name, gate in limits.quantised.gates().items():
             against_bare = paired(converted.quantised[name], original.bare.score)
             gates.append(at_most(f"quantised.{name}", perplexity(against_bare.high), gate.max_ratio))
+        if limits.streaming is not None:
+            against_kept = paired(converted.streaming[0], original.bare.streaming[KEPT])
+            gates.append(at_most("streaming", perplexity(against_kept.high), limits.streaming.max_ratio))
     gates.append(at_most("massive_activations", converted.massive["count"], limits.massive_activations.max))
     return gates

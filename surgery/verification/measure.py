@@ -20,12 +20,14 @@ Progress = Callable[[str, int], None]  # what is measured, sequences done since 
 class Measurement:
     """What one pass found. `massive` is None where it was not asked for.
 
-    `quantised`: the same text by quantisation scheme, of those that were asked for (bare original and converted).
+    The same text, where a recipe asks for it (of the bare original and of the converted model): `quantised` by scheme,
+    `streaming` through a window, by how many first tokens are kept.
     """
 
     score: Score
     massive: dict | None = None
     quantised: dict[str, Score] = field(default_factory=dict)
+    streaming: dict[int, Score] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..anatomy.probe import rewriting
+from ..anatomy.probe import Call, rewriting
 from ..anatomy.seam import on_the_seam
 from ..anatomy.sites import Anatomy
 from ..errors import UnsupportedModel
@@ -155,10 +155,12 @@ def quantised(
                 undo.callback(module.register_forward_pre_hook(hook).remove)
         if scheme.cache is not None:
             undo.enter_context(on_the_seam(model, anatomy))
-            undo.enter_context(
-                rewriting(lambda key, value: (rounded_cache(key, scheme.cache), rounded_cache(value, scheme.cache)))
-            )
+            undo.enter_context(rewriting(lambda call: _cached(call, scheme.cache)))
         yield
+
+
+def _cached(call: Call, bits: int) -> Call:
+    return replace(call, key=rounded_cache(call.key, bits), value=rounded_cache(call.value, bits))
 
 
 class _Rounded(nn.Module):

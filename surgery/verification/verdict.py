@@ -12,6 +12,7 @@ from .gates import Gate
 from .integrity import Check, integrity_to_dict
 from .measure import Measurement, Original
 from .perplexity import paired
+from .streaming import KEPT
 
 # What XML 1.0 cannot hold, escaped or not: control characters, lone surrogates, two non-characters.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -47,6 +48,8 @@ def build_verdict(findings: Findings, tokenizer=None) -> dict:
         verdict["massive_activations"] = {"before": _named(before, tokenizer), "after": _named(after, tokenizer)}
         if findings.original is not None and findings.converted.quantised:
             verdict["quantised"] = _quantised(findings.original.bare, findings.converted)
+        if findings.original is not None and findings.converted.streaming:
+            verdict["streaming"] = _streaming(findings.original.bare, findings.converted)
     if findings.search is not None:
         verdict["prefix_search"] = findings.search
     return verdict
@@ -81,6 +84,20 @@ def _quantised(bare: Measurement, converted: Measurement) -> dict:
             },
         }
         for name, score in converted.quantised.items()
+    }
+
+
+def _streaming(bare: Measurement, converted: Measurement) -> dict:
+    """Scores through the window: the original keeping nothing and keeping its first tokens, the converted nothing."""
+    evicted, kept, found = bare.streaming[0], bare.streaming[KEPT], converted.streaming[0]
+    return {
+        "original": evicted.to_dict(),
+        "original_kept": {"tokens_kept": KEPT, **kept.to_dict()},
+        "converted": found.to_dict(),
+        "delta_nll": {
+            "original_vs_kept": paired(evicted, kept).to_dict(),
+            "converted_vs_kept": paired(found, kept).to_dict(),
+        },
     }
 
 
