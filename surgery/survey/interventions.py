@@ -132,9 +132,9 @@ def run_interventions(
 
     Rows: `name`, `where`, `touched` (scalars, or places in the masks of all sites), `ppl`, `delta_nll` per token
     (paired by chunk), `sink_rate` and `entropy_bits` (means over layers), `massive`. Where a sink may come up elsewhere
-    also `planted`: `position`, its `sink_rate` and the `untouched` one. An intervention that finds no hold on this model
-    has `error` and None for the rest. `progress` is told which one runs and how many sequences are done, of N for each
-    pass.
+    also `planted`: `position`, its `sink_rate` and the `untouched` one. An intervention that finds no hold on this
+    model has `error` and None for the rest. `progress` is told which one runs and how many sequences are done, of N for
+    each pass.
     """
 
     def measured(what: str, also: Sequence[Observer]) -> tuple[Score, dict]:
