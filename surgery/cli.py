@@ -219,7 +219,7 @@ class _Output(Console):
 
 def _console() -> Console:
     """Where results are shown; when it is not a terminal, wide enough that no table is cut."""
-    return _Output(highlight=False, width=None if sys.stdout.isatty() else 160)
+    return _Output(highlight=False, width=None if sys.stdout.isatty() else 180)
 
 
 def _judged(verdict: dict, way_out: str) -> int:

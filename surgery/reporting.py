@@ -271,10 +271,12 @@ def _interventions(rows: list[dict]) -> Table:
 
 
 def _audit(found: dict) -> str:
-    where = f"largest of the {found['of']:,} scalars of each sequence at layer {found['layer']}"
-    if found["scalars"] is None:
-        return f"Audit: the {max(found['tried']):,} {where} to zero do not multiply perplexity by ten"
-    return f"Audit: it takes the {found['scalars']:,} {where} to zero to multiply perplexity by ten"
+    enough = found["scalars"] is not None
+    count = found["scalars"] if enough else max(found["tried"])
+    few = "largest" if count == 1 else f"{count:,} largest"
+    multiplies = "multiplies perplexity by ten or more" if enough else "does not multiply perplexity by ten"
+    where = f"of the {found['of']:,} scalars of each sequence at layer {found['layer']}"
+    return f"Audit: setting the {few} {where} to zero {multiplies}"
 
 
 def _ranges(layers: list[int]) -> str:
