@@ -70,7 +70,7 @@ def cli() -> None:
 def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
     """Print which tensors and files RECIPE would add, change and keep in SOURCE. Reads headers only, writes nothing."""
     require_result_file(json_file, "--json", _given(recipe, source, out))
-    from .reporting import show_plan
+    from .terminal.plan import show_plan
     from .verbs.plan import plan as verb
 
     result = verb(recipe, source, out=out, link=link, dtype=dtype, revision=revision).to_dict()
@@ -102,7 +102,9 @@ def run(
     given = _given(recipe, source, out, keep_failed, *text, *calibration)
     require_result_file(json_file, "--json", [*given, *_given(report)])
     require_result_file(report, "--report", given)
-    from .reporting import TerminalReporter, show_output, show_verdict
+    from .reporting import TerminalReporter
+    from .terminal.plan import show_output
+    from .terminal.verdict import show_verdict
     from .verbs.run import run as verb
     from .verification.text import Chunking
     from .verification.verdict import plain_json
@@ -145,7 +147,8 @@ def verify(
     inputs = _given(checkpoint, against, *text, *calibration)
     require_result_file(json_file, "--json", _given(*inputs, junit))
     require_result_file(junit, "--junit", inputs)
-    from .reporting import TerminalReporter, show_verdict
+    from .reporting import TerminalReporter
+    from .terminal.verdict import show_verdict
     from .verbs.verify import verify as verb
     from .verification.text import Chunking
     from .verification.verdict import junit_xml, plain_json
@@ -178,7 +181,8 @@ def scan(
     require_result_file(json_file, "--json", _given(*sources, *text, report))
     require_result_file(report, "--report", _given(*sources, *text))
     require_result_folder(plots, "--plots", _given(*sources, *text))
-    from .reporting import TerminalReporter, show_survey
+    from .reporting import TerminalReporter
+    from .terminal.survey import show_survey
     from .verbs.scan import scan as verb
     from .verification.text import Chunking
     from .verification.verdict import plain_json

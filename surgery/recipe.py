@@ -7,7 +7,6 @@ keys, wrong types and numbers that are not finite are errors, each one sentence 
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,15 +18,13 @@ from pydantic import (
     PlainValidator,
     SerializerFunctionWrapHandler,
     Tag,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from surgery.errors import RecipeError
-from surgery.strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
+from .strict_yaml import shown
 
 
 def _token(value: object) -> str | int:
@@ -53,11 +50,19 @@ _Prefix = Annotated[
 _Gate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class AttentionBias(_Strict):
+def known(name: str, model: type[Strict]) -> str:
+    """The way out for an unknown name: the nearest that exists, and all that do."""
+    names = list(model.model_fields)
+    near = difflib.get_close_matches(name, names, n=1)
+    listed = "known here: " + ", ".join(names)
+    return f"did you mean '{near[0]}'? ({listed})" if near else listed
+
+
+class AttentionBias(Strict):
     """Fold a token prefix into learnable key/value slots at every attention site.
 
     `prefix`: "auto" searches for the tokens, at most `max_slots` of them; otherwise the tokens in order, each the text
@@ -84,7 +89,7 @@ class AttentionBias(_Strict):
         return fields
 
 
-class Operation(_Strict):
+class Operation(Strict):
     """One change to the model, written as a mapping with exactly one key: the operation's name."""
 
     attention_bias: AttentionBias
@@ -96,37 +101,37 @@ class Operation(_Strict):
             raise ValueError(f"is {shown(value)}; write '- attention_bias: {{prefix: auto}}'")
         for name in value:
             if name not in cls.model_fields:
-                raise ValueError(f"names the unknown operation {shown(name)}; {_known(str(name), cls)}")
+                raise ValueError(f"names the unknown operation {shown(name)}; {known(str(name), cls)}")
         if len(value) != 1:
             raise ValueError("holds no operation; write '- attention_bias: {prefix: auto}'")
         return value
 
 
-class Equivalence(_Strict):
+class Equivalence(Strict):
     """|mean NLL difference| to the original with the same prefix, in nats per token."""
 
     max_delta_nll: _Gate = 1e-5
 
 
-class Perplexity(_Strict):
+class Perplexity(Strict):
     """Perplexity over the bare original's, judged at the upper end of the paired 95% interval."""
 
     max_ratio: _Gate = 1.01
 
 
-class MassiveActivations(_Strict):
+class MassiveActivations(Strict):
     """How many massive activations may remain on the evaluation text."""
 
     max: Annotated[int, Field(ge=0)] = 0
 
 
-class QuantisedGate(_Strict):
+class QuantisedGate(Strict):
     """Perplexity of the quantised converted model over the bare original's in float, upper end of the interval."""
 
     max_ratio: _Gate
 
 
-class Quantised(_Strict):
+class Quantised(Strict):
     """Gates by quantisation scheme (`verification.quantised.SCHEMES`); only those that are named are measured."""
 
     w8a8_static: QuantisedGate | None = None
@@ -146,7 +151,7 @@ class Quantised(_Strict):
         return {name: gate for name, gate in plain(self).items() if gate is not None}
 
 
-class Streaming(_Strict):
+class Streaming(Strict):
     """Perplexity with a cache of the last `window` tokens, over that of the original which also keeps its first four.
 
     Judged at the upper end of the paired 95% interval.
@@ -156,7 +161,7 @@ class Streaming(_Strict):
     max_ratio: _Gate
 
 
-class Verify(_Strict):
+class Verify(Strict):
     """The gates. One that is left out still applies, with its default; none of the first three can be switched off."""
 
     equivalence: Equivalence = Equivalence()
@@ -170,7 +175,7 @@ class Verify(_Strict):
         return {name: gate for name, gate in plain(self).items() if gate}
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole recipe; `surgery` is the version of this format."""
 
     surgery: Literal[1]
@@ -194,109 +199,3 @@ class Recipe(_Strict):
     def to_dict(self) -> dict[str, Any]:
         """Every setting in force, defaults included, as plain JSON types; `Recipe.model_validate` reads it back."""
         return self.model_dump(mode="json")
-
-
-_MODELS: dict[str, type[_Strict]] = {
-    "": Recipe,
-    "attention_bias": AttentionBias,
-    "verify": Verify,
-    "equivalence": Equivalence,
-    "perplexity": Perplexity,
-    "massive_activations": MassiveActivations,
-    "quantised": Quantised,
-    "streaming": Streaming,
-    **dict.fromkeys(Quantised.model_fields, QuantisedGate),
-}
-
-
-def load_recipe(path: Path) -> Recipe:
-    """Read the recipe in the file `path`. RecipeError when it cannot be read or does not say something we can do."""
-    path = Path(path)
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-        text = raw.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; give the path of a recipe, such as recipes/eab.yaml.") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe file.") from error
-    except UnicodeDecodeError as error:
-        if len(raw) <= MAX_BYTES:
-            line = raw[: error.start].count(b"\n") + 1
-            raise RecipeError(f"{path}, line {line}: not UTF-8 text; save the recipe as UTF-8.") from error
-        text = " " * len(raw)  # cut in the middle of a character: too long is the complaint to make
-    return parse_recipe(text, str(path))
-
-
-def parse_recipe(text: str, name: str) -> Recipe:
-    """Parse recipe `text`; `name` stands for the file in messages.
-
-    RecipeError names the first error of the file and counts the further ones.
-    """
-    value, lines, problems = read_yaml(text, name)
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(value)
-    except ValidationError as error:
-        # What is missing comes last: next to a misspelt key on the same line, the misspelling is the news.
-        details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] == "missing")
-        problems += [_problem(detail, lines) for detail in details]
-    if problems or recipe is None:
-        line, sentence = min(problems, key=lambda problem: problem[0])
-        more = {1: "", 2: " (and 1 further error)"}.get(len(problems), f" (and {len(problems) - 1} further errors)")
-        raise RecipeError(f"{name}, line {line}: {sentence}{more}.")
-    return recipe
-
-
-def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
-    """(line, sentence) for one pydantic error; the line is that of the nearest key that stands in the file."""
-    key: Key = ()
-    for part in detail["loc"]:
-        if (*key, part) in lines:
-            key = (*key, part)
-    line, given, context = lines[key], detail["input"], detail.get("ctx", {})
-    dotted, kind = dotted_key(key), detail["type"]
-    if kind == "extra_forbidden":
-        model = _MODELS[next((str(part) for part in reversed(key[:-1]) if part in _MODELS), "")]
-        return line, f"unknown key '{dotted}'; {_known(str(key[-1]), model)}"
-    if kind == "missing":
-        example = {
-            "surgery": "surgery: 1",
-            "operations": "operations: [attention_bias: {prefix: auto}]",
-            "max_ratio": "max_ratio: 1.25",
-            "window": "window: 256",
-        }
-        return line, f"the key '{detail['loc'][-1]}' is missing; add '{example[detail['loc'][-1]]}'"
-    if kind == "value_error":
-        return line, f"{dotted} {context['error']}"
-    value = f"{dotted} is {shown(given)}"
-    if kind == "literal_error":
-        alternative = ", or a list of tokens" if key[-1] == "prefix" else ""
-        return line, f"{value}; it must be {context['expected']}{alternative}"
-    if kind in ("float_type", "finite_number"):
-        return line, f"{value}: a gate that is not a number; write one such as {_example(key)}"
-    if kind == "int_type":
-        return line, f"{value}, which is not a whole number; write one such as {_example(key)}"
-    if kind.startswith(("greater_than", "less_than")):
-        bound = {"gt": "more than", "ge": "at least", "le": "at most"}
-        return line, f"{value}; it must be " + " ".join(f"{bound[name]} {limit:g}" for name, limit in context.items())
-    if kind == "too_short":
-        return line, f"{dotted} is an empty list; it needs at least one entry"
-    if kind == "tuple_type":
-        return line, f"{value}; it must be a list"
-    model = _MODELS[str(key[-1]) if key else ""]
-    return line, f"{value}; it must be a mapping of " + ", ".join(model.model_fields)
-
-
-def _example(key: Key) -> str:
-    """The default of a numeric key, as a person would write it."""
-    model = next(model for model in _MODELS.values() if key[-1] in model.model_fields)
-    return f"{model.model_fields[str(key[-1])].default:g}".replace("1e-05", "1.0e-5")
-
-
-def _known(name: str, model: type[_Strict]) -> str:
-    """The way out for an unknown name: the nearest that exists, and all that do."""
-    known = list(model.model_fields)
-    near = difflib.get_close_matches(name, known, n=1)
-    listed = "known here: " + ", ".join(known)
-    return f"did you mean '{near[0]}'? ({listed})" if near else listed

@@ -22,7 +22,8 @@ from surgery.errors import OutputError, SourceError
 from surgery.operations.attention_bias import eab_config
 from surgery.operations.derived import RUNTIME_FILES, derive
 from surgery.operations.emission import converted_config, lowered_limits, shard_names
-from surgery.recipe import Recipe, parse_recipe
+from surgery.recipe import Recipe
+from surgery.recipe_file import parse_recipe
 from surgery.verbs.plan import plan
 from surgery.verbs.run import run
 

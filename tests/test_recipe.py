@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from surgery.errors import RecipeError
-from surgery.recipe import AttentionBias, Operation, Perplexity, Recipe, Verify, load_recipe, parse_recipe
+from surgery.recipe import AttentionBias, Operation, Perplexity, Recipe, Verify
+from surgery.recipe_file import load_recipe, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 HEAD = "surgery: 1\noperations:\n"

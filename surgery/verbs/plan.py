@@ -9,7 +9,8 @@ from ..anatomy.sites import parse_config
 from ..checkpoint.source import Source, has_tokenizer, open_source
 from ..loading import load_tokenizer
 from ..planning import Plan, make_plan
-from ..recipe import Recipe, load_recipe
+from ..recipe import Recipe
+from ..recipe_file import load_recipe
 from .inputs import resolve_prefix, vocabulary_size
 
 

@@ -20,7 +20,8 @@ from ..operations.attention_bias import Slots, eab_config, fold
 from ..operations.card import model_card
 from ..operations.prefix_search import PrefixSearch
 from ..planning import Plan
-from ..recipe import Recipe, load_recipe
+from ..recipe import Recipe
+from ..recipe_file import load_recipe
 from ..reporting import Reporter
 from ..survey.full import survey
 from ..verification.converted import load_converted

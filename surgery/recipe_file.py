@@ -1,0 +1,121 @@
+"""Recipes in files: reading them, and saying in one sentence what is wrong with one, by line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from .errors import RecipeError
+from .recipe import (
+    AttentionBias,
+    Equivalence,
+    MassiveActivations,
+    Perplexity,
+    Quantised,
+    QuantisedGate,
+    Recipe,
+    Streaming,
+    Strict,
+    Verify,
+    known,
+)
+from .strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
+
+_MODELS: dict[str, type[Strict]] = {
+    "": Recipe,
+    "attention_bias": AttentionBias,
+    "verify": Verify,
+    "equivalence": Equivalence,
+    "perplexity": Perplexity,
+    "massive_activations": MassiveActivations,
+    "quantised": Quantised,
+    "streaming": Streaming,
+    **dict.fromkeys(Quantised.model_fields, QuantisedGate),
+}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read the recipe in the file `path`. RecipeError when it cannot be read or does not say something we can do."""
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+        text = raw.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; give the path of a recipe, such as recipes/eab.yaml.") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe file.") from error
+    except UnicodeDecodeError as error:
+        if len(raw) <= MAX_BYTES:
+            line = raw[: error.start].count(b"\n") + 1
+            raise RecipeError(f"{path}, line {line}: not UTF-8 text; save the recipe as UTF-8.") from error
+        text = " " * len(raw)  # cut in the middle of a character: too long is the complaint to make
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, name: str) -> Recipe:
+    """Parse recipe `text`; `name` stands for the file in messages.
+
+    RecipeError names the first error of the file and counts the further ones.
+    """
+    value, lines, problems = read_yaml(text, name)
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        # What is missing comes last: next to a misspelt key on the same line, the misspelling is the news.
+        details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] == "missing")
+        problems += [_problem(detail, lines) for detail in details]
+    if problems or recipe is None:
+        line, sentence = min(problems, key=lambda problem: problem[0])
+        more = {1: "", 2: " (and 1 further error)"}.get(len(problems), f" (and {len(problems) - 1} further errors)")
+        raise RecipeError(f"{name}, line {line}: {sentence}{more}.")
+    return recipe
+
+
+def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
+    """(line, sentence) for one pydantic error; the line is that of the nearest key that stands in the file."""
+    key: Key = ()
+    for part in detail["loc"]:
+        if (*key, part) in lines:
+            key = (*key, part)
+    line, given, context = lines[key], detail["input"], detail.get("ctx", {})
+    dotted, kind = dotted_key(key), detail["type"]
+    if kind == "extra_forbidden":
+        model = _MODELS[next((str(part) for part in reversed(key[:-1]) if part in _MODELS), "")]
+        return line, f"unknown key '{dotted}'; {known(str(key[-1]), model)}"
+    if kind == "missing":
+        example = {
+            "surgery": "surgery: 1",
+            "operations": "operations: [attention_bias: {prefix: auto}]",
+            "max_ratio": "max_ratio: 1.25",
+            "window": "window: 256",
+        }
+        return line, f"the key '{detail['loc'][-1]}' is missing; add '{example[detail['loc'][-1]]}'"
+    if kind == "value_error":
+        return line, f"{dotted} {context['error']}"
+    value = f"{dotted} is {shown(given)}"
+    if kind == "literal_error":
+        alternative = ", or a list of tokens" if key[-1] == "prefix" else ""
+        return line, f"{value}; it must be {context['expected']}{alternative}"
+    if kind in ("float_type", "finite_number"):
+        return line, f"{value}: a gate that is not a number; write one such as {_example(key)}"
+    if kind == "int_type":
+        return line, f"{value}, which is not a whole number; write one such as {_example(key)}"
+    if kind.startswith(("greater_than", "less_than")):
+        bound = {"gt": "more than", "ge": "at least", "le": "at most"}
+        return line, f"{value}; it must be " + " ".join(f"{bound[name]} {limit:g}" for name, limit in context.items())
+    if kind == "too_short":
+        return line, f"{dotted} is an empty list; it needs at least one entry"
+    if kind == "tuple_type":
+        return line, f"{value}; it must be a list"
+    model = _MODELS[str(key[-1]) if key else ""]
+    return line, f"{value}; it must be a mapping of " + ", ".join(model.model_fields)
+
+
+def _example(key: Key) -> str:
+    """The default of a numeric key, as a person would write it."""
+    model = next(model for model in _MODELS.values() if key[-1] in model.model_fields)
+    return f"{model.model_fields[str(key[-1])].default:g}".replace("1e-05", "1.0e-5")

@@ -1,0 +1,1 @@
+"""What the screen shows people; `--json` gives the same to machines."""

@@ -1,0 +1,41 @@
+"""The plan, and what was written by it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+
+from ..checkpoint.disk import human
+from .tables import new_table
+
+
+def show_plan(console: Console, plan: dict) -> None:
+    kind, slots = plan["model_type"], plan["n_slots"]
+    count = f"up to {slots['max']}" if isinstance(slots, dict) else str(slots)
+    console.print(f"[bold]{escape(plan['source']['spec'])}[/]")
+    console.print(f"{kind['from']} to {kind['to']}, {count} slots in each of {plan['sites']} attention sites\n")
+    files = new_table("Files", "name", "action", "bytes")
+    for file in plan["files"]:
+        files.add_row(escape(file["name"]), file["action"], "" if file["bytes"] is None else f"{file['bytes']:,}")
+    console.print(files)
+    console.print()
+    statuses = new_table("Tensors", "status", "count", "example", "dtype", "shape")
+    for status in ("added", "changed", "kept"):
+        named = [(name, entry) for name, entry in plan["tensors"].items() if entry["status"] == status]
+        if named:
+            name, entry = named[0]
+            statuses.add_row(status, f"{len(named):,}", name, entry["dtype"], " x ".join(map(str, entry["shape"])))
+    console.print(statuses)
+    disk = plan["disk"]
+    console.print(
+        f"\nDisk: {human(disk['needed'])} needed, {human(disk['free'])} free. All tensors by name: --json FILE"
+    )
+
+
+def show_output(console: Console, out, verdict: dict) -> None:
+    """What was written, and how to load it."""
+    files = [path for path in out.rglob("*") if path.is_file()]
+    total = sum(path.stat().st_size for path in files)
+    console.print(f"\n{out}: {len(files)} files, {human(total)}" + ("" if verdict["passed"] else ", unverified"))
+    console.print(f'Load it:  AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)', markup=False)
+    console.print(f"Check it: surgery verify {out}", markup=False)

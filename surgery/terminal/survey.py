@@ -1,0 +1,90 @@
+"""A survey, and what interventions found."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .tables import exp, new_table
+
+
+def show_survey(console: Console, survey: dict) -> None:
+    title = f"Survey of {escape(survey['source'])}"
+    table = new_table(
+        title, "layer", "max", "median", "ratio", "massive", "dims", "|x_0|", "|x_i|", "p1", "entropy, bits",
+        "sink rate", "mixing",
+    )  # fmt: skip
+    for row in survey["layers"]:
+        dims = ", ".join(str(dim) for dim, _ in row["dims"][:4]) or "-"
+        table.add_row(
+            str(row["layer"]), f"{row['max']:,.1f}", f"{row['median']:.3f}", f"{row['ratio']:,.0f}", str(row["count"]),
+            dims, f"{row['first_norm']:,.1f}", f"{row['rest_norm']:,.1f}", _share(row.get("p1")),
+            _share(row.get("entropy_bits")), _share(row.get("sink_rate")), _share(row.get("mixing")),
+        )  # fmt: skip
+    console.print(table)
+    for line in _findings(survey):
+        console.print(line, markup=False, highlight=False)
+    if survey.get("interventions"):
+        console.print("")
+        console.print(_interventions(survey["interventions"]))
+        console.print(f"\n{_audit(survey['audit'])}", highlight=False)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _findings(survey: dict) -> list[str]:
+    """What the table comes to, line by line."""
+    total, across = survey["massive_activations"], survey["across"]
+    lines = [
+        "",
+        f"{total['count']:,} massive activations in {survey['chunks']} x {survey['chunk_length']} tokens; "
+        f"perplexity {survey['perplexity']['ppl']:.4f}",
+    ]
+    if total["count"]:
+        tokens = " ".join(repr(token) for token in across["tokens"][:4])
+        end = "last to the end" if across["died"] is None else f"gone from layer {across['died']} on"
+        lines.append(
+            f"Born in layer {across['born']}, {end}; dims {', '.join(map(str, total['dims'][:6]))}, on {tokens}"
+        )
+    if looked := max((row.get("spectra") or 0 for row in survey["layers"]), default=0):
+        lines.append(f"p1, entropy and phases are those of {looked} of the {survey['chunks']} sequences")
+    for unit in survey["super_neurons"][:3]:
+        lines.append(
+            f"Super neuron: layer {unit['layer']}, unit {unit['unit']}, {unit['share']:.0%} of what is written to dim "
+            f"{unit['dim']}"
+        )
+    if phases := across["phases"]:
+        named = ", ".join(f"{name} {span[0]}-{span[1]}" for name, span in phases.items() if span)
+        lines.append(f"Phases by layer: {named}")
+    return lines
+
+
+def _interventions(rows: list[dict]) -> Table:
+    table = new_table(
+        "Interventions", "", "where", "touched", "perplexity", "of untouched", "95% interval", "sink rate",
+        "entropy, bits", "massive",
+    )  # fmt: skip
+    for row in rows:
+        where = escape(str(row["where"]))
+        if row.get("error"):
+            table.add_row(row["name"], where, "0", escape(row["error"]))
+            continue
+        change = row["delta_nll"]
+        table.add_row(
+            row["name"], where, f"{row['touched']:,}", f"{row['ppl']:,.4g}", f"{exp(change['mean']):.4g}",
+            f"{exp(change['low']):.4g} to {exp(change['high']):.4g}", _share(row["sink_rate"]),
+            _share(row["entropy_bits"]), f"{row['massive']:,}",
+        )  # fmt: skip
+    return table
+
+
+def _audit(found: dict) -> str:
+    enough = found["scalars"] is not None
+    count = found["scalars"] if enough else max(found["tried"])
+    few = "largest" if count == 1 else f"{count:,} largest"
+    multiplies = "multiplies perplexity by ten or more" if enough else "does not multiply perplexity by ten"
+    where = f"of the {found['of']:,} scalars of each sequence at layer {found['layer']}"
+    return f"Audit: setting the {few} {where} to zero {multiplies}"
