@@ -47,6 +47,11 @@ _Tokens = Annotated[tuple[Annotated[str | int, PlainValidator(_token)], ...], _A
 _Prefix = Annotated[
     Annotated[Literal["auto"], Tag("auto")] | Annotated[_Tokens, Tag("tokens")], Discriminator(_prefix_kind)
 ]
+_Targets = Annotated[
+    Annotated[Literal["all"], Tag("auto")] | Annotated[tuple[str, ...], _AsTuple, Field(min_length=1), Tag("tokens")],
+    Discriminator(_prefix_kind),
+]
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Gate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -107,6 +112,71 @@ class Operation(Strict):
         return value
 
 
+class Objectives(Strict):
+    """Weights of what tuning lowers (`tuning.objectives`); 0 leaves one out."""
+
+    kl: _Weight = 1.0
+    lm: _Weight = 0.0
+    hidden: _Weight = 0.0
+    massive: _Weight = 0.0
+    peak_ratio: _Weight = 0.0
+
+    @model_validator(mode="after")
+    def _some(self) -> Objectives:
+        if not any(self.weights().values()):
+            raise ValueError("has no weight above 0, so there is nothing to lower; write 'kl: 1.0'")
+        return self
+
+    def weights(self) -> dict[str, float]:
+        """Name -> weight of those that count."""
+        return {name: weight for name in type(self).model_fields if (weight := getattr(self, name))}
+
+
+class Lora(Strict):
+    """LoRA on linear layers inside the blocks, merged into the weights that are emitted.
+
+    `targets`: "all" of them, or a list of names such as q_proj. The update is scaled by `scale` (alpha / rank).
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    scale: _Gate = 2.0
+    targets: _Targets = "all"
+    learning_rate: _Gate = 1e-3
+
+
+class Tune(Strict):
+    """Train what the operations added, for so many optimiser steps.
+
+    A step reads `batch` sequences of `length` tokens, over all processes, in `accumulate` micro-batches. The held-out
+    text is the first `held_out` sequences of the calibration text, on which the model is judged every `evaluate_every`
+    steps, quantised if `quantised` names a scheme; training stops after `patience` judgements without a better one.
+    """
+
+    steps: Annotated[int, Field(ge=1)]
+    batch: Annotated[int, Field(ge=1)] = 2
+    length: Annotated[int, Field(ge=2)] = 256
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    learning_rate: _Gate = 3e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = 10
+    clip: _Gate = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    objectives: Objectives = Objectives()
+    quantised: Literal["w8a8_static", "w8a8_dynamic", "w8a8_per_token", "w4a4_static"] | None = None
+    lora: Lora | None = None
+    evaluate_every: Annotated[int, Field(ge=1)] = 50
+    patience: Annotated[int, Field(ge=1)] | None = None
+    held_out: Annotated[int, Field(ge=1)] = 16
+
+    @field_validator("accumulate")
+    @classmethod
+    def _divides(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("batch", value) % value:
+            raise ValueError(f"is {value}, which does not divide the batch of {info.data['batch']} sequences")
+        return value
+
+
 class Equivalence(Strict):
     """|mean NLL difference| to the original with the same prefix, in nats per token."""
 
@@ -146,10 +216,6 @@ class Quantised(Strict):
         found = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: gate for name, gate in found.items() if gate is not None}
 
-    @model_serializer(mode="wrap")
-    def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: gate for name, gate in plain(self).items() if gate is not None}
-
 
 class Streaming(Strict):
     """Perplexity with a cache of the last `window` tokens, over that of the original which also keeps its first four.
@@ -180,6 +246,7 @@ class Recipe(Strict):
 
     surgery: Literal[1]
     operations: Annotated[tuple[Operation, ...], _AsTuple, Field(min_length=1)]
+    tune: Tune | None = None
     verify: Verify = Verify()
 
     @field_validator("surgery", mode="before")
@@ -198,4 +265,4 @@ class Recipe(Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting in force, defaults included, as plain JSON types; `Recipe.model_validate` reads it back."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude_none=True)

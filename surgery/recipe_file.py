@@ -11,13 +11,16 @@ from .errors import RecipeError
 from .recipe import (
     AttentionBias,
     Equivalence,
+    Lora,
     MassiveActivations,
+    Objectives,
     Perplexity,
     Quantised,
     QuantisedGate,
     Recipe,
     Streaming,
     Strict,
+    Tune,
     Verify,
     known,
 )
@@ -26,6 +29,9 @@ from .strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
 _MODELS: dict[str, type[Strict]] = {
     "": Recipe,
     "attention_bias": AttentionBias,
+    "tune": Tune,
+    "objectives": Objectives,
+    "lora": Lora,
     "verify": Verify,
     "equivalence": Equivalence,
     "perplexity": Perplexity,
@@ -33,6 +39,17 @@ _MODELS: dict[str, type[Strict]] = {
     "quantised": Quantised,
     "streaming": Streaming,
     **dict.fromkeys(Quantised.model_fields, QuantisedGate),
+}
+
+
+# What to write for a key that has no default.
+_EXAMPLES = {
+    "surgery": "surgery: 1",
+    "operations": "operations: [attention_bias: {prefix: auto}]",
+    "max_ratio": "max_ratio: 1.25",
+    "window": "window: 256",
+    "steps": "steps: 300",
+    "patience": "patience: 3",
 }
 
 
@@ -87,13 +104,7 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
         model = _MODELS[next((str(part) for part in reversed(key[:-1]) if part in _MODELS), "")]
         return line, f"unknown key '{dotted}'; {known(str(key[-1]), model)}"
     if kind == "missing":
-        example = {
-            "surgery": "surgery: 1",
-            "operations": "operations: [attention_bias: {prefix: auto}]",
-            "max_ratio": "max_ratio: 1.25",
-            "window": "window: 256",
-        }
-        return line, f"the key '{detail['loc'][-1]}' is missing; add '{example[detail['loc'][-1]]}'"
+        return line, f"the key '{detail['loc'][-1]}' is missing; add '{_EXAMPLES[str(detail['loc'][-1])]}'"
     if kind == "value_error":
         return line, f"{dotted} {context['error']}"
     value = f"{dotted} is {shown(given)}"
@@ -116,6 +127,8 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
 
 
 def _example(key: Key) -> str:
-    """The default of a numeric key, as a person would write it."""
-    model = next(model for model in _MODELS.values() if key[-1] in model.model_fields)
-    return f"{model.model_fields[str(key[-1])].default:g}".replace("1e-05", "1.0e-5")
+    """A numeric key's default, as a person would write it, or what is usual where it has none."""
+    if (name := str(key[-1])) in _EXAMPLES:
+        return _EXAMPLES[name].rpartition(" ")[2]
+    model = next(model for model in _MODELS.values() if name in model.model_fields)
+    return f"{model.model_fields[name].default:g}".replace("1e-05", "1.0e-5")

@@ -106,7 +106,7 @@ ITEM = "      "  # indentation of a key of attention_bias; on line 5 of BASE + I
         # whole document
         ("", 1, ["the recipe is empty"]),
         ("# only a comment\n", 1, ["the recipe is empty"]),
-        ("[]", 1, ["the recipe is a list", "mapping of surgery, operations, verify"]),
+        ("[]", 1, ["the recipe is a list", "mapping of surgery, operations, tune, verify"]),
         ("surgery: 1", 1, ["'operations' is missing", "operations: [attention_bias: {prefix: auto}]"]),
         ("# note\noperations: [attention_bias: {}]", 2, ["'surgery' is missing", "add 'surgery: 1'"]),
         ("surgery: 2\noperations: [attention_bias: {}]", 1, ["surgery is 2", "write 'surgery: 1'"]),

@@ -53,6 +53,9 @@ def slot_attention(
     """
     if causal and (mask is not None or query.shape[2] != key.shape[2]):
         raise ValueError("causal=True needs as many keys as queries and no mask")
+    if torch.is_autocast_enabled(query.device.type):  # what it would do to plain attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (states.to(dtype) for states in (query, key, value))
     low = torch.finfo(query.dtype).min
     if mask is not None and mask.dtype != torch.bool:
         # Kernels want the mask in the dtype of the query, and no -inf: a row of them has no log-sum-exp.
@@ -83,6 +86,7 @@ def _can_merge(query, key, value, slot_key, slot_value, mask, dropout: float) ->
     return query.device.type == "cpu" and not needs_grad and not dropout and query.shape[-1] == value.shape[-1]
 
 
+@torch.autocast("cpu", enabled=False)  # the merge is done in the dtype of the log-sum-exp
 def _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits):
     if mask is not None:
         mask = _additive(mask, query.dtype)  # the kernel refuses bool; a row of -inf would report lse = 0

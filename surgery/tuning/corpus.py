@@ -1,0 +1,66 @@
+"""What tuning reads: sequences to train on, in an order that depends on the seed and the step alone, and a held-out part."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import SourceError
+from ..recipe import Tune
+
+SCALED = 32  # sequences of the training text that static scales come from
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """training (N, T), held_out (K, L) to judge on, scaling (M, L) for static activation scales, which is trained on."""
+
+    training: torch.Tensor
+    held_out: torch.Tensor
+    scaling: torch.Tensor
+    seed: int
+
+    def batch(self, step: int, size: int) -> torch.Tensor:
+        """The `size` sequences of optimiser step `step` (0, 1, ...): each epoch reads all of them, shuffled anew."""
+        count = len(self.training)
+        rows = [self._order(i // count)[i % count] for i in range(step * size, (step + 1) * size)]
+        return self.training[rows]
+
+    def _order(self, epoch: int) -> list[int]:
+        return _permutation(len(self.training), self.seed, epoch)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for part in (self.training, self.held_out):
+            digest.update(part.numpy().tobytes())
+        return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def make_corpus(ids: Sequence[int], settings: Tune, length: int) -> Corpus:
+    """Cut token ids: `held_out` chunks of `length` tokens first, then training sequences of `settings.length`.
+
+    SourceError for a text that is too short for one batch besides.
+    """
+    held = settings.held_out * length
+    rest = torch.tensor(ids[held:], dtype=torch.long)
+    needed = held + max(settings.batch * settings.length, length)
+    if len(ids) < needed:
+        raise SourceError(
+            f"the calibration text has {len(ids)} tokens, and tuning needs {needed} ({settings.held_out} held-out chunks of "
+            f"{length} and a batch); give more --calibration text, or lower tune.held_out."
+        )
+    training = rest[: len(rest) // settings.length * settings.length].view(-1, settings.length)
+    scaling = rest[: min(len(rest) // length, SCALED) * length].view(-1, length)
+    held_out = torch.tensor(ids[:held], dtype=torch.long).view(-1, length)
+    return Corpus(training, held_out, scaling, settings.seed)

@@ -1,0 +1,199 @@
+"""The training loop: judged on held-out text, the best kept, stopped by the first loss that is not a number."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from ..anatomy.sites import Anatomy
+from ..recipe import Tune
+from ..survey.likelihood import Likelihood, perplexity
+from ..survey.stream import on_layer, stream
+from ..verification.quantised import SCHEMES, activation_ranges, quantised
+from .adapted import Adapted
+from .corpus import Corpus
+from .fake_quant import fake_quantised
+from .objectives import Objective, Pass
+from .store import Snapshot, Store, restore_optimiser
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass
+class Record:
+    """What happened: `losses` by step with each objective's value, `judged` held-out NLL by step, in nats per token."""
+
+    losses: list[dict] = field(default_factory=list)
+    judged: list[dict] = field(default_factory=list)
+    stopped: str | None = None
+
+    @property
+    def best(self) -> dict:
+        return min(self.judged, key=lambda entry: entry["nll"])
+
+
+class Loop:
+    """Train what `adapted` says, by `settings`, on `corpus`. The same seed gives the same steps, on any number of processes.
+
+    model: the causal language model inside `adapted`, with what operations added in place.
+    progress: told how many steps are done since the last call, and what to show.
+    """
+
+    def __init__(
+        self,
+        model,
+        anatomy: Anatomy,
+        adapted: Adapted,
+        settings: Tune,
+        corpus: Corpus,
+        accelerator: Accelerator,
+        store: Store | None = None,
+        progress: Callable[[int, str], None] = lambda done, what: None,
+    ) -> None:
+        self.model, self.anatomy, self.adapted, self.settings, self.corpus = model, anatomy, adapted, settings, corpus
+        self.accelerator, self.store, self.progress = accelerator, store, progress
+        self.objective = Objective(settings.objectives.weights())
+        groups = [{"params": adapted.added(), "base": settings.learning_rate}]
+        if settings.lora is not None:
+            groups.append({"params": adapted.low_rank(), "base": settings.lora.learning_rate})
+        optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
+        self.trained, self.optimiser = accelerator.prepare(adapted.peft, optimiser)
+        self.record, self.best = Record(), adapted.state()
+
+    def run(self) -> Record:
+        """Train, and leave the best state that was judged in place."""
+        first = self._resume()
+        if first == 0:
+            self._judge(0)
+        for step in range(first, self.settings.steps):
+            if self.record.stopped:
+                break
+            self._step(step)
+            done = step + 1
+            if not self.record.stopped and (done % self.settings.evaluate_every == 0 or done == self.settings.steps):
+                self._judge(done)
+                self._save(done)
+        self.adapted.load_state(self.best)
+        return self.record
+
+    # ---- one step
+
+    def _step(self, step: int) -> None:
+        settings, accelerator = self.settings, self.accelerator
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["base"] * rate(settings, step)
+        rows = self.corpus.batch(step, settings.batch)
+        mine = rows.chunk(accelerator.num_processes)[accelerator.process_index]
+        pieces, total, parts = mine.chunk(settings.accumulate), 0.0, {}
+        for i, piece in enumerate(pieces):
+            last = i == len(pieces) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.trained):
+                loss, found = self._loss(piece.to(accelerator.device))
+                accelerator.backward(loss / len(pieces))
+            total = total + loss.detach() / len(pieces)
+            parts = {name: parts.get(name, 0.0) + value / len(pieces) for name, value in found.items()}
+        norm = accelerator.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], settings.clip)
+        loss = accelerator.reduce(total, "mean").item()
+        if not math.isfinite(loss) or not math.isfinite(float(norm)):
+            self.record.stopped = (
+                f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {step + 1} is not a number; kept is the "
+                f"state of step {self.record.best['step']}. A lower tune.learning_rate may help"
+            )
+        else:
+            self.optimiser.step()
+            self.record.losses.append({"step": step + 1, "loss": loss, **(parts if len(parts) > 1 else {})})
+        self.optimiser.zero_grad()
+        held_out = perplexity(self.record.judged[-1]["nll"])
+        self.progress(1, f"loss {loss:.4f}, held-out perplexity {held_out:.2f}")
+
+    def _loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        teacher = None
+        if self.objective.needs_teacher:
+            with torch.no_grad(), self.adapted.peft.disable_adapter():
+                teacher = self._pass(self.adapted.peft, tokens)
+        rounding = contextlib.nullcontext()
+        if self.settings.quantised is not None:
+            rounding = fake_quantised(self.adapted.layers.values(), SCHEMES[self.settings.quantised].activations)
+        with rounding:
+            return self.objective(self._pass(self.trained, tokens), teacher)
+
+    def _pass(self, model, tokens: torch.Tensor) -> Pass:
+        half = self.settings.precision == "bfloat16"
+        with self._layers() as hidden, torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
+            out = model(input_ids=tokens, use_cache=False)
+        return Pass(tokens, out.logits, hidden)
+
+    @contextlib.contextmanager
+    def _layers(self) -> Iterator[list[torch.Tensor]]:
+        """A list that fills with the residual stream of each layer, if an objective reads it."""
+        seen: list[torch.Tensor] = []
+        with contextlib.ExitStack() as undo:
+            for layer in range(len(self.anatomy.blocks) + 1) if self.objective.needs_hidden else ():
+                undo.callback(on_layer(self.adapted.trunk, self.anatomy.blocks, layer, seen.append).remove)
+            yield seen
+
+    # ---- held-out text
+
+    def _judge(self, step: int) -> None:
+        """Score the held-out text with the model as it would be emitted, and keep this state if it is the best."""
+        found = [None]
+        if self.accelerator.is_main_process:
+            self.progress(0, f"held-out text, after step {step}")
+            found = [held_out_nll(self.model, self.anatomy, self.adapted, self.settings, self.corpus)]
+        nll = broadcast_object_list(found)[0]
+        if not math.isfinite(nll) and step:
+            self.record.stopped = f"the model of step {step} gives no number on held-out text; kept is the best before"
+            return
+        self.record.judged.append({"step": step, "nll": nll})
+        if self.record.best["step"] == step:
+            self.best = self.adapted.state()
+        late = [entry for entry in self.record.judged if entry["step"] > self.record.best["step"]]
+        if self.settings.patience is not None and len(late) >= self.settings.patience:
+            self.record.stopped = f"no better on held-out text since step {self.record.best['step']}"
+
+    # ---- checkpoints
+
+    def _save(self, step: int) -> None:
+        if self.store is not None and self.accelerator.is_main_process:
+            record = {**vars(self.record)}
+            self.store.save(Snapshot(step, self.adapted.state(), self.best, self.optimiser.state_dict(), record))
+
+    def _resume(self) -> int:
+        snapshot = self.store.load() if self.store is not None else None
+        if snapshot is None:
+            return 0
+        device = self.accelerator.device
+        self.adapted.load_state(snapshot.trained)
+        self.best = {name: tensor.to(device) for name, tensor in snapshot.best.items()}
+        restore_optimiser(self.optimiser, snapshot.optimiser)
+        self.record = Record(**snapshot.record)
+        self.progress(snapshot.step, f"going on after step {snapshot.step}")
+        return snapshot.step
+
+
+def rate(settings: Tune, step: int) -> float:
+    """The factor on the learning rate at `step` (0, 1, ...): linear warm-up, then constant or half a cosine down to 0."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
+
+
+def held_out_nll(model, anatomy: Anatomy, adapted: Adapted, settings: Tune, corpus: Corpus) -> float:
+    """NLL of the held-out text in nats per token, of the model as it would be emitted, quantised if the settings say so."""
+    likelihood = Likelihood()
+    with adapted.merged(), contextlib.ExitStack() as stack:
+        if settings.quantised is not None:
+            scheme, ranges = SCHEMES[settings.quantised], None
+            if scheme.calibrated:
+                ranges = activation_ranges(model, anatomy, corpus.scaling, lambda done: None)
+            stack.enter_context(quantised(model, anatomy, scheme, ranges))
+        stream(model, anatomy, corpus.held_out, [likelihood])
+    return likelihood.score.nll

@@ -1,0 +1,112 @@
+"""What tuning lowers. Each objective is a mean over tokens or sequences, so that micro-batches of one size average.
+
+Notation: B sequences, T tokens, d hidden size, V vocabulary. The student is the model with what is trained, the teacher
+the original behind the same prefix. Hidden states are those of `survey.stream`: layer l = 0 is the embedding output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from ..survey.massive import MIN_MAGNITUDE, MIN_RATIO
+
+ROWS = 128  # of logits at a time, so that no more than these stand in memory in float32
+
+
+@dataclass
+class Pass:
+    """What a forward pass left: logits (B, T, V) and the residual stream (B, T, d) of each layer, where asked for."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    hidden: list[torch.Tensor] = field(default_factory=list)
+
+
+def kl(student: Pass, teacher: Pass) -> torch.Tensor:
+    """Mean over tokens of KL(teacher || student), in nats (Hinton et al. 2015, arXiv 1503.02531, at temperature 1)."""
+    total = student.logits.new_zeros((), dtype=torch.promote_types(student.logits.dtype, torch.float32))
+    ours, theirs = student.logits.flatten(0, 1), teacher.logits.flatten(0, 1)
+    for row, wanted in zip(ours.split(ROWS), theirs.split(ROWS), strict=True):
+        wanted = wanted.to(total.dtype).log_softmax(-1)
+        total = total + F.kl_div(row.to(total.dtype).log_softmax(-1), wanted, reduction="sum", log_target=True)
+    return total / len(ours)
+
+
+def language_modelling(student: Pass) -> torch.Tensor:
+    """Mean NLL of tokens 1..T-1 of each sequence, in nats."""
+    logits = student.logits[:, :-1].flatten(0, 1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), student.tokens[:, 1:].flatten())
+
+
+def hidden(student: Pass, teacher: Pass) -> torch.Tensor:
+    """Mean over layers and tokens of |x - y|^2 / |y|^2, y the teacher's. The first token, often a sink, is left out."""
+    parts = []
+    for ours, theirs in zip(student.hidden, teacher.hidden, strict=True):
+        ours, theirs = _wide(ours[:, 1:]), _wide(theirs[:, 1:])
+        parts.append(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean())
+    return torch.stack(parts).mean()
+
+
+def massive(student: Pass) -> torch.Tensor:
+    """How far the largest |x| of each layer and sequence is beyond Sun's criterion: a mean of log ratios.
+
+    Zero exactly where there is no massive activation (arXiv 2402.17762, section 2).
+    """
+    peaks, medians = _peaks(student.hidden)
+    return (peaks / (MIN_RATIO * medians).clamp(min=MIN_MAGNITUDE)).clamp(min=1.0).log().mean()
+
+
+def peak_ratio(student: Pass) -> torch.Tensor:
+    """Mean over layers and sequences of log(largest |x| / median |x|)."""
+    peaks, medians = _peaks(student.hidden)
+    return (peaks / medians.clamp(min=torch.finfo(peaks.dtype).tiny)).log().mean()
+
+
+def _peaks(layers: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest and median |x|, (layers, B) each; gradients go through the largest alone."""
+    magnitudes = [_wide(states).abs().flatten(1) for states in layers]
+    medians = [magnitude.detach().median(dim=1).values for magnitude in magnitudes]
+    return torch.stack([magnitude.amax(dim=1) for magnitude in magnitudes]), torch.stack(medians)
+
+
+def _wide(states: torch.Tensor) -> torch.Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+# Name in a recipe -> objective, and what it reads: the teacher, the residual stream.
+OBJECTIVES = {
+    "kl": (kl, True, False),
+    "lm": (language_modelling, False, False),
+    "hidden": (hidden, True, True),
+    "massive": (massive, False, True),
+    "peak_ratio": (peak_ratio, False, True),
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of objectives; `weights` by name, those at 0 left out."""
+
+    weights: dict[str, float]
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(OBJECTIVES[name][1] for name in self.weights)
+
+    @property
+    def needs_hidden(self) -> bool:
+        return any(OBJECTIVES[name][2] for name in self.weights)
+
+    def __call__(self, student: Pass, teacher: Pass | None) -> tuple[torch.Tensor, dict[str, float]]:
+        """The sum, and each objective's own value."""
+        parts = {}
+        for name in self.weights:
+            compute, with_teacher, _ = OBJECTIVES[name]
+            parts[name] = compute(student, teacher) if with_teacher else compute(student)
+        total = sum(self.weights[name] * part for name, part in parts.items())
+        return total, {name: part.detach().item() for name, part in parts.items()}

@@ -1,0 +1,96 @@
+"""Tune a model that has slots in place: prepare, run the loop, take out what was trained."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from transformers import PreTrainedModel
+
+from ..anatomy.seam import Slots
+from ..anatomy.sites import Anatomy
+from ..errors import SourceError
+from ..recipe import Tune
+from .adapted import Adapted
+from .corpus import Corpus
+from .loop import Loop, Record
+from .store import Store
+
+# The main process measures the original while the others wait for it, which may take as long as it likes.
+PATIENCE = datetime.timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """slots as trained, and linear weights that LoRA changed, by parameter name in the causal language model."""
+
+    slots: Slots
+    weights: dict[str, torch.Tensor]
+    record: Record
+
+
+def make_accelerator(device: str) -> Accelerator:
+    """accelerate's view of the processes that share the work: one, or as many as `accelerate launch` started."""
+    return Accelerator(cpu=device == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+def require_shares(settings: Tune, processes: int) -> None:
+    """SourceError unless a batch divides among the processes and their micro-batches."""
+    if settings.batch % (processes * settings.accumulate):
+        raise SourceError(
+            f"tune.batch is {settings.batch} sequences, which {processes} processes with {settings.accumulate} "
+            "micro-batches each cannot share evenly; change tune.batch or tune.accumulate."
+        )
+
+
+def tune(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    settings: Tune,
+    corpus: Corpus,
+    *,
+    accelerator: Accelerator | None = None,
+    checkpoints: Path | None = None,
+    identity: Mapping[str, object] | None = None,
+    adapter: Path | None = None,
+    progress: Callable[[int, str], None] = lambda done, what: None,
+) -> Tuned:
+    """Train the slots that are in `model`, and LoRA where `settings` say so; the model is afterwards as it came.
+
+    `checkpoints`: a directory to go on from, and to save to at each judgement; `identity` says what must be the same
+    for that. `adapter`: a directory for a PEFT adapter of the model as it came. Raises SourceError for settings that do
+    not fit the model, OutputError for a directory that cannot be written.
+    """
+    accelerator = accelerator or make_accelerator(str(next(model.parameters()).device))
+    require_shares(settings, accelerator.num_processes)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SourceError("tuning needs the whole model in memory, and part of it is offloaded; give another --device.")
+    store = None
+    if checkpoints is not None:
+        # By way of JSON, as it will be read again.
+        store = Store(checkpoints, {"tune": settings.model_dump(mode="json"), "text": corpus.sha256, **(identity or {})})
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapted = Adapted(model, anatomy, settings.lora)
+    try:
+        record = Loop(model, anatomy, adapted, settings, corpus, accelerator, store, progress).run()
+        lead = f"{anatomy.trunk}." if anatomy.trunk else ""
+        with adapted.merged() as merged:
+            weights = {lead + name: weight.detach().cpu().clone() for name, weight in merged.items()}
+        slots = {site.name: _slots(adapted, site.name) for site in anatomy.sites}
+        if adapter is not None and accelerator.is_main_process:
+            adapted.save(adapter)
+    finally:
+        adapted.close()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required.get(name, False))
+    return Tuned(slots, weights, record)
+
+
+def _slots(adapted: Adapted, site: str) -> tuple[torch.Tensor, torch.Tensor]:
+    key, value = adapted.trunk.get_submodule(site).attention_bias()
+    return key.detach().clone(), value.detach().clone()
