@@ -278,3 +278,40 @@ def test_causal_is_refused_where_it_would_be_misaligned():
         slot_attention(*inputs, scale=1.0, causal=True)
     with pytest.raises(ValueError, match="no mask"):
         slot_attention(*random_inputs(16), scale=1.0, causal=True, mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"slot_mask": torch.tensor([[[[True, False]], [[True, True]], [[False, True]], [[True, True]]]])},
+        {"causal": True, "softcap": 5.0},
+        {"causal": True, "sinks": True},
+        {"causal": True, "need_weights": True},
+    ],
+    ids=["causal", "slot mask", "softcap", "sink logits", "weights"],
+)
+def test_gradients_are_those_of_finite_differences(options: dict) -> None:
+    """Of every path that carries gradients, towards queries, keys, values and slots, in float64."""
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(3, queries=3, keys=3, dim=3, v_dim=3)]
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if "sinks" in options else None
+    rest = {key: value for key, value in options.items() if key != "sinks"}
+
+    def attend(*tensors):
+        *tensors, sink_logits = tensors if sinks is not None else (*tensors, None)
+        return slot_attention(*tensors, scale=0.6, sink_logits=sink_logits, **rest)[0]
+
+    assert torch.autograd.gradcheck(attend, (*inputs, *([sinks] if sinks is not None else [])))
+
+
+def test_autocast_does_to_slots_what_it_does_to_attention() -> None:
+    """Under autocast queries and keys may be wider than values (rotary does that), and a kernel wants one dtype."""
+    q, k, v, slot_k, slot_v = random_inputs(4, torch.float32)
+    expected, _, _ = reference(q, k, v.bfloat16().float(), slot_k, slot_v, scale=0.3, causal=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        merged, _ = slot_attention(q, k, v.bfloat16(), slot_k, slot_v, scale=0.3, causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        joined, _ = slot_attention(q.requires_grad_(), k, v.bfloat16(), slot_k, slot_v, scale=0.3, causal=True)
+    for out in (merged, joined):
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.double(), expected, rtol=0.03, atol=0.03)

@@ -33,7 +33,7 @@ class Adapted:
     module that adds it. Close it to have the model as it was, untrained.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, lora: Lora | None) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, lora: Lora | None, seed: int) -> None:
         self.trunk, self.lora = model.get_submodule(anatomy.trunk), lora
         names = list(linears(model, anatomy))
         lead = f"{anatomy.trunk}." if anatomy.trunk else ""
@@ -43,7 +43,9 @@ class Adapted:
         config = LoraConfig(
             target_modules=targets, modules_to_save=list(TRAINED), bias="none", task_type="CAUSAL_LM", **rank
         )
-        self.peft: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # half of LoRA begins at random
+            self.peft: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
         self.layers = {name: self.trunk.get_submodule(name) for name in names}
 
     def added(self) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""What tuning reads: sequences to train on, in an order that depends on the seed and the step alone, and a held-out part."""
+"""What tuning reads: sequences to train on, in an order that seed and step alone decide, and a held-out part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALED = 32  # sequences of the training text that static scales come from
 
 @dataclass(frozen=True)
 class Corpus:
-    """training (N, T), held_out (K, L) to judge on, scaling (M, L) for static activation scales, which is trained on."""
+    """training (N, T), held_out (K, L) to judge on, scaling (M, L), some of the former, for static scales."""
 
     training: torch.Tensor
     held_out: torch.Tensor
@@ -57,8 +57,8 @@ def make_corpus(ids: Sequence[int], settings: Tune, length: int) -> Corpus:
     needed = held + max(settings.batch * settings.length, length)
     if len(ids) < needed:
         raise SourceError(
-            f"the calibration text has {len(ids)} tokens, and tuning needs {needed} ({settings.held_out} held-out chunks of "
-            f"{length} and a batch); give more --calibration text, or lower tune.held_out."
+            f"the calibration text has {len(ids)} tokens, and tuning needs {needed} ({settings.held_out} held-out "
+            f"chunks of {length} and a batch); give more --calibration text, or lower tune.held_out."
         )
     training = rest[: len(rest) // settings.length * settings.length].view(-1, settings.length)
     scaling = rest[: min(len(rest) // length, SCALED) * length].view(-1, length)

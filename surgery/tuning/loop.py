@@ -39,7 +39,7 @@ class Record:
 
 
 class Loop:
-    """Train what `adapted` says, by `settings`, on `corpus`. The same seed gives the same steps, on any number of processes.
+    """Train what `adapted` says, by `settings`, on `corpus`; on any number of processes, the same steps.
 
     model: the causal language model inside `adapted`, with what operations added in place.
     progress: told how many steps are done since the last call, and what to show.
@@ -178,7 +178,7 @@ class Loop:
 
 
 def rate(settings: Tune, step: int) -> float:
-    """The factor on the learning rate at `step` (0, 1, ...): linear warm-up, then constant or half a cosine down to 0."""
+    """The factor on the learning rate at `step` (0, 1, ...): linear warm-up, then constant or half a cosine."""
     if step < settings.warmup:
         return (step + 1) / settings.warmup
     if settings.schedule == "constant":
@@ -187,7 +187,7 @@ def rate(settings: Tune, step: int) -> float:
 
 
 def held_out_nll(model, anatomy: Anatomy, adapted: Adapted, settings: Tune, corpus: Corpus) -> float:
-    """NLL of the held-out text in nats per token, of the model as it would be emitted, quantised if the settings say so."""
+    """NLL of the held-out text in nats per token, of the model as it would be emitted, quantised if settings say so."""
     likelihood = Likelihood()
     with adapted.merged(), contextlib.ExitStack() as stack:
         if settings.quantised is not None:

@@ -73,9 +73,11 @@ def tune(
     store = None
     if checkpoints is not None:
         # By way of JSON, as it will be read again.
-        store = Store(checkpoints, {"tune": settings.model_dump(mode="json"), "text": corpus.sha256, **(identity or {})})
+        store = Store(
+            checkpoints, {"tune": settings.model_dump(mode="json"), "text": corpus.sha256, **(identity or {})}
+        )
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    adapted = Adapted(model, anatomy, settings.lora)
+    adapted = Adapted(model, anatomy, settings.lora, settings.seed)
     try:
         record = Loop(model, anatomy, adapted, settings, corpus, accelerator, store, progress).run()
         lead = f"{anatomy.trunk}." if anatomy.trunk else ""
