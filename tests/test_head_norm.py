@@ -27,6 +27,8 @@ from surgery.operations.head_norm import (
 )
 from surgery.recipe import HeadNorm as Recipe
 from surgery.runtime.eab_head_norm import HeadNorm
+from surgery.survey.attention import Selection, ValueVariance
+from surgery.survey.stream import normed_sites, stream
 from surgery.verification.equivalence import compare_random_ids
 
 # These compute their softmax in float32 even in a float64 model; the runtime does not.
@@ -314,3 +316,35 @@ def test_a_gate_is_only_dropped_where_it_is_1():
     norms["layers.2.self_attn"]["gate"][1] = 0.99
     with pytest.raises(ValueError, match=r"layers\.2\.self_attn has a gate that is not 1"):
         norm_values(anatomy, pure, norms)
+
+
+# ---- what a survey sees
+
+
+def surveyed(model, anatomy, text: torch.Tensor) -> dict[str, list]:
+    """Rows of variance and selection of block 0, by key."""
+    variance, selection = ValueVariance(), Selection()
+    stream(model, anatomy, text, [variance, selection])
+    return {**variance.rows()[1], **selection.rows()[1]}
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_a_survey_sees_the_variance_behind_the_norm_and_selection_before_it(kind):
+    family, text = families()[kind], tiny_text(2, LENGTH)
+    with family.default_dtype():
+        config = family.config()
+        model, anatomy = build(config), examine(config.to_dict())
+        head_norm = norm_config(anatomy, Recipe(gate=1.0))
+        norms = {site: {"weight": torch.ones(dim).double()} for site, (_, dim) in head_norm["sites"].items()}
+        before, heads = surveyed(model, anatomy, text), heads_of(model, anatomy, text)[anatomy.sites[0].name]
+        assert normed_sites(model, anatomy) == 0
+        with with_norms(model, anatomy, head_norm, norms):
+            after = surveyed(model, anatomy, text)
+            assert normed_sites(model, anatomy) == 4
+    unit = heads / np.sqrt((heads**2).mean(axis=-1, keepdims=True) + EPS)
+    variance = unit.var(axis=-1).reshape(2, LENGTH, -1)
+    np.testing.assert_allclose(after["value_variance_first"], variance[:, 0].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(after["value_variance_rest"], variance[:, 1:].mean(axis=(0, 1)), rtol=1e-6)
+    assert max(before["value_variance_first"]) > 1.5 or max(before["value_variance_first"]) < 0.5
+    for key in ("separability", "attended_share", "selection_distance"):  # nearness to sums of values, not to norms
+        np.testing.assert_allclose(after[key], before[key], rtol=1e-6)

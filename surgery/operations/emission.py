@@ -1,4 +1,4 @@
-"""The files of a converted checkpoint that differ from its source: config, tokenizer files, index, code, new tensors."""
+"""The files of a converted checkpoint that differ from its source: config, tokenizer files, index, new tensors."""
 
 from __future__ import annotations
 
