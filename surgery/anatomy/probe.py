@@ -50,8 +50,8 @@ def observing(
     """While active, `observe` sees every attention call in this process, before it is computed.
 
     `attended` sees the call again once it is computed, with its output (B, T, Hq, E): the heads' sums of values, normed
-    where the site has a head norm, before the output projection. Either may be None. With `compute=False` attention is left out and gives an empty tensor of
-    the right shape, for the meta device; nothing is attended then.
+    where the site has a head norm, before the output projection. Either may be None. With `compute=False` attention is
+    left out and gives an empty tensor of the right shape, for the meta device; nothing is attended then.
     """
 
     def wrap(attend: Callable) -> Callable:

@@ -86,7 +86,11 @@ def compare_random_ids(
             if head_norm is not None:
                 stack.enter_context(normed(model, anatomy, *at_gate(head_norm, norms, 0.0)))
             plain = _distance(log_probabilities(ids, use_cache=False), control)
-            padded = _distance(_padded(ids, log_probabilities), padded_control)
+            if prefix:
+                behind_padding = _padded(ids, log_probabilities)
+            else:  # nothing derives positions: both are given them
+                behind_padding = _padded_control(model, ids, control, log_probabilities)
+            padded = _distance(behind_padding, padded_control)
             cached = _distance(_cached(model, ids, 0), cached_control) if has_cache else None
     except Exception as error:  # the runtime refuses a call, or foreign model code breaks on it: either way, no fold
         raise UnsupportedModel(f"{anatomy.model_type}: the converted model does not run ({brief(error)})") from error
