@@ -46,7 +46,9 @@ def test_shipped_recipes_load():
     assert list(quantised.verify.quantised.gates()) == ["w8a8_static"]
     streaming = load_recipe(RECIPES / "streaming.yaml")
     assert streaming.verify.streaming.window == 256
-    named = {"eab.yaml", "eab-newline.yaml", "w8a8-static.yaml", "streaming.yaml"}
+    normed = load_recipe(RECIPES / "head-norm.yaml")
+    assert normed.head_norm == HeadNorm(per_head=True) and normed.attention_bias is None and normed.exact
+    named = {"eab.yaml", "eab-newline.yaml", "w8a8-static.yaml", "streaming.yaml", "head-norm.yaml"}
     assert {path.name for path in RECIPES.iterdir()} == named
 
 
