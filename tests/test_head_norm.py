@@ -30,6 +30,7 @@ from surgery.runtime.eab_head_norm import HeadNorm
 from surgery.survey.attention import Selection, ValueVariance
 from surgery.survey.stream import normed_sites, stream
 from surgery.verification.equivalence import compare_random_ids
+from surgery.verification.quantised import linears
 
 # These compute their softmax in float32 even in a float64 model; the runtime does not.
 ROUNDED = {
@@ -316,6 +317,14 @@ def test_a_gate_is_only_dropped_where_it_is_1():
     norms["layers.2.self_attn"]["gate"][1] = 0.99
     with pytest.raises(ValueError, match=r"layers\.2\.self_attn has a gate that is not 1"):
         norm_values(anatomy, pure, norms)
+
+
+def test_norms_are_no_weights_to_quantise():
+    model = tiny_model("llama")
+    anatomy = examine(model.config.to_dict())
+    head_norm, before = norm_config(anatomy, Recipe(per_head=True)), list(linears(model, anatomy))
+    with with_norms(model, anatomy, head_norm, random_norms(head_norm, 0.0)):
+        assert list(linears(model, anatomy)) == before
 
 
 # ---- what a survey sees

@@ -119,6 +119,7 @@ def test_slots_and_a_pure_norm(both, place: Place):
     assert len(added(out)) == 5
     card = (out / "README.md").read_text()
     assert "explicit attention bias and head-wise RMSNorm" in card and "It has no gate." in card
+    assert "Without what follows, the model would compute" in card and "In exact arithmetic" not in card
     slots = {name: value for name, value in load_file(out / ADDED).items() if "attention_bias" in name}
     for name, value in load_file(place.converted / ADDED).items():
         np.testing.assert_array_equal(slots[name], value, err_msg="norms must not change the slots")
@@ -250,6 +251,34 @@ def test_norms_stay_float32_in_half_precision_and_load_without_the_flag_after_im
     assert not hasattr(model.model.layers[0].self_attn, "head_norm")
     with pytest.raises(ValueError, match="leave out|no version with slots"):
         model.set_attn_implementation("flash_attention_2")
+
+
+def test_peft_trains_norms_and_gates(gated):
+    import peft
+
+    model = load_converted(gated[0])
+    before = model(input_ids=tiny_text(1, 9)).logits
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["head_norm"], r=2)
+    )  # fmt: skip
+    assert torch.equal(model(input_ids=tiny_text(1, 9)).logits, before)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "head_norm" in name}
+    assert len(trained) == 4
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if name.endswith("gate"):
+                parameter.fill_(0.5)
+    loss = model(input_ids=tiny_text(1, 9), labels=tiny_text(1, 9)).loss
+    loss.backward()
+    assert all(bool(parameter.grad.abs().max() > 0) for parameter in trained.values())
+    assert not torch.equal(model(input_ids=tiny_text(1, 9)).logits, before)
+
+
+def test_a_compiled_model_computes_the_same(both):
+    model, ids = load_converted(both[0]), tiny_text(2, 17)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        assert torch.equal(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 # ---- what is verified

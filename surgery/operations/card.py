@@ -59,6 +59,7 @@ _EXACT = {
     "always": "Every query sees them, also where a layer's window would have hidden the prefix: there the model "
     "differs from the original on purpose.",
 }
+_EXACT_ALONE = "Without what follows, the model would compute what the original computes behind that prefix."
 
 
 def model_card(
@@ -83,7 +84,7 @@ def model_card(
         base_model=source.spec if source.kind == "hub" else None,
     )  # fmt: skip
     base = source.spec if source.kind == "hub" else source.root.name
-    what = [_slots(entries["eab"], tokens)] if slots else []
+    what = [_slots(entries["eab"], tokens, recipe.exact)] if slots else []
     what += [_norms(entries, recipe.head_norm)] if norms else []
     return _CARD.format(
         metadata=metadata.to_yaml(), title=f"{base}, with {' and '.join(titles)}", base=base,
@@ -96,10 +97,11 @@ def model_card(
     )  # fmt: skip
 
 
-def _slots(eab: dict, tokens: list[str] | None) -> str:
+def _slots(eab: dict, tokens: list[str] | None, exact: bool) -> str:
     named = ", ".join(f"`{json.dumps(token)}`" for token in tokens) if tokens else f"with ids {eab['prefix_ids']}"
-    exact = _EXACT[eab["slots_visible"]]
-    return _SLOTS.format(n=eab["n_slots"], sites=len(eab["sites"]), tokens=named, exact=exact)
+    visible = eab["slots_visible"]
+    said = _EXACT[visible] if exact or visible == "always" else _EXACT_ALONE
+    return _SLOTS.format(n=eab["n_slots"], sites=len(eab["sites"]), tokens=named, exact=said)
 
 
 def _places(eab: dict, folds_bos: bool) -> str:
@@ -112,7 +114,7 @@ def _norms(entries: dict[str, dict], operation: HeadNorm) -> str:
     if operation.gate == 0:
         gate = "Its gates are 0: the model computes what it would without the norms, exactly, until they are trained."
     elif described["gated"]:
-        gate = f"It is mixed in by a gate, o + g (norm(o) - o), which began at {operation.gate:g}."
+        gate = "A gate for each head mixes it in: o + g (norm(o) - o)."
     else:
         gate = "It has no gate."
     share = "are each head's own" if described["per_head"] else "the heads of a site share"
