@@ -57,6 +57,10 @@ def random_norms(head_norm: dict, gate: float, seed: int = 0) -> Norms:
     }
 
 
+def weights_of(norms: Norms) -> Norms:
+    return {site: {"weight": values["weight"]} for site, values in norms.items()}
+
+
 @contextlib.contextmanager
 def with_norms(model, anatomy, head_norm: dict, norms: Norms):
     """No slots, norms in place."""
@@ -90,7 +94,10 @@ def test_at_gate_0_every_family_is_what_it_was(kind):
                     distance = (WAYS[how](model, text) - expected).abs().max()
                     assert distance < (1e-12 if exact else 5e-6) * size, how
             with normed(model, anatomy, *at_gate(head_norm, norms, 1.0)):
-                assert (WAYS["plain"](model, text) - without).abs().max() > 1e-2 * size
+                opened = WAYS["plain"](model, text)
+                assert (opened - without).abs().max() > 1e-2 * size
+            with normed(model, anatomy, {**head_norm, "gated": False}, weights_of(norms)):
+                assert torch.equal(WAYS["plain"](model, text), opened), "a gate of 1 is a pure norm"
         assert torch.equal(WAYS["plain"](model, text), native["plain"]), "the norms were not taken out again"
 
 

@@ -40,7 +40,7 @@ class HeadNorm(Added):
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
         if self.gate is not None:
-            normed = wide + self.gate[:, None] * (normed - wide)
+            normed = torch.lerp(wide, normed, self.gate.to(normed.dtype)[:, None])  # exact at both ends
         return normed.to(states.dtype)
 
 
