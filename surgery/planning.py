@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from .checkpoint.layout import INDEX
 from .checkpoint.manifest import MANIFEST
 from .checkpoint.source import Source, has_tokenizer
 from .errors import UnsupportedModel
+from .operations.attention_bias import eab_config
 from .operations.derived import Derived, derive
-from .operations.emission import lowered_limits, shard_names, slot_layout
-from .recipe import AttentionBias, Recipe
+from .operations.emission import added_layout, added_tensors, lowered_limits, shard_names
+from .operations.head_norm import norm_config
+from .recipe import Recipe
 
 SMALL_FILES = 4 * 2**20  # what manifest, card, configuration and code can take, generously
 REWRITTEN = {"copy": 1, "change": 2}  # how large a file of the source can become; a tokenizer.json grows by indentation
@@ -31,7 +34,10 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. With `prefix: auto`, `n_slots` is the most there can be, and `prefix` is None."""
+    """What will be done. With `prefix: auto`, `n_slots` is the most there can be, and `prefix` is None.
+
+    Without attention_bias, `prefix` is empty; `head_norm` is what config.json will say of it, or None.
+    """
 
     source: Source
     recipe: Recipe
@@ -39,8 +45,9 @@ class Plan:
     derived: Derived
     prefix: tuple[int, ...] | None
     n_slots: int
+    head_norm: dict | None
     shards: dict[str, str]
-    slot_shard: str
+    added_shard: str
     tensors: dict[str, dict]
     files: tuple[FilePlan, ...]
     lowered: dict[str, int]
@@ -48,8 +55,13 @@ class Plan:
     bytes_free: int
 
     @property
-    def operation(self) -> AttentionBias:
-        return self.recipe.operations[0].attention_bias
+    def slots_visible(self) -> str:
+        return "as_prefix" if self.recipe.attention_bias is None else self.recipe.attention_bias.slots_visible
+
+    def entries(self, prefix: Sequence[int]) -> dict[str, dict]:
+        """What config.json will say of the operations, given the prefix that was folded."""
+        norms = {} if self.head_norm is None else {"head_norm": self.head_norm}
+        return {"eab": eab_config(self.anatomy, prefix, self.slots_visible), **norms}
 
     def to_dict(self) -> dict:
         """The plan as JSON."""
@@ -59,6 +71,7 @@ class Plan:
             "prefix_ids": list(self.prefix) if self.prefix is not None else None,
             "n_slots": self.n_slots if self.prefix is not None else {"max": self.n_slots},
             "sites": len(self.anatomy.sites),
+            "normed_sites": len(self.head_norm["sites"]) if self.head_norm is not None else 0,
             "tensors": self.tensors,
             "files": [vars(file) for file in self.files],
             "config": {"lowered": self.lowered},
@@ -81,33 +94,33 @@ def make_plan(
 
     Raises UnsupportedModel, OutputError, NoSpace: everything that a later step would refuse.
     """
-    operation = recipe.operations[0].attention_bias
     anatomy = examine(source.config)
-    n_slots = operation.max_slots if prefix is None else len(prefix)
+    n_slots = recipe.attention_bias.max_slots if prefix is None else len(prefix)
+    head_norm = None if recipe.head_norm is None else norm_config(anatomy, recipe.head_norm)
     if anatomy.max_positions is not None and n_slots >= anatomy.max_positions // 2:
         raise UnsupportedModel(
             f"config.json: max_position_embeddings is {anatomy.max_positions}, which leaves too little room "
             f"behind {n_slots} slots; use fewer slots."
         )
-    shards, slot_shard = shard_names(source.layout)
-    slot_bytes, infos = slot_layout(anatomy, n_slots, slot_shard)
+    shards, added_shard = shard_names(source.layout)
+    added_bytes, infos = added_layout(added_tensors(anatomy, n_slots, head_norm), added_shard)
     tensors = {
         **{t.name: _entry("kept", shards[t.shard], t.dtype, t.shape) for t in source.layout.tensors.values()},
-        **{t.name: _entry("added", slot_shard, t.dtype, t.shape) for t in infos.values()},
+        **{t.name: _entry("added", added_shard, t.dtype, t.shape) for t in infos.values()},
     }
     if clash := [name for name in infos if name in source.layout.tensors]:
         raise UnsupportedModel(
             f"{source.spec}: already has a tensor {clash[0]}, the name of one that would be added; rename it."
         )
-    derived = derive(anatomy.model_type)
-    files = _files(source, derived, shards, slot_shard, slot_bytes, link, folds_bos)
-    needed = SMALL_FILES + slot_bytes + sum(REWRITTEN.get(file.action, 0) * (file.bytes or 0) for file in files)
+    derived = derive(anatomy.model_type, head_norm is not None)
+    files = _files(source, derived, shards, added_shard, added_bytes, link, folds_bos)
+    needed = SMALL_FILES + added_bytes + sum(REWRITTEN.get(file.action, 0) * (file.bytes or 0) for file in files)
     where = Path.cwd() if out is None else Path(out)
     if out is not None:
         require_target(where, source.root if source.root.is_dir() else None)
         require_space(where, needed)
     return Plan(
-        source, recipe, anatomy, derived, prefix, n_slots, shards, slot_shard, tensors, files,
+        source, recipe, anatomy, derived, prefix, n_slots, head_norm, shards, added_shard, tensors, files,
         lowered_limits(source.config, anatomy, n_slots), needed, free_space(where),
     )  # fmt: skip
 
@@ -125,14 +138,14 @@ def _files(
     source: Source,
     derived: Derived,
     shards: dict[str, str],
-    slot_shard: str,
-    slot_bytes: int,
+    added_shard: str,
+    added_bytes: int,
     link: bool,
     folds_bos: bool,
 ) -> tuple[FilePlan, ...]:
     copy = "link" if link and source.kind != "gguf" else "copy"
     files = [FilePlan(new, copy, source.layout.sizes[old], old) for old, new in shards.items()]
-    files.append(FilePlan(slot_shard, "add", slot_bytes))
+    files.append(FilePlan(added_shard, "add", added_bytes))
     files += [FilePlan("config.json", "change", None, "config.json"), FilePlan(INDEX, "add", None)]
     companions = carried(source)
     for name in companions:

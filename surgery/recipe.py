@@ -7,6 +7,7 @@ keys, wrong types and numbers that are not finite are errors, each one sentence 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,6 +24,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from .strict_yaml import shown
 
@@ -38,18 +40,23 @@ def _token(value: object) -> str | int:
     raise ValueError(f'is {shown(value)}; write the text of one token in quotes, such as "\\n", or its id, 0 or more')
 
 
-def _prefix_kind(value: object) -> str:
-    return "tokens" if isinstance(value, (list, tuple)) else "auto"
+def _kind(word: str, listed: str) -> Callable[[object], str]:
+    """For a setting that is one word or a list: which of the two a value is meant as."""
+    return lambda value: listed if isinstance(value, (list, tuple)) else word
 
 
 _AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 _Tokens = Annotated[tuple[Annotated[str | int, PlainValidator(_token)], ...], _AsTuple, Field(min_length=1)]
 _Prefix = Annotated[
-    Annotated[Literal["auto"], Tag("auto")] | Annotated[_Tokens, Tag("tokens")], Discriminator(_prefix_kind)
+    Annotated[Literal["auto"], Tag("auto")] | Annotated[_Tokens, Tag("tokens")], Discriminator(_kind("auto", "tokens"))
+]
+_Numbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], _AsTuple, Field(min_length=1)]
+_Layers = Annotated[
+    Annotated[Literal["all"], Tag("all")] | Annotated[_Numbers, Tag("numbers")], Discriminator(_kind("all", "numbers"))
 ]
 _Targets = Annotated[
-    Annotated[Literal["all"], Tag("auto")] | Annotated[tuple[str, ...], _AsTuple, Field(min_length=1), Tag("tokens")],
-    Discriminator(_prefix_kind),
+    Annotated[Literal["all"], Tag("all")] | Annotated[tuple[str, ...], _AsTuple, Field(min_length=1), Tag("names")],
+    Discriminator(_kind("all", "names")),
 ]
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Gate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -94,10 +101,35 @@ class AttentionBias(Strict):
         return fields
 
 
+class HeadNorm(Strict):
+    """Norm what each head brings back, before the output projection: o + gate (norm(o) - o).
+
+    `per_head`: each head has a weight of its own; otherwise the heads of a site share one. `gate`: 0 leaves the model
+    the function that it is, 1 is the pure norm, emitted without a gate. `layers`: which blocks, counted from 0 as in
+    the names of tensors.
+    """
+
+    per_head: bool = False
+    gate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    layers: _Layers = "all"
+
+    @field_validator("layers")
+    @classmethod
+    def _each_layer_once(cls, value: Literal["all"] | tuple[int, ...]) -> Literal["all"] | tuple[int, ...]:
+        if value != "all" and len(set(value)) != len(value):
+            raise ValueError("names a layer more than once")
+        return value
+
+
 class Operation(Strict):
     """One change to the model, written as a mapping with exactly one key: the operation's name."""
 
-    attention_bias: AttentionBias
+    attention_bias: AttentionBias | None = None
+    head_norm: HeadNorm | None = None
+
+    @property
+    def name(self) -> str:
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @model_validator(mode="before")
     @classmethod
@@ -108,8 +140,20 @@ class Operation(Strict):
             if name not in cls.model_fields:
                 raise ValueError(f"names the unknown operation {shown(name)}; {known(str(name), cls)}")
         if len(value) != 1:
-            raise ValueError("holds no operation; write '- attention_bias: {prefix: auto}'")
+            many = "holds several operations; give each an entry of its own, with its own dash"
+            raise ValueError(many if value else "holds no operation; write '- attention_bias: {prefix: auto}'")
         return value
+
+    @field_validator("attention_bias", "head_norm", mode="before")
+    @classmethod
+    def _settings(cls, value: object) -> object:
+        if value is None:  # None is for the operation that is not named
+            raise PydanticCustomError("model_type", "Input should be a mapping")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_others(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {self.name: plain(self)[self.name]}
 
 
 class Objectives(Strict):
@@ -228,7 +272,10 @@ class Streaming(Strict):
 
 
 class Verify(Strict):
-    """The gates. One that is left out still applies, with its default; none of the first three can be switched off."""
+    """The gates. One that is left out still applies, with its default; none of the first three can be switched off.
+
+    `equivalence` is for recipes that leave the function what it is (`Recipe.exact`).
+    """
 
     equivalence: Equivalence = Equivalence()
     perplexity: Perplexity = Perplexity()
@@ -258,11 +305,50 @@ class Recipe(Strict):
 
     @field_validator("operations")
     @classmethod
-    def _each_once(cls, value: tuple[Operation, ...]) -> tuple[Operation, ...]:
-        if len(value) > 1:
+    def _each_once_in_order(cls, value: tuple[Operation, ...]) -> tuple[Operation, ...]:
+        names = [operation.name for operation in value]
+        if names.count("attention_bias") > 1:
             raise ValueError("asks for attention_bias more than once; give all its tokens in one prefix")
+        if names.count("head_norm") > 1:
+            raise ValueError("asks for head_norm more than once; give all its layers in one list")
+        if names == ["head_norm", "attention_bias"]:
+            raise ValueError("has head_norm first, whose weights are fitted behind the slots; put attention_bias first")
         return value
+
+    @field_validator("verify")
+    @classmethod
+    def _only_gates_that_apply(cls, value: Verify, info: ValidationInfo) -> Verify:
+        given = "equivalence" in value.model_fields_set
+        if given and not _is_exact(info.data.get("operations", ()), info.data.get("tune")):
+            raise ValueError(
+                "asks for equivalence, but tune, or head_norm with a gate above 0, makes another function of the model, "
+                "and perplexity decides; remove equivalence, or them"
+            )
+        return value
+
+    @property
+    def attention_bias(self) -> AttentionBias | None:
+        return next((op.attention_bias for op in self.operations if op.attention_bias is not None), None)
+
+    @property
+    def head_norm(self) -> HeadNorm | None:
+        return next((op.head_norm for op in self.operations if op.head_norm is not None), None)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the converted model is to be the function that the original is behind the prefix, if any.
+
+        Only then does the gate `equivalence` apply. Slots are exact, and so are head norms at gate 0; what is tuned is not.
+        """
+        return _is_exact(self.operations, self.tune)
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting in force, defaults included, as plain JSON types; `Recipe.model_validate` reads it back."""
-        return self.model_dump(mode="json", exclude_none=True)
+        dumped = self.model_dump(mode="json", exclude_none=True)
+        if not self.exact:
+            del dumped["verify"]["equivalence"]
+        return dumped
+
+
+def _is_exact(operations: tuple[Operation, ...], tune: Tune | None) -> bool:
+    return tune is None and all(op.head_norm is None or op.head_norm.gate == 0 for op in operations)

@@ -11,6 +11,7 @@ from .errors import RecipeError
 from .recipe import (
     AttentionBias,
     Equivalence,
+    HeadNorm,
     Lora,
     MassiveActivations,
     Objectives,
@@ -29,6 +30,7 @@ from .strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
 _MODELS: dict[str, type[Strict]] = {
     "": Recipe,
     "attention_bias": AttentionBias,
+    "head_norm": HeadNorm,
     "tune": Tune,
     "objectives": Objectives,
     "lora": Lora,
@@ -109,7 +111,7 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
         return line, f"{dotted} {context['error']}"
     value = f"{dotted} is {shown(given)}"
     if kind == "literal_error":
-        alternative = ", or a list of tokens" if key[-1] == "prefix" else ""
+        alternative = {"prefix": ", or a list of tokens", "layers": ", or a list of numbers"}.get(str(key[-1]), "")
         return line, f"{value}; it must be {context['expected']}{alternative}"
     if kind in ("float_type", "finite_number"):
         return line, f"{value}: a gate that is not a number; write one such as {_example(key)}"
@@ -118,6 +120,8 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
     if kind.startswith(("greater_than", "less_than")):
         bound = {"gt": "more than", "ge": "at least", "le": "at most"}
         return line, f"{value}; it must be " + " ".join(f"{bound[name]} {limit:g}" for name, limit in context.items())
+    if kind == "bool_type":
+        return line, f"{value}; it must be true or false"
     if kind == "too_short":
         return line, f"{dotted} is an empty list; it needs at least one entry"
     if kind == "tuple_type":
@@ -127,7 +131,9 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
 
 
 def _example(key: Key) -> str:
-    """A numeric key's default, as a person would write it, or what is usual where it has none."""
+    """A numeric key's default, as a person would write it, or what is usual; for an entry of a list, 0."""
+    if isinstance(key[-1], int):
+        return "0"
     if (name := str(key[-1])) in _EXAMPLES:
         return _EXAMPLES[name].rpartition(" ")[2]
     model = next(model for model in _MODELS.values() if name in model.model_fields)

@@ -52,7 +52,7 @@ def test_config_keeps_what_it_had_and_says_what_was_added():
     before = copy.deepcopy(config)
     anatomy, derived = examine(raw("llama")), derive("llama")
     eab = eab_config(anatomy, [1, 5, 7], "as_prefix")
-    emitted = converted_config(config, derived, eab, {"max_position_embeddings": 253})
+    emitted = converted_config(config, derived, {"eab": eab}, {"max_position_embeddings": 253})
     assert config == before
     ours = {"model_type", "architectures", "auto_map", "eab", "max_position_embeddings"}
     assert {k: v for k, v in emitted.items() if k not in ours} == {k: v for k, v in config.items() if k not in ours}

@@ -111,7 +111,7 @@ LIMITS = parse_recipe(
     "surgery: 1\noperations: [attention_bias: {prefix: [1]}]\n"
     "verify: {equivalence: {max_delta_nll: 0.01}, perplexity: {max_ratio: 1.1}, massive_activations: {max: 2}}\n",
     "test",
-).verify
+)
 
 
 def gates(converted: tuple[float, ...], bare=(2.0, 3.0, 4.0), control=None, massive_count: int = 0) -> dict[str, bool]:
@@ -134,6 +134,16 @@ def test_a_gate_looks_at_the_interval_not_at_the_point() -> None:
     assert gates(noisy)["perplexity"] is False
     assert gates((2.0, 3.0, 4.0), control=noisy)["equivalence"] is False
     assert gates((2.0, 3.0, 4.0), control=(2.5, 3.5, 4.5))["equivalence"] is False  # better is wrong too
+
+
+def test_equivalence_is_asked_of_recipes_that_change_no_function_and_perplexity_of_all() -> None:
+    def asked(gate: str) -> list[str]:
+        recipe = parse_recipe(f"surgery: 1\noperations: [head_norm: {{gate: {gate}}}]\n", "test")
+        measured = Measurement(Score((2.0, 3.0), 1), {"count": 0})
+        return [gate.name for gate in quality_gates(recipe, Original(measured, None, measured), measured)]
+
+    assert asked("0") == ["equivalence", "perplexity", "massive_activations"]
+    assert asked("0.1") == asked("1") == ["perplexity", "massive_activations"]
 
 
 def test_gates_at_their_limits() -> None:

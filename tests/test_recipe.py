@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from surgery.errors import RecipeError
-from surgery.recipe import AttentionBias, Operation, Perplexity, Recipe, Verify
+from surgery.recipe import AttentionBias, HeadNorm, Operation, Perplexity, Recipe, Verify
 from surgery.recipe_file import load_recipe, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -46,7 +46,9 @@ def test_shipped_recipes_load():
     assert list(quantised.verify.quantised.gates()) == ["w8a8_static"]
     streaming = load_recipe(RECIPES / "streaming.yaml")
     assert streaming.verify.streaming.window == 256
-    named = {"eab.yaml", "eab-newline.yaml", "w8a8-static.yaml", "streaming.yaml"}
+    normed = load_recipe(RECIPES / "head-norm.yaml")
+    assert normed.head_norm == HeadNorm(per_head=True) and normed.attention_bias is None and normed.exact
+    named = {"eab.yaml", "eab-newline.yaml", "w8a8-static.yaml", "streaming.yaml", "head-norm.yaml"}
     assert {path.name for path in RECIPES.iterdir()} == named
 
 
@@ -61,6 +63,17 @@ def test_defaults_are_the_documented_ones():
             "massive_activations": {"max": 0},
         },
     }
+
+
+def test_head_norm_alone_and_behind_attention_bias():
+    recipe = parse_recipe(NORM, "r.yaml")
+    assert recipe.head_norm == HeadNorm(per_head=False, gate=0.0, layers="all") and recipe.attention_bias is None
+    assert recipe.exact and recipe.to_dict()["verify"]["equivalence"] == {"max_delta_nll": 1e-5}
+    assert recipe.to_dict()["operations"] == [{"head_norm": {"per_head": False, "gate": 0.0, "layers": "all"}}]
+    both = parse_recipe(BASE + "  - head_norm: {per_head: true, gate: 1, layers: [1, 0]}\n", "r.yaml")
+    assert [operation.name for operation in both.operations] == ["attention_bias", "head_norm"]
+    assert both.head_norm == HeadNorm(per_head=True, gate=1.0, layers=(1, 0)) and both.attention_bias == AttentionBias()
+    assert not both.exact and set(both.to_dict()["verify"]) == {"perplexity", "massive_activations"}
 
 
 def test_a_gate_left_out_keeps_its_default():
@@ -97,6 +110,8 @@ def test_models_are_frozen():
 
 PREFIX, SLOTS = "operations[0].attention_bias.prefix", "operations[0].attention_bias.max_slots"
 VISIBLE, DELTA = "operations[0].attention_bias.slots_visible", "verify.equivalence.max_delta_nll"
+NORM = HEAD + "  - head_norm: {}\n"  # 3 lines
+GATE, LAYERS = "operations[0].head_norm.gate", "operations[0].head_norm.layers"
 ITEM = "      "  # indentation of a key of attention_bias; on line 5 of BASE + ITEM
 
 
@@ -133,10 +148,24 @@ ITEM = "      "  # indentation of a key of attention_bias; on line 5 of BASE + I
         (HEAD + "  - attention_bias", 3, ["operations[0] is 'attention_bias'", "write '- attention_bias:"]),
         (HEAD + "  - attention_bias:", 3, ["operations[0].attention_bias is empty; it must be a mapping of prefix"]),
         (HEAD + "  - {}", 3, ["operations[0] holds no operation"]),
-        (HEAD + "  - head_norm: {}", 3, ["unknown operation 'head_norm'", "known here: attention_bias"]),
+        (HEAD + "  - head_norm:", 3, ["operations[0].head_norm is empty; it must be a mapping of per_head, gate"]),
+        (HEAD + "  - head_nrm: {}", 3, ["unknown operation 'head_nrm'", "(known here: attention_bias, head_norm)"]),
         (HEAD + "  - atention_bias: {}", 3, ["did you mean 'attention_bias'?"]),
-        (BASE + "    head_norm: {}", 3, ["unknown operation 'head_norm'"]),
-        (BASE + "  - attention_bias: {}", 2, ["more than once"]),
+        (BASE + "    head_norm: {}", 3, ["operations[0] holds several operations", "its own dash"]),
+        (BASE + "  - attention_bias: {}", 2, ["attention_bias more than once"]),
+        (NORM + "  - head_norm: {}", 2, ["head_norm more than once"]),
+        (NORM + "  - attention_bias: {}", 2, ["has head_norm first", "put attention_bias first"]),
+        # head norms
+        (NORM.replace("{}", "{gate: 1.5}"), 3, [GATE + " is 1.5; it must be at most 1"]),
+        (NORM.replace("{}", "{gate: -0.1}"), 3, [GATE + " is -0.1; it must be at least 0"]),
+        (NORM.replace("{}", "{gate: .nan}"), 3, [GATE + " is .nan: a gate that is not a number"]),
+        (NORM.replace("{}", "{per_head: 1}"), 3, ["head_norm.per_head is 1; it must be true or false"]),
+        (NORM.replace("{}", "{layers: some}"), 3, [LAYERS + " is 'some'; it must be 'all', or a list of numbers"]),
+        (NORM.replace("{}", "{layers: []}"), 3, [LAYERS + " is an empty list"]),
+        (NORM.replace("{}", "{layers: [0, -1]}"), 3, [LAYERS + "[1] is -1; it must be at least 0"]),
+        (NORM.replace("{}", "{layers: [0, 1.5]}"), 3, [LAYERS + "[1] is 1.5, which is not a whole number"]),
+        (NORM.replace("{}", "{layers: [2, 2]}"), 3, [LAYERS + " names a layer more than once"]),
+        (NORM.replace("{}", "{gate: 1}") + "verify:\n  equivalence: {}", 4, ["verify asks for equivalence", "remove"]),
         # prefix and slots
         (BASE.replace("auto", "Auto"), 4, [PREFIX, "is 'Auto'; it must be 'auto', or a list of tokens"]),
         (BASE.replace("auto", "5"), 4, [PREFIX, "is 5"]),
@@ -239,10 +268,15 @@ searches = st.builds(
     AttentionBias, max_slots=st.integers(1, 16), slots_visible=st.sampled_from(["as_prefix", "always"])
 )
 biases = st.one_of(searches, st.builds(AttentionBias, prefix=tokens))
+layers = st.one_of(st.just("all"), st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True))
+norms = st.builds(HeadNorm, per_head=st.booleans(), gate=st.floats(0, 1), layers=layers)
+bias_operations, norm_operations = st.builds(Operation, attention_bias=biases), st.builds(Operation, head_norm=norms)
 recipes = st.builds(
     Recipe,
     surgery=st.just(1),
-    operations=st.tuples(st.builds(Operation, attention_bias=biases)),
+    operations=st.one_of(
+        st.tuples(bias_operations), st.tuples(norm_operations), st.tuples(bias_operations, norm_operations)
+    ),
     verify=st.builds(Verify, perplexity=st.builds(Perplexity, max_ratio=gates)),
 )
 

@@ -69,7 +69,7 @@ def make_survey(source: str = "models/tiny", *, slots: int = 0, spike: float = 5
     nothing = {"count": 0, "worst_ratio": 0.0, "dims": [], "layers": [], "token_ids": []}
     big = spike >= 1000
     return {
-        "source": source, "model_type": "llama", "chunks": 8, "chunk_length": 64, "n_slots": slots,
+        "source": source, "model_type": "llama", "chunks": 8, "chunk_length": 64, "n_slots": slots, "normed_sites": 0,
         "perplexity": {"ppl": 20.003, "nll": 2.996, "tokens": 504}, "massive_activations": found if big else nothing,
         "layers": layers,
         "across": {
@@ -280,7 +280,7 @@ GONE = {
     "super_neurons": ["neurons"],
     "interventions": ["interventions"],
     # No section stands on these alone.
-    "source model_type chunks chunk_length n_slots perplexity massive_activations across audit": [],
+    "source model_type chunks chunk_length n_slots normed_sites perplexity massive_activations across audit": [],
 }
 
 

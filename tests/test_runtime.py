@@ -418,14 +418,14 @@ def test_an_attention_mask_that_does_not_cover_the_cache_is_refused():
 
 def test_lost_slots_are_refused():
     model = derived_model()
-    require_slots = vars(sys.modules[load_derived("llama").AttentionBiasMixin.__module__])["require_slots"]
-    require_slots(model)
+    require_added = vars(sys.modules[load_derived("llama").AttentionBiasMixin.__module__])["require_added"]
+    require_added(model)
     with torch.no_grad():
         model.model.layers[2].self_attn.attention_bias.value[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.attention_bias\.value is missing"):
-        require_slots(model)
+        require_added(model)
     with pytest.raises(ValueError, match="has no slots"):
-        require_slots(torch.nn.Linear(2, 2))
+        require_added(torch.nn.Linear(2, 2))
     fresh = Slots(2, 1, 4, 4)
     assert fresh.key.isnan().all() and fresh.value.isnan().all()
 

@@ -21,7 +21,8 @@ class Call:
     """One attention call: query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E), after rotary and norms.
 
     `lse` (B, Hq, T), once the call is computed and if a kernel found it: logsumexp over the keys of each query's logits
-    (slots and learned sink logits left out).
+    (slots and learned sink logits left out). `summed` (B, T, Hq, E), once the call is computed and if the site has a
+    head norm: the heads' sums of values before it.
     """
 
     module: nn.Module
@@ -31,6 +32,7 @@ class Call:
     mask: torch.Tensor | None
     arguments: dict = field(default_factory=dict)
     lse: torch.Tensor | None = None
+    summed: torch.Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -47,9 +49,9 @@ def observing(
 ) -> Iterator[None]:
     """While active, `observe` sees every attention call in this process, before it is computed.
 
-    `attended` sees the call again once it is computed, with its output (B, T, Hq, E): the heads' sums of values, before
-    the output projection. Either may be None. With `compute=False` attention is left out and gives an empty tensor of
-    the right shape, for the meta device; nothing is attended then.
+    `attended` sees the call again once it is computed, with its output (B, T, Hq, E): the heads' sums of values, normed
+    where the site has a head norm, before the output projection. Either may be None. With `compute=False` attention is
+    left out and gives an empty tensor of the right shape, for the meta device; nothing is attended then.
     """
 
     def wrap(attend: Callable) -> Callable:
@@ -62,15 +64,27 @@ def observing(
                 return query.new_empty(batch, length, heads, value.shape[-1]), None
             if attended is None:
                 return attend(module, query, key, value, attention_mask, **arguments)
-            with _Listening() as heard:
+            with _Listening() as heard, _before_norm(module) as summed:
                 result = attend(module, query, key, value, attention_mask, **arguments)
-            attended(replace(call, lse=heard.lse_over(key.shape[2])), result[0])
+            lse = heard.lse_over(key.shape[2])
+            attended(replace(call, lse=lse, summed=summed[0] if summed else None), result[0])
             return result
 
         return attention
 
     with _interposed(wrap):
         yield
+
+
+@contextlib.contextmanager
+def _before_norm(site: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Holds what enters the head norm of `site` meanwhile; stays empty where it has none."""
+    entered: list[torch.Tensor] = []
+    with contextlib.ExitStack() as undo:
+        if hasattr(site, "head_norm"):
+            hook = site.head_norm.register_forward_pre_hook(lambda norm, args: entered.append(args[0]))
+            undo.callback(hook.remove)
+        yield entered
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Put slots into a live model and take them out again; bring families that are off the seam onto it."""
+"""Put slots and norms into a live model and take them out again; bring families that are off the seam onto it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..runtime.eab_families import ADAPTERS
-from ..runtime.eab_runtime import install, require_slots
+from ..runtime.eab_head_norm import install_norms
+from ..runtime.eab_runtime import install, require_added
 from .sites import Anatomy
 
 Slots = dict[str, tuple[torch.Tensor, torch.Tensor]]  # site name -> key (n, H, D), value (n, H, E)
+Norms = dict[str, dict[str, torch.Tensor]]  # site name -> weight (E,) or (Hq, E), and gate (Hq,) unless it is pure
 
 
 @contextlib.contextmanager
@@ -29,7 +31,7 @@ def installed(model: PreTrainedModel, anatomy: Anatomy, eab: dict, slots: Slots)
             module = trunk.get_submodule(name).attention_bias
             module.key = torch.nn.Parameter(key, requires_grad=False)
             module.value = torch.nn.Parameter(value, requires_grad=False)
-        require_slots(trunk)
+        require_added(trunk)
         try:
             for config, _ in before:
                 config._attn_implementation_internal = "eab"
@@ -40,18 +42,27 @@ def installed(model: PreTrainedModel, anatomy: Anatomy, eab: dict, slots: Slots)
 
 
 @contextlib.contextmanager
+def normed(model: PreTrainedModel, anatomy: Anatomy, head_norm: dict, norms: Norms) -> Iterator[PreTrainedModel]:
+    """`model`, in which slots are `installed` (none will do), with `norms` in place, described by `head_norm`.
+
+    Taken out again at the end. The norms keep their own dtype.
+    """
+    trunk = model.get_submodule(anatomy.trunk)
+    with install_norms(trunk, head_norm):
+        for name, values in norms.items():
+            module = trunk.get_submodule(name).head_norm
+            for part, value in values.items():
+                setattr(module, part, torch.nn.Parameter(value, requires_grad=False))
+        require_added(trunk)
+        yield model
+
+
+@contextlib.contextmanager
 def on_the_seam(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[None]:
     """The original model so that `observing` sees its attention: with no slots, where its family needs an adapter."""
     trunk = model.get_submodule(anatomy.trunk)
     if anatomy.model_type not in ADAPTERS or getattr(trunk.config, "eab", None) is not None:
         yield
         return
-    parameter = next(model.parameters())
-    empty = {
-        site.name: tuple(
-            torch.empty(0, site.kv_heads, dim, dtype=parameter.dtype) for dim in (site.key_dim, site.value_dim)
-        )
-        for site in anatomy.sites
-    }
-    with installed(model, anatomy, anatomy.eab(0, "as_prefix"), empty):
+    with installed(model, anatomy, anatomy.eab(0, "as_prefix"), {}):
         yield

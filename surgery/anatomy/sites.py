@@ -24,6 +24,9 @@ KNOWN_ARGUMENTS = {
     "return_dict", "layer_idx", "logit_bias", "logits_to_keep",
 }  # fmt: skip
 
+# Modules that a converted site may hold and an original must not.
+ADDED = ("attention_bias", "head_norm")
+
 # Kinds of layer (`config.layer_types`) that hand nothing but keys and values from token to token.
 PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -56,6 +59,11 @@ class Anatomy:
     sites: tuple[Site, ...]
     max_positions: int | None
     max_length: int | None = None
+
+    @property
+    def lead(self) -> str:
+        """What names of tensors begin with, before the name of a site."""
+        return f"{self.trunk}." if self.trunk else ""
 
     def eab(self, n_slots: int, slots_visible: str) -> dict:
         """What the runtime has to know of this model: `config.eab`."""
@@ -156,9 +164,9 @@ def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
             raise UnsupportedModel(
                 f"{kind}: {names[call.module]} is not causal, and a prefix is constant only under causal attention"
             )
-        if hasattr(call.module, "attention_bias"):
+        if taken := [name for name in ADDED if hasattr(call.module, name)]:
             raise UnsupportedModel(
-                f"{kind}: {names[call.module]} already has an attribute attention_bias, where slots would live"
+                f"{kind}: {names[call.module]} already has an attribute {taken[0]}, where what is added would live"
             )
     trunk_name, trunk = _innermost(model, [names[call.module] for call in calls])
     if kind not in ADAPTERS and "position_ids" not in inspect.signature(trunk.forward).parameters:

@@ -10,6 +10,7 @@ from surgery.errors import DamagedCheckpoint
 
 MANIFEST = "surgery.json"
 TYPE_PREFIX = "eab_"  # what the model types of converted checkpoints begin with
+NORM_PREFIX = "eab_norm_"  # those of checkpoints with head norms: what knows slots alone must not load them
 FORMAT = 1
 TENSOR_STATUS = ("kept", "changed", "added")
 _REQUIRED = {
@@ -22,6 +23,16 @@ _REQUIRED = {
     "files": dict,
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def converted_from(model_type: object) -> tuple[str, bool] | None:
+    """The model type that a converted one was made from, and whether it has head norms; None if it is no such type."""
+    if not isinstance(model_type, str):
+        return None
+    for prefix in (NORM_PREFIX, TYPE_PREFIX):
+        if model_type.startswith(prefix):
+            return model_type[len(prefix) :], prefix == NORM_PREFIX
+    return None
 
 
 def build_manifest(

@@ -29,12 +29,26 @@ def eab_config(anatomy: Anatomy, prefix: Sequence[int], slots_visible: str) -> d
 
 def slot_names(anatomy: Anatomy) -> dict[str, tuple[str, int]]:
     """Tensor name in the checkpoint -> (site name, 0 for key or 1 for value)."""
-    lead = f"{anatomy.trunk}." if anatomy.trunk else ""
     parts = ("key", "value")
     return {
-        f"{lead}{site.name}.attention_bias.{part}": (site.name, i)
+        f"{anatomy.lead}{site.name}.attention_bias.{part}": (site.name, i)
         for site in anatomy.sites
         for i, part in enumerate(parts)
+    }
+
+
+def slot_tensors(anatomy: Anatomy, n_slots: int) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of every slot tensor, in the order of the file; none without slots."""
+    dims = {site.name: (site.kv_heads, (site.key_dim, site.value_dim)) for site in anatomy.sites}
+    names = slot_names(anatomy) if n_slots else {}
+    return {name: (n_slots, dims[site][0], dims[site][1][part]) for name, (site, part) in names.items()}
+
+
+def slot_values(anatomy: Anatomy, slots: Slots) -> dict[str, torch.Tensor]:
+    """Tensor name -> float32 value, ready to be written."""
+    return {
+        name: slots[site][part].to("cpu", torch.float32).contiguous()
+        for name, (site, part) in (slot_names(anatomy) if slots else {}).items()
     }
 
 

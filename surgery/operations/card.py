@@ -7,6 +7,7 @@ import json
 from huggingface_hub import ModelCardData
 
 from ..checkpoint.source import Source
+from ..recipe import HeadNorm, Recipe
 from .derived import Derived
 
 _CARD = """---
@@ -15,8 +16,7 @@ _CARD = """---
 
 # {title}
 
-`{base}` with an **explicit attention bias**: {n} constant key/value pair(s) k', v' in each of {sites} attention sites,
-folded from the token prefix {tokens}. {exact}
+`{base}` with {what}
 
 ## Load
 
@@ -27,12 +27,11 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 ```
 
-torch and transformers are all it needs. With `import surgery` first, `trust_remote_code` can be left out. Do not put
-the prefix in front of the text: it is inside. Loading by a class's own name (`{causal}.from_pretrained`) bypasses all
-of this, cannot be stopped, and gives a model without its slots.
+torch and transformers are all it needs. With `import surgery` first, `trust_remote_code` can be left out. {inside}
+Loading by a class's own name (`{causal}.from_pretrained`) bypasses all of this, cannot be stopped, and gives a model
+without its {added}.
 
-The attention implementation is `sdpa` or `eager`; others are refused, since they would leave the slots out. Positions 0
-to {last} belong to the prefix, so the longest text is {n} tokens shorter than the original's. {bos}
+The attention implementation is `sdpa` or `eager`; others are refused, since they would leave the {added} out. {places}
 
 ## Measured
 
@@ -48,38 +47,78 @@ to {last} belong to the prefix, so the longest text is {n} tokens shorter than t
 verdict. `surgery verify PATH` checks them.
 """
 
+_SLOTS = """an **explicit attention bias**: {n} constant key/value pair(s) k', v' in each of {sites} attention sites,
+folded from the token prefix {tokens}. {exact}"""
+_PLACES = """Positions 0
+to {last} belong to the prefix, so the longest text is {n} tokens shorter than the original's. {bos}"""
+_NORMS = """a **head-wise RMSNorm** in {sites} of {attending} attention sites: what each head brings back is normed
+before the output projection, with weights that {share}. {gate}"""
 _EXACT = {
     "as_prefix": "In exact arithmetic the model computes what the original computes behind that prefix, and the tokens "
     "that carried massive activations are never computed.",
     "always": "Every query sees them, also where a layer's window would have hidden the prefix: there the model "
     "differs from the original on purpose.",
 }
+_EXACT_ALONE = "Without what follows, the model would compute what the original computes behind that prefix."
 
 
 def model_card(
     source: Source,
     derived: Derived,
-    recipe: dict,
-    eab: dict,
+    recipe: Recipe,
+    entries: dict[str, dict],
     tokens: list[str] | None,
     folds_bos: bool,
     verdict: dict | None,
 ) -> str:
-    """The card's text. `verdict` None: nothing was measured, and the card says so."""
+    """The card's text. `entries` are what config.json says of the operations.
+
+    `verdict` None: nothing was measured, and the card says so.
+    """
+    slots, norms = entries["eab"]["n_slots"] > 0, "head_norm" in entries
+    parts = [(slots, "attention-bias", "explicit attention bias", "slots"),
+             (norms, "head-norm", "head-wise RMSNorm", "norms")]  # fmt: skip
+    tags, titles, added = zip(*(words for there, *words in parts if there), strict=True)
     metadata = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["surgery", "attention-bias"],
+        library_name="transformers", pipeline_tag="text-generation", tags=["surgery", *tags],
         base_model=source.spec if source.kind == "hub" else None,
     )  # fmt: skip
-    n = eab["n_slots"]
     base = source.spec if source.kind == "hub" else source.root.name
+    what = [_slots(entries["eab"], tokens, recipe.exact)] if slots else []
+    what += [_norms(entries, recipe.head_norm)] if norms else []
     return _CARD.format(
-        metadata=metadata.to_yaml(), title=f"{base}, with explicit attention bias", base=base, n=n,
-        sites=len(eab["sites"]), last=n - 1, exact=_EXACT[eab["slots_visible"]],
-        tokens=", ".join(f"`{json.dumps(token)}`" for token in tokens) if tokens else f"with ids {eab['prefix_ids']}",
-        causal=derived.causal_class.removeprefix("Eab"), recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
-        bos="The BOS token is among the slots; the tokenizer no longer adds it." if folds_bos else "",
+        metadata=metadata.to_yaml(), title=f"{base}, with {' and '.join(titles)}", base=base,
+        what="\n\nIt also has ".join(what), added=" and ".join(added),
+        inside="Do not put\nthe prefix in front of the text: it is inside." if slots else "",
+        places=_places(entries["eab"], folds_bos) if slots else "",
+        causal=derived.causal_class.removeprefix("EabNorm" if norms else "Eab"),
+        recipe=json.dumps(recipe.to_dict(), indent=2, ensure_ascii=False),
         results=_results(verdict) if verdict is not None else "Nothing: written with --no-verify.",
     )  # fmt: skip
+
+
+def _slots(eab: dict, tokens: list[str] | None, exact: bool) -> str:
+    named = ", ".join(f"`{json.dumps(token)}`" for token in tokens) if tokens else f"with ids {eab['prefix_ids']}"
+    visible = eab["slots_visible"]
+    said = _EXACT[visible] if exact or visible == "always" else _EXACT_ALONE
+    return _SLOTS.format(n=eab["n_slots"], sites=len(eab["sites"]), tokens=named, exact=said)
+
+
+def _places(eab: dict, folds_bos: bool) -> str:
+    bos = "The BOS token is among the slots; the tokenizer no longer adds it." if folds_bos else ""
+    return _PLACES.format(last=eab["n_slots"] - 1, n=eab["n_slots"], bos=bos)
+
+
+def _norms(entries: dict[str, dict], operation: HeadNorm) -> str:
+    described, attending = entries["head_norm"], entries["eab"]["sites"]
+    if operation.gate == 0:
+        gate = "Its gates are 0: the model computes what it would without the norms, exactly, until they are trained."
+    elif described["gated"]:
+        gate = "A gate for each head mixes it in: o + g (norm(o) - o)."
+    else:
+        gate = "It has no gate."
+    share = "are each head's own" if described["per_head"] else "the heads of a site share"
+    return _NORMS.format(sites=len(described["sites"]), attending=len(attending), share=share, gate=gate)
 
 
 def _results(verdict: dict) -> str:
@@ -90,7 +129,13 @@ def _results(verdict: dict) -> str:
         "control": "original + the same prefix",
         "converted": "converted",
     }
-    rows = [f"| {labels[name]} | {score['ppl']:.4f} |" for name, score in scores.items() if score is not None]
+    if "prefix" not in verdict:
+        del labels["control"]  # which is the bare original
+    rows = [
+        f"| {labels[name]} | {score['ppl']:.4f} |"
+        for name, score in scores.items()
+        if score is not None and name in labels
+    ]
     table = ["| variant | perplexity |", "|---|---|", *rows]
     low, high = verdict["delta_nll"]["vs_bare"]["low"], verdict["delta_nll"]["vs_bare"]["high"]
     before, after = massive["before"], massive["after"]

@@ -1,4 +1,4 @@
-"""The files of a converted checkpoint that differ from its source: config, tokenizer files, index, code, slots."""
+"""The files of a converted checkpoint that differ from its source: config, tokenizer files, index, new tensors."""
 
 from __future__ import annotations
 
@@ -13,56 +13,50 @@ from transformers import AutoModelForCausalLM
 from ..anatomy.sites import Anatomy, parse_config
 from ..checkpoint.layout import SINGLE, Layout, TensorInfo, plan_file
 from ..errors import SourceError
-from .attention_bias import Slots, slot_names
+from .attention_bias import slot_tensors
 from .bos import silent_processor, silent_template, silent_templates
 from .derived import Derived
+from .head_norm import norm_tensors
 
 # Rotary kinds that compute nothing from max_position_embeddings, so that lowering it lowers only the limit.
 LIMIT_ONLY_ROPE = {"default", "linear", "llama3", "proportional"}
+ADDED_SHARD = "model-attention-bias.safetensors"  # of sources in several shards; head norms lie there too
 FOREVER = 10**12  # tokenizers write "no limit" as a number above this
 
 
 def shard_names(layout: Layout) -> tuple[dict[str, str], str]:
-    """Name of each source shard in the output, and the name of the shard for the slots.
+    """Name of each source shard in the output, and the name of the shard for what is added.
 
-    A lone model.safetensors must be renamed: loaders prefer it over an index, and would never see the slots.
+    A lone model.safetensors must be renamed: loaders prefer it over an index, and would never see the other.
     """
     if layout.shards == (SINGLE,):
         return {SINGLE: "model-00001-of-00002.safetensors"}, "model-00002-of-00002.safetensors"
-    slots = "model-attention-bias.safetensors"
-    if slots in layout.shards:
-        raise SourceError(f"{layout.root}: already has a shard {slots}, the name of the shard for slots; rename it")
-    return {shard: shard for shard in layout.shards}, slots
+    if ADDED_SHARD in layout.shards:
+        raise SourceError(f"{layout.root}: already has a shard {ADDED_SHARD}, the name of one to be added; rename it")
+    return {shard: shard for shard in layout.shards}, ADDED_SHARD
 
 
-def slot_tensors(anatomy: Anatomy, n_slots: int) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of every slot tensor, in the order of the file."""
-    dims = {site.name: (site.kv_heads, (site.key_dim, site.value_dim)) for site in anatomy.sites}
-    return {name: (n_slots, dims[site][0], dims[site][1][part]) for name, (site, part) in slot_names(anatomy).items()}
+def added_tensors(anatomy: Anatomy, n_slots: int, head_norm: dict | None) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of all that the operations add, in the order of the file; all of it is float32."""
+    norms = {} if head_norm is None else norm_tensors(anatomy, head_norm)
+    return {**slot_tensors(anatomy, n_slots), **norms}
 
 
-def slot_layout(anatomy: Anatomy, n_slots: int, shard: str) -> tuple[int, dict[str, TensorInfo]]:
-    """Bytes of the slot shard, and where its tensors will lie."""
-    header, infos = plan_file(
-        shard, [(name, "F32", shape) for name, shape in slot_tensors(anatomy, n_slots).items()], {"format": "pt"}
-    )
+def added_layout(tensors: Mapping[str, tuple[int, ...]], shard: str) -> tuple[int, dict[str, TensorInfo]]:
+    """Bytes of the shard of added tensors, and where they will lie."""
+    header, infos = plan_file(shard, [(name, "F32", shape) for name, shape in tensors.items()], {"format": "pt"})
     return len(header) + sum(info.nbytes for info in infos.values()), infos
 
 
-def slot_values(anatomy: Anatomy, slots: Slots) -> dict[str, torch.Tensor]:
-    """Tensor name -> float32 value, ready to be written."""
-    return {
-        name: slots[site][part].to("cpu", torch.float32).contiguous()
-        for name, (site, part) in slot_names(anatomy).items()
-    }
+def converted_config(config: dict, derived: Derived, entries: Mapping[str, dict], lowered: Mapping[str, int]) -> dict:
+    """config.json of the converted checkpoint: the source's, with derived type, its code, and what was added described.
 
-
-def converted_config(config: dict, derived: Derived, eab: dict, lowered: Mapping[str, int]) -> dict:
-    """config.json of the converted checkpoint: the source's, with derived type, its code and the slots described."""
+    `entries` are `eab`, and `head_norm` where heads are normed.
+    """
     emitted = copy.deepcopy(config)
     emitted.update(lowered)
     emitted.update(
-        model_type=derived.model_type, architectures=[derived.causal_class], auto_map=derived.auto_map, eab=eab
+        model_type=derived.model_type, architectures=[derived.causal_class], auto_map=derived.auto_map, **entries
     )
     return emitted
 
@@ -74,7 +68,7 @@ def lowered_limits(config: dict, anatomy: Anatomy, n_slots: int) -> dict[str, in
     runtime's positions simply end n earlier.
     """
     limit = config.get("max_position_embeddings")
-    if not isinstance(limit, int) or limit <= n_slots:
+    if not n_slots or not isinstance(limit, int) or limit <= n_slots:
         return {}
     lowered = {"max_position_embeddings": limit - n_slots}
     rope = _rope(config)

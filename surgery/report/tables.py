@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,10 +47,21 @@ def overview(surveys: Sequence[dict], names: Sequence[str]) -> Table:
         ("lowest entropy, bits", [_extreme(s, "entropy_bits", min, number) for s in surveys]),
         ("highest p1", [_extreme(s, "p1", max, percent) for s in surveys]),
         ("scalars to a tenfold perplexity", [number(_get(s, "audit", "scalars")) for s in surveys]),
+        ("highest dominance of the first token", [_extreme(s, "dominance", max, number) for s in surveys]),
+        ("variance of a head, first token", [number(head_variance(s, "first")) for s in surveys]),
+        ("variance of a head, later tokens", [number(head_variance(s, "rest")) for s in surveys]),
         ("bias slots per site", [number(s.get("n_slots")) for s in surveys]),
+        ("sites with a head norm", [number(s.get("normed_sites")) for s in surveys]),
     ]
     kept = [(name, *cells) for name, cells in lines if any(cell != "–" for cell in cells)]
     return Table(("", *names), kept)
+
+
+def head_variance(survey: dict, of: str) -> float | None:
+    """The median, over all heads of all layers, of the variance of a head's output; `of` is "first" or "rest"."""
+    rows = [row.get(f"value_variance_{of}") or [] for row in survey["layers"]]
+    heads = [value for row in rows for value in row if finite(value)]
+    return statistics.median(heads) if heads else None
 
 
 def tiles(survey: dict) -> list[tuple[str, str, str]]:
@@ -84,6 +96,9 @@ def changes(surveys: Sequence[dict], names: Sequence[str]) -> list[str]:
             ("perplexity", *(_get(s, "perplexity", "ppl") for s in (first, survey)), score),
             ("highest sink rate", *(_value(best(s, "sink_rate")) for s in (first, survey)), percent),
             ("lowest entropy", *(_value(best(s, "entropy_bits", min)) for s in (first, survey)), number),
+            ("highest dominance", *(_value(best(s, "dominance")) for s in (first, survey)), number),
+            ("variance of a head at the first token", *(head_variance(s, "first") for s in (first, survey)), number),
+            ("at later ones", *(head_variance(s, "rest") for s in (first, survey)), number),
         ]
         parts = [
             f"{what} {show(before)} → {show(after)}{' bits' if what == 'lowest entropy' else ''}"

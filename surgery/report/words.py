@@ -176,9 +176,9 @@ def summary(survey: dict, name: str) -> list[str]:
 def _model(survey: dict, name: str) -> str:
     blocks = count_of(len(survey["layers"]) - 1, "block")
     kind = f"a {survey['model_type']} model with {blocks}" if survey.get("model_type") else f"a model with {blocks}"
-    slots = survey.get("n_slots")
+    slots, normed = survey.get("n_slots"), survey.get("normed_sites")
     also = f" and {count_of(slots, 'explicit bias slot')} at each attention site" if slots else ""
-    text = f"{name} is {kind}{also}."
+    text = f"{name} is {kind}{also}" + (f", with heads normed at {count_of(normed, 'site')}." if normed else ".")
     ppl = (survey.get("perplexity") or {}).get("ppl")
     if survey.get("chunks") and ppl is not None:
         of = f" of {survey['chunk_length']:,} tokens" if survey.get("chunk_length") else ""

@@ -2,5 +2,6 @@
 
 `eab_kernel` is attention with slots; `eab_masks` says what a slot is visible to; `eab_positions` moves the text behind
 the prefix; `eab_runtime` puts slots into a model. `eab_families` is carried only where attention does not go through
-transformers' interface by itself. Nothing here imports the rest of surgery.
+transformers' interface by itself, `eab_head_norm` only where heads are normed. Nothing here imports the rest of
+surgery.
 """

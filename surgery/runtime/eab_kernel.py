@@ -70,11 +70,14 @@ def slot_attention(
             query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits
         )
         return out, weights if need_weights else None
-    keys, values, full_mask = _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask)
     groups = query.shape[1] // key.shape[1]
+    if slot_key.shape[0]:
+        key, value, mask = _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask)
+        causal = False
     out = F.scaled_dot_product_attention(
-        query, _repeat(keys, groups), _repeat(values, groups), attn_mask=full_mask, dropout_p=dropout, scale=scale
-    )
+        query, _repeat(key, groups), _repeat(value, groups), attn_mask=mask, dropout_p=dropout, is_causal=causal,
+        scale=scale,
+    )  # fmt: skip
     return out, None
 
 
@@ -93,6 +96,8 @@ def _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_m
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )
+    if not slot_key.shape[0] and sink_logits is None:
+        return out
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     wide = lse.dtype  # float32 for half precision: the merge is done there
     grouped = query.unflatten(1, (heads, groups)).to(wide)  # (B, H, G, T, D)

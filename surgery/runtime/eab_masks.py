@@ -49,7 +49,7 @@ def eab_mask(
         raise ValueError(
             "slots need causal attention: is_causal=False in the config would make this model bidirectional"
         )
-    if use_vmap or not (allow_is_causal_skip or whole or (q_length == 1 and torch.compiler.is_compiling())):
+    if n and (use_vmap or not (allow_is_causal_skip or whole or (q_length == 1 and torch.compiler.is_compiling()))):
         sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
         mask_function = _rule_by_place(mask_function, local_size, use_vmap, sizes, device, config)
 
@@ -63,6 +63,7 @@ def eab_mask(
         # The window must hold the text and the prefix for the mask to be skipped.
         local_size=local_size if local_size is None or always else local_size - n,
         allow_is_causal_skip=allow_is_causal_skip and not whole,
+        use_vmap=use_vmap and n == 0,
         device=device,
     )  # fmt: skip
     if text is None and kv_length > q_length > 1:

@@ -4,7 +4,7 @@ A converted checkpoint was folded from a prefix of n tokens: the keys and values
 constants, and are stored as slots. The text sits at positions n, n+1, ... as it did behind the prefix, and a slot is
 visible to a query exactly where the model's own mask would have shown it the prefix token. Three things do this:
 
-* `Slots`, a module in each site that holds its slots;
+* `Slots`, a module in each site that holds its slots (n may be 0: then nothing moves, and masks are the model's own);
 * an attention function and a mask function, registered with transformers under the names in `IMPLEMENTATIONS`;
 * a forward hook on the trunk (the innermost model that contains all sites) that shifts positions by n.
 
@@ -40,14 +40,24 @@ HARMLESS_TENSORS = {"position_ids", "num_items_in_batch", "cache_position", "lab
 PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 
 
-class Slots(nn.Module):
+class Added(nn.Module):
+    """What a site holds that the original does not. Its parameters stay float32 whatever the model is loaded in."""
+
+    def add_parameter(self, name: str, *shape: int) -> None:
+        # Never uninitialised memory: what no checkpoint fills is NaN, and `require_added` refuses it.
+        setattr(self, name, nn.Parameter(torch.full(shape, float("nan"), dtype=torch.float32)))
+
+
+class Slots(Added):
     """The slots of one site: key (n, kv_heads, key_dim), value (n, kv_heads, value_dim), as if rotary was applied."""
 
     def __init__(self, n_slots: int, kv_heads: int, key_dim: int, value_dim: int):
         super().__init__()
-        # Never uninitialised memory: a slot that no checkpoint fills is NaN, and `require_slots` refuses it.
-        self.key = nn.Parameter(torch.full((n_slots, kv_heads, key_dim), float("nan"), dtype=torch.float32))
-        self.value = nn.Parameter(torch.full((n_slots, kv_heads, value_dim), float("nan"), dtype=torch.float32))
+        for name, dim in (("key", key_dim), ("value", value_dim)):
+            if n_slots:
+                self.add_parameter(name, n_slots, kv_heads, dim)
+            else:  # no checkpoint holds tensors of nothing
+                self.register_buffer(name, torch.empty(0, kv_heads, dim, dtype=torch.float32), persistent=False)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.key, self.value
@@ -63,7 +73,8 @@ def eab_attention(
     """The attention function of a site with slots, in the calling convention of `ALL_ATTENTION_FUNCTIONS`.
 
     query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E) -> output (B, T, Hq, E) and weights (B, Hq, T, S) or None.
-    `logit_bias` (B or 1, Hq, 1, n + S), slots first, is added to the scaled logits (ALiBi).
+    `logit_bias` (B or 1, Hq, 1, n + S), slots first, is added to the scaled logits (ALiBi). A site with a `head_norm`
+    (`eab_head_norm`) has its output normed here, before the model's own code sees it.
     """
     for name, argument in kwargs.items():
         if isinstance(argument, torch.Tensor) and name not in HARMLESS_TENSORS:
@@ -101,7 +112,8 @@ def eab_attention(
         causal=causal, mask=mask, slot_mask=slot_mask, dropout=dropout, softcap=softcap, sink_logits=s_aux,
         need_weights=need_weights,
     )  # fmt: skip
-    return out.transpose(1, 2).contiguous(), weights
+    out = out.transpose(1, 2).contiguous()
+    return module.head_norm(out) if hasattr(module, "head_norm") else out, weights
 
 
 def _biased(bias, n: int, keys: int, mask, slot_mask, causal: bool):
@@ -127,10 +139,10 @@ def _guard_site(n: int, config, site, args, kwargs):
     for asked in (config, getattr(site, "config", config)):
         if asked._attn_implementation not in IMPLEMENTATIONS.values():
             raise ValueError(
-                f"attention implementation {asked._attn_implementation!r} would leave out the slots of this model: "
-                "use set_attn_implementation('sdpa') or 'eager'"
+                f"attention implementation {asked._attn_implementation!r} would leave out the slots and norms of this "
+                "model: use set_attn_implementation('sdpa') or 'eager'"
             )
-    if (scale := own_query_scale(n, site, args, kwargs)) is not None:
+    if n and (scale := own_query_scale(n, site, args, kwargs)) is not None:
         kwargs = {**kwargs, "query_scale": scale}
     return args, kwargs
 
@@ -162,16 +174,22 @@ def install(model: PreTrainedModel, eab: dict, adapter=None) -> contextlib.ExitS
         undo.callback(delattr, site, "attention_bias")
         guard = functools.partial(_guard_site, n, trunk.config)
         undo.callback(site.register_forward_pre_hook(guard, with_kwargs=True).remove)
+    if n:
+        _move_text(model, trunk, n, eab.get("max_length"), undo)
+    return undo
+
+
+def _move_text(model: PreTrainedModel, trunk: PreTrainedModel, n: int, max_length: int | None, undo) -> None:
+    """Hooks that put the text behind n places."""
     names = list(inspect.signature(trunk.forward).parameters)
     if "position_ids" in names:  # without them positions are relative, and behind a prefix the same
-        shift = functools.partial(shift_positions, n, eab.get("max_length"), names)
+        shift = functools.partial(shift_positions, n, max_length, names)
         undo.callback(trunk.register_forward_pre_hook(shift, with_kwargs=True).remove)
     if model.config is not trunk.config:
         names = list(inspect.signature(model.forward).parameters)
         if {"position_ids", "attention_mask"} <= set(names):
             number = functools.partial(number_text, names)
             undo.callback(model.register_forward_pre_hook(number, with_kwargs=True).remove)
-    return undo
 
 
 def _put_back(config, eab: dict | None) -> None:
@@ -181,16 +199,16 @@ def _put_back(config, eab: dict | None) -> None:
         config.eab = eab
 
 
-def require_slots(model: nn.Module) -> None:
-    """Raise unless the model has slots and all of them that are in memory are finite."""
-    slots = [(name, module) for name, module in model.named_modules() if isinstance(module, Slots)]
-    if not slots:
+def require_added(model: nn.Module) -> None:
+    """Raise unless the model has slots (and norms), and all of them that are in memory are finite."""
+    added = [(name, module) for name, module in model.named_modules() if isinstance(module, Added)]
+    if not added:
         raise ValueError(f"{type(model).__name__} has no slots of this runtime")
-    for name, module in slots:
+    for name, module in added:
         for part, tensor in module.named_parameters():
             if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
-                    f"{name}.{part} is missing from the checkpoint or not finite: the slots of this model are lost"
+                    f"{name}.{part} is missing from the checkpoint or not finite: without it this is another model"
                 )
 
 
@@ -215,9 +233,9 @@ class AttentionBiasMixin:
         # they would stay uninitialised memory.
         super().initialize_weights()
         for module in self.modules():
-            for slot in module.parameters() if isinstance(module, Slots) else ():
-                if not slot.is_meta and not getattr(slot, "_is_hf_initialized", False):
-                    slot.data.fill_(float("nan"))
+            for added in module.parameters() if isinstance(module, Added) else ():
+                if not added.is_meta and not getattr(added, "_is_hf_initialized", False):
+                    added.data.fill_(float("nan"))
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, is_init_check=False, **kwargs):
         wanted = "sdpa" if attn_implementation is None else attn_implementation
@@ -243,7 +261,7 @@ class AttentionBiasMixin:
         if any(kwargs.get(name) is not None for name in PARALLEL_ARGUMENTS):
             raise ValueError("tensor parallelism has no plan for slots yet: load with device_map instead")
         loaded = super().from_pretrained(*args, **kwargs)
-        require_slots(loaded[0] if isinstance(loaded, tuple) else loaded)
+        require_added(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
 

@@ -129,7 +129,7 @@ class AttentionStatistics(Observer):
 
 
 class ValueVariance(Observer):
-    """Variance over channels of each head's output (its sum of values, before the output projection).
+    """Variance over channels of each head's output, as it goes into the output projection: behind a head norm.
 
     * `value_variance_first`: at the first token of the text, by head. That token attends to itself and to slots alone,
       so its output is one value vector where others are means of many.
@@ -207,7 +207,8 @@ class Selection(Observer):
             distance=_distance(weights, selected, values).mean(dim=2),
             sensitivity=(weights * (1 - weights)).amax(dim=-1).mean(dim=2) * softmax.scale,
         )
-        apart, some = _separable(output[:, queries].transpose(1, 2).to(values), values, selected, places)
+        summed = output if call.summed is None else call.summed
+        apart, some = _separable(summed[:, queries].transpose(1, 2).to(values), values, selected, places)
         usable = some.sum(dim=2)  # (B, Hq)
         apart = (apart * some).sum(dim=2) / usable.clamp(min=1)
         self.means.add(block, call.module, separability=apart, usable=(usable > 0))

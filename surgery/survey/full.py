@@ -18,7 +18,7 @@ from .massive import MassiveActivations
 from .neurons import SuperNeurons
 from .pictures import AttentionMaps, Landscape
 from .spectrum import Spectrum
-from .stream import Observer, slot_count, stream
+from .stream import Observer, normed_sites, slot_count, stream
 
 SHARE = 1 / 16  # of a pass that spectra may take, and as much the lens
 SPECTRUM = 31  # one of rank r takes as long as so many times r^3 operations of the pass (CPU, r = 512 and 576)
@@ -40,7 +40,11 @@ class FullSurvey:
             LogitLens(model, anatomy, positions),
         ]  # fmt: skip
         self._neurons, self._landscape, self._maps = SuperNeurons(model, anatomy), Landscape(), AttentionMaps()
-        self._about = {"model_type": anatomy.model_type, "n_slots": slot_count(model, anatomy)}
+        self._about = {
+            "model_type": anatomy.model_type,
+            "n_slots": slot_count(model, anatomy),
+            "normed_sites": normed_sites(model, anatomy),
+        }
 
     @property
     def observers(self) -> list[Observer]:

@@ -43,7 +43,10 @@ class Observer:
         """One attention call, before it is computed."""
 
     def attended(self, block: int, call: Call, output: torch.Tensor, batch: Batch) -> None:
-        """The same call with its output (B, T, Hq, E): the heads' sums of values, before the output projection."""
+        """The same call with its output (B, T, Hq, E), as it goes into the output projection.
+
+        That is the heads' sums of values, normed where the site has a head norm; `call.summed` is then what was normed.
+        """
 
     def units(self, block: int, activations: torch.Tensor, written: torch.Tensor, batch: Batch) -> None:
         """One down projection of an MLP: activations (B, T, m) go in, written (B, T, d) comes out.
@@ -124,6 +127,12 @@ def _widths(module: nn.Module) -> tuple[int, int | None]:
 def slot_count(model: PreTrainedModel, anatomy: Anatomy) -> int:
     """How many slots each site has; 0 in an unchanged model."""
     return (getattr(model.get_submodule(anatomy.trunk).config, "eab", None) or {}).get("n_slots", 0)
+
+
+def normed_sites(model: PreTrainedModel, anatomy: Anatomy) -> int:
+    """How many sites norm what their heads bring back."""
+    trunk = model.get_submodule(anatomy.trunk)
+    return sum(hasattr(trunk.get_submodule(site.name), "head_norm") for site in anatomy.sites)
 
 
 def on_layer(

@@ -13,7 +13,9 @@ def show_plan(console: Console, plan: dict) -> None:
     kind, slots = plan["model_type"], plan["n_slots"]
     count = f"up to {slots['max']}" if isinstance(slots, dict) else str(slots)
     console.print(f"[bold]{escape(plan['source']['spec'])}[/]")
-    console.print(f"{kind['from']} to {kind['to']}, {count} slots in each of {plan['sites']} attention sites\n")
+    added = [f"{count} slots in each of {plan['sites']} attention sites"] if slots else []
+    added += [f"norms of the heads in {plan['normed_sites']} of {plan['sites']}"] if plan["normed_sites"] else []
+    console.print(f"{kind['from']} to {kind['to']}, {', '.join(added)}\n")
     files = new_table("Files", "name", "action", "bytes")
     for file in plan["files"]:
         files.add_row(escape(file["name"]), file["action"], "" if file["bytes"] is None else f"{file['bytes']:,}")

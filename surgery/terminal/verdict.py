@@ -54,7 +54,7 @@ def _perplexity_table(verdict: dict) -> Table:
     interval = (verdict.get("delta_nll") or {}).get("vs_bare")
     bare = verdict["perplexity"].get("bare")
     for key, label in labels.items():
-        if (score := verdict["perplexity"].get(key)) is None:
+        if (score := verdict["perplexity"].get(key)) is None or (key == "control" and not verdict.get("prefix")):
             continue
         ratio = f"{math.exp(score['nll'] - bare['nll']):.4f}" if bare else ""
         shown = f"{exp(interval['low']):.4f} to {exp(interval['high']):.4f}" if interval and key == "converted" else ""

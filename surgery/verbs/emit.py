@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from ..checkpoint.layout import INDEX, TensorInfo, index_json, plan_file
+from ..checkpoint.layout import INDEX, TensorInfo, index_json
 from ..checkpoint.manifest import build_manifest
 from ..checkpoint.source import source_hashes
 from ..checkpoint.stage import Stage
-from ..operations.attention_bias import Slots, eab_config
-from ..operations.emission import converted_config, converted_tokenizer, slot_tensors, slot_values
+from ..operations.attention_bias import Slots, slot_values
+from ..operations.emission import added_layout, added_tensors, converted_config, converted_tokenizer
+from ..operations.head_norm import Norms, norm_values
 from ..planning import Plan, carried
 
 
-def emit(plan: Plan, stage: Stage, directory: Path, tokenizer, prefix: Sequence[int], slots: Slots, link: bool) -> dict:
+def emit(
+    plan: Plan, stage: Stage, directory: Path, tokenizer, prefix: Sequence[int], slots: Slots, norms: Norms, link: bool
+) -> dict:
     """Write every file but the card into the stage; returns the manifest, without file hashes and verdict yet.
 
     `directory` holds the source as plain files; a GGUF's are moved out of it, and it is removed.
@@ -29,23 +32,25 @@ def emit(plan: Plan, stage: Stage, directory: Path, tokenizer, prefix: Sequence[
             os.replace(directory / old, stage.path / new)
         else:
             stage.add_file(directory / old, new, link=link)
-    stage.add_tensors(plan.slot_shard, slot_values(plan.anatomy, slots), {"format": "pt"})
+    values = slot_values(plan.anatomy, slots)
+    if plan.head_norm is not None:
+        values.update(norm_values(plan.anatomy, plan.head_norm, norms))
+    stage.add_tensors(plan.added_shard, values, {"format": "pt"})
     n = len(prefix)
-    eab = eab_config(plan.anatomy, prefix, plan.operation.slots_visible)
     # They were planned for the most slots there could be.
     lowered = {key: value + plan.n_slots - n for key, value in plan.lowered.items()}
-    stage.add_json("config.json", converted_config(plan.source.config, plan.derived, eab, lowered))
-    _, slot_infos = plan_file(
-        plan.slot_shard, [(name, "F32", shape) for name, shape in slot_tensors(plan.anatomy, n).items()]
-    )
+    stage.add_json(
+        "config.json", converted_config(plan.source.config, plan.derived, plan.entries(prefix), lowered)
+    )  # fmt: skip
+    _, added = added_layout(added_tensors(plan.anatomy, n, plan.head_norm), plan.added_shard)
     tensors = {name: dict(entry) for name, entry in plan.tensors.items() if entry["status"] == "kept"}
-    for name, info in slot_infos.items():
-        tensors[name] = {"status": "added", "shard": plan.slot_shard, "dtype": "F32", "shape": list(info.shape)}
+    for name, info in added.items():
+        tensors[name] = {"status": "added", "shard": plan.added_shard, "dtype": "F32", "shape": list(info.shape)}
     kept = {
         t.name: TensorInfo(t.name, t.dtype, t.shape, plan.shards[t.shard], t.start, t.stop)
         for t in plan.source.layout.tensors.values()
     }
-    stage.add_json(INDEX, index_json({**kept, **slot_infos}))
+    stage.add_json(INDEX, index_json({**kept, **added}))
     _emit_companions(plan, stage, directory, tokenizer, prefix)
     for name, content in plan.derived.files().items():
         stage.add_text(name, content)

@@ -36,7 +36,7 @@ def prepare(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     opened = open_source(str(source), revision=revision, dtype=dtype)
     parse_config(opened.config)  # before the tokenizer, which would complain in its own words
-    prefix = recipe.operations[0].attention_bias.prefix
+    prefix = () if recipe.attention_bias is None else recipe.attention_bias.prefix
     texts_in_prefix = prefix != "auto" and any(isinstance(token, str) for token in prefix)
     wanted = needs_tokenizer or texts_in_prefix or has_tokenizer(opened.companions)
     tokenizer = source_tokenizer(opened) if wanted else None

@@ -1,4 +1,4 @@
-"""`surgery run`: fold the prefix into k', v', write the converted checkpoint, prove it, publish it."""
+"""`surgery run`: carry out the operations, write the converted checkpoint, prove it, publish it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
 from ..errors import DamagedCheckpoint, OutputError, SourceError
 from ..loading import load_original, load_tokenizer, require_device
-from ..operations.attention_bias import Slots, eab_config, fold
+from ..operations.attention_bias import Slots, fold
 from ..operations.card import model_card
+from ..operations.head_norm import Norms
 from ..operations.prefix_search import PrefixSearch
 from ..planning import Plan
 from ..recipe import Recipe
@@ -34,6 +35,7 @@ from ..verification.text import CHUNKS, FEW_CHUNKS, Chunking
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
 from .emit import emit
+from .fitting import fit_head_norms
 from .inputs import (
     SILENT,
     Texts,
@@ -84,6 +86,7 @@ class Operated:
 
     prefix: tuple[int, ...]
     slots: Slots
+    norms: Norms
     random_ids: Equivalence
     search: dict | None
     original: Original | None
@@ -130,10 +133,11 @@ def run(
     texts = gather_texts(text, calibration)
     reporter.step(f"plan {source}")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
-    searched = recipe.operations[0].attention_bias.prefix == "auto"
+    searched = recipe.attention_bias is not None and recipe.attention_bias.prefix == "auto"
+    reads_text = verify or searched or recipe.head_norm is not None
     prepared = prepare(
-        recipe, source, Path(out), needs_tokenizer=verify or searched, link=link, dtype=dtype, revision=revision
-    )
+        recipe, source, Path(out), needs_tokenizer=reads_text, link=link, dtype=dtype, revision=revision
+    )  # fmt: skip
     plan, tokenizer = prepared.plan, prepared.tokenizer
     if keep_failed is not None:
         _require_elsewhere(Path(keep_failed), Path(out), plan)
@@ -146,7 +150,7 @@ def run(
         operated = _operate(job, directory, tokenizer)
         tokens = [tokenizer.decode([token]) for token in operated.prefix] if tokenizer is not None else None
         reporter.step("write the converted checkpoint")
-        manifest = emit(plan, stage, directory, tokenizer, operated.prefix, operated.slots, link)
+        manifest = emit(plan, stage, directory, tokenizer, operated.prefix, operated.slots, operated.norms, link)
         converted = _measure_stage(job, tokenizer, operated)
         findings = _finish_stage(job, tokenizer, operated, converted, manifest, tokens)
         verdict = build_verdict(findings, tokenizer)
@@ -183,13 +187,18 @@ def _cut_texts(plan: Plan, tokenizer, texts: Texts, wanted: Chunking, verify: bo
             raise SourceError("verification needs text: give --text FILE, or --no-verify to write without proof.")
         evaluation = cut(tokenizer, texts.evaluation, chunking, vocab_size, "--text")
         require_window(plan.recipe.verify, chunking)
-    if plan.prefix is None:
-        if texts.calibration is None or tokenizer is None:
-            raise SourceError(
-                "prefix: auto is searched on text: give --calibration FILE (or --text) and a tokenizer, or list the "
-                "prefix in the recipe."
-            )
-    if plan.prefix is None or (verify and plan.recipe.verify.quantised.gates()):
+    without_calibration = texts.calibration is None or tokenizer is None
+    if plan.prefix is None and without_calibration:
+        raise SourceError(
+            "prefix: auto is searched on text: give --calibration FILE (or --text) and a tokenizer, or list the prefix "
+            "in the recipe."
+        )
+    if plan.head_norm is not None and without_calibration:
+        raise SourceError(
+            "head_norm is fitted on text: give --calibration FILE (or --text), and a model with a tokenizer."
+        )
+    reads = plan.prefix is None or plan.head_norm is not None
+    if reads or (verify and plan.recipe.verify.quantised.gates()):
         calibrating = cut_calibration(tokenizer, texts.calibration, chunking, vocab_size)
     return evaluation, calibrating
 
@@ -202,14 +211,14 @@ def _materialise(plan: Plan, stage: Stage, reporter: Reporter) -> Path:
 
 
 def _operate(job: Job, directory: Path, tokenizer) -> Operated:
-    """Everything that needs the original's weights: search, fold, comparison on random ids, baselines, survey."""
+    """Everything that needs the original's weights: search, fold, fit, comparison on random ids, baselines, survey."""
     plan, reporter = job.plan, job.reporter
     reporter.step("load the original")
     model = load_original(directory, device=job.device)
     _require_finite(model)
     if plan.recipe.verify.quantised.gates():
         linears(model, plan.anatomy)  # what cannot be quantised is refused before the work begins
-    prefix, search, visible = plan.prefix, None, plan.operation.slots_visible
+    prefix, search, visible = plan.prefix, None, plan.slots_visible
     if prefix is None:
         reporter.step(f"search for a prefix of up to {plan.n_slots} tokens")
         with reporter.bar("search", None) as advance:
@@ -221,9 +230,13 @@ def _operate(job: Job, directory: Path, tokenizer) -> Operated:
         reporter.note(
             f"prefix {searching.shown(prefix)} leaves {best.massive} massive activations on the calibration text"
         )
-    reporter.step("fold the prefix and compare with the original on random token ids")
-    slots = fold(model, plan.anatomy, prefix)
-    random_ids = compare_random_ids(model, plan.anatomy, prefix, slots, visible)
+    slots: Slots = {}
+    if prefix:
+        reporter.step("fold the prefix")
+        slots = fold(model, plan.anatomy, prefix)
+    norms = fit_head_norms(plan, model, prefix, slots, job.calibrating, reporter)
+    reporter.step("compare with the original on random token ids")
+    random_ids = compare_random_ids(model, plan.anatomy, prefix, slots, visible, plan.head_norm, norms)
     original = None
     if job.evaluation is not None:
         original = job.measuring.original(model, prefix, tokenizer.bos_token_id)
@@ -231,7 +244,7 @@ def _operate(job: Job, directory: Path, tokenizer) -> Operated:
     slots = {site: (key.float().cpu(), value.float().cpu()) for site, (key, value) in slots.items()}
     del model
     gc.collect()
-    return Operated(tuple(prefix), slots, random_ids, search, original, found)
+    return Operated(tuple(prefix), slots, norms, random_ids, search, original, found)
 
 
 def _require_finite(model: PreTrainedModel) -> None:
@@ -253,7 +266,7 @@ def _measure_stage(job: Job, tokenizer, operated: Operated) -> Converted:
     found = job.survey(model, tokenizer, "the converted model", str(stage.out))
     del model
     gc.collect()
-    return Converted(checks, quality_gates(plan.recipe.verify, operated.original, measurement), measurement, found)
+    return Converted(checks, quality_gates(plan.recipe, operated.original, measurement), measurement, found)
 
 
 def _finish_stage(
@@ -268,14 +281,14 @@ def _finish_stage(
         converted.measurement,
         operated.random_ids,
         operated.search,
-        {"ids": list(operated.prefix), "tokens": tokens},
+        {"ids": list(operated.prefix), "tokens": tokens} if operated.prefix else None,
     )
-    eab = eab_config(plan.anatomy, operated.prefix, plan.operation.slots_visible)
     folds_bos = tokenizer is not None and tokenizer.bos_token_id in operated.prefix
     measured = build_verdict(findings, tokenizer) if converted.measurement is not None else None
+    entries = plan.entries(operated.prefix)
     stage.add_text(
-        "README.md", model_card(plan.source, plan.derived, plan.recipe.to_dict(), eab, tokens, folds_bos, measured)
-    )
+        "README.md", model_card(plan.source, plan.derived, plan.recipe, entries, tokens, folds_bos, measured)
+    )  # fmt: skip
     manifest["files"] = stage.hashes()
     stage.add_json(MANIFEST, manifest)
     job.reporter.step("check the files against the source")

@@ -94,12 +94,12 @@ def _measured(
     """The verdict with perplexity and massive activations, on files whose integrity holds."""
     anatomy = converted_anatomy(root)
     tokenizer = load_tokenizer(root)
-    config, limits = read_config(root), _limits(root, manifest)
+    config, recipe = read_config(root), _recipe(root, manifest)
     prefix = config["eab"]["prefix_ids"]
     fitting = fit_chunks(chunking, anatomy, len(prefix))
     vocab_size = vocabulary_size(read_layout(root), config)
     chunks, calibrating = cut(tokenizer, texts.evaluation, fitting, vocab_size, "--text"), None
-    gates = limits if source is not None else Verify()  # what is compared needs both
+    gates = recipe.verify if source is not None else Verify()  # what is compared needs both
     require_window(gates, fitting)
     if gates.quantised.gates():
         if texts.calibration is None:
@@ -111,8 +111,8 @@ def _measured(
     measuring = Measuring(anatomy, chunks, calibrating, gates, reporter)
     original = _original(measuring, directory, tokenizer, prefix, device) if source is not None else None
     converted = measuring.converted(load_converted(root, device=device))  # the integrity check has compared the code
-    gates = quality_gates(limits, original, converted)
-    tokens = {"ids": prefix, "tokens": [tokenizer.decode([token]) for token in prefix]}
+    gates = quality_gates(recipe, original, converted)
+    tokens = {"ids": prefix, "tokens": [tokenizer.decode([token]) for token in prefix]} if prefix else None
     return build_verdict(Findings(checks, gates, original, converted, prefix=tokens), tokenizer)
 
 
@@ -141,9 +141,9 @@ def _plain_files(source: Source | None, reporter: Reporter) -> Iterator[Path | N
         yield materialise(source, Path(scratch) / "model")
 
 
-def _limits(root: Path, manifest: dict) -> Verify:
+def _recipe(root: Path, manifest: dict) -> Recipe:
     try:
-        return Recipe.model_validate(manifest["recipe"]).verify
+        return Recipe.model_validate(manifest["recipe"])
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise DamagedCheckpoint(

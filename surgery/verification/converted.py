@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.layout import read_json
-from ..checkpoint.manifest import MANIFEST, TYPE_PREFIX
+from ..checkpoint.manifest import MANIFEST, converted_from
 from ..errors import DamagedCheckpoint, NoSpace, SourceError
 from ..loading import one_line, quiet
 from ..registration import register
@@ -24,29 +24,37 @@ def require_converted(root: Path) -> None:
     if (root / MANIFEST).exists():
         return
     kind = read_json(root / "config.json").get("model_type") if (root / "config.json").is_file() else None
-    if not isinstance(kind, str) or not kind.startswith(TYPE_PREFIX):
+    if converted_from(kind) is None:
         raise SourceError(f"{root} is not a converted checkpoint: it has no {MANIFEST}; give the output of a run.")
 
 
 def read_config(root: Path) -> dict:
-    """config.json of a converted checkpoint; DamagedCheckpoint unless type and `eab` entry are what a run writes."""
+    """config.json of a converted checkpoint; DamagedCheckpoint unless its type and what it says of slots and norms are
+    what a run writes."""
     path = root / "config.json"
     if not path.is_file():
         raise DamagedCheckpoint(f"{path} is missing; {_AGAIN}.")
     config = read_json(path)
-    if not isinstance(config.get("model_type"), str) or not config["model_type"].startswith(TYPE_PREFIX):
+    found = converted_from(config.get("model_type"))
+    if found is None:
         raise DamagedCheckpoint(f"{path}: model_type {config.get('model_type')!r} is not a converted type; {_AGAIN}.")
-    if wrong := _wrong(config.get("eab")):
+    normed, head_norm = found[1], config.get("head_norm")
+    wrong = _wrong(config.get("eab"), normed)
+    if wrong is None and normed != (head_norm is not None):
+        wrong = f"model_type {config['model_type']!r} {'has no' if normed else 'does not go with a'} head_norm entry"
+    if wrong is None and normed:
+        wrong = _wrong_norms(head_norm, config["eab"]["sites"])
+    if wrong:
         raise DamagedCheckpoint(f"{path}: {wrong}; {_AGAIN}.")
     return config
 
 
-def _wrong(eab: object) -> str | None:
-    """What is wrong with `config.eab`, in words."""
+def _wrong(eab: object, normed: bool) -> str | None:
+    """What is wrong with `config.eab`, in words. Only beside norms may there be no slots."""
     if not isinstance(eab, dict):
         return "has no eab entry that describes the slots"
     n, ids, sites = eab.get("n_slots"), eab.get("prefix_ids"), eab.get("sites")
-    if type(n) is not int or n < 1:
+    if type(n) is not int or n < (0 if normed else 1):
         return f"eab.n_slots is {n!r}, not a count"
     if not isinstance(ids, list) or len(ids) != n or not all(type(token) is int and token >= 0 for token in ids):
         return f"eab.prefix_ids is not a list of {n} token ids"
@@ -60,11 +68,32 @@ def _wrong(eab: object) -> str | None:
     return None
 
 
+def _wrong_norms(head_norm: object, attending: dict) -> str | None:
+    """What is wrong with `config.head_norm`, in words; `attending` are the sites that attend."""
+    if not isinstance(head_norm, dict):
+        return "head_norm does not describe the norms"
+    sites, eps = head_norm.get("sites"), head_norm.get("eps")
+    for name in ("per_head", "gated"):
+        if type(head_norm.get(name)) is not bool:
+            return f"head_norm.{name} is {head_norm.get(name)!r}, not true or false"
+    if type(eps) is not float or not 0 < eps < 1:
+        return f"head_norm.eps is {eps!r}, not a small number"
+    if not isinstance(sites, dict) or not sites:
+        return "head_norm.sites names no attention site"
+    for name, dims in sites.items():
+        if name not in attending:
+            return f"head_norm.sites.{name} is not in eab.sites"
+        if not isinstance(dims, list) or len(dims) != 2 or not all(type(dim) is int and dim > 0 for dim in dims):
+            return f"head_norm.sites.{name} is not [heads, value_dim]"
+    return None
+
+
 def converted_anatomy(root: Path) -> Anatomy:
     """The anatomy of the model that the checkpoint in `root` was converted from, read from its config.json."""
     config = read_config(root)
-    base = {key: value for key, value in config.items() if key not in ("eab", "auto_map", "architectures")}
-    return examine({**base, "model_type": config["model_type"].removeprefix(TYPE_PREFIX)})
+    ours = ("eab", "head_norm", "auto_map", "architectures")
+    base = {key: value for key, value in config.items() if key not in ours}
+    return examine({**base, "model_type": converted_from(config["model_type"])[0]})
 
 
 def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:

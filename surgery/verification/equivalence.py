@@ -1,7 +1,12 @@
-"""The check that nothing skips: random ids through original + prefix and folded model, before anything is written."""
+"""The check that nothing skips: random ids through original + prefix and converted model, before anything is written.
+
+Slots are as they will be written. Head norms are at gate 0, where they leave the model what it was, and a site that is
+normed in the wrong place or shape shows.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from ..anatomy.seam import Norms, normed
 from ..anatomy.sites import Anatomy
 from ..anatomy.structure import brief
 from ..errors import UnsupportedModel
 from ..operations.attention_bias import Slots, grafted
+from ..operations.head_norm import at_gate
 from ..survey.stream import input_device
 
 ROWS, TOKENS, PADDING = 2, 48, 5
@@ -43,17 +50,25 @@ class Equivalence:
 
 @torch.inference_mode()
 def compare_random_ids(
-    model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int], slots: Slots, visible: str
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    prefix: Sequence[int],
+    slots: Slots,
+    visible: str,
+    head_norm: dict | None = None,
+    norms: Norms | None = None,
 ) -> Equivalence:
-    """Compare the folded model, live, against original + prefix. UnsupportedModel if they are not the same function.
+    """Compare the converted model, live, against original + prefix. UnsupportedModel if they are not the same function.
 
+    An empty prefix has no slots. `head_norm` and `norms` are what will be written; here their gates are 0.
     With slots that are always visible ("always"), the two differ beyond a window by design; the text is kept inside.
     """
     length = _length(model, anatomy, len(prefix), visible)
     device = input_device(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (ROWS, length), generator=generator).to(device)
-    behind = torch.cat([torch.tensor(list(prefix), device=device).expand(ROWS, -1), ids], dim=1)
+    lead = torch.tensor(list(prefix), dtype=torch.long, device=device).expand(ROWS, -1)
+    behind = torch.cat([lead, ids], dim=1)
 
     def log_probabilities(tokens, **kwargs):
         return model(input_ids=tokens, **kwargs).logits.float().log_softmax(-1)
@@ -66,19 +81,26 @@ def compare_random_ids(
     has_cache = "past_key_values" in inspect.signature(model.forward).parameters
     cached_control = _cached(model, behind, len(prefix))[:, len(prefix) :] if has_cache else None
     try:
-        with grafted(model, anatomy, prefix, slots, visible):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(grafted(model, anatomy, prefix, slots, visible))
+            if head_norm is not None:
+                stack.enter_context(normed(model, anatomy, *at_gate(head_norm, norms, 0.0)))
             plain = _distance(log_probabilities(ids, use_cache=False), control)
-            padded = _distance(_padded(ids, log_probabilities), padded_control)
+            if prefix:
+                behind_padding = _padded(ids, log_probabilities)
+            else:  # nothing derives positions: both are given them
+                behind_padding = _padded_control(model, ids, control, log_probabilities)
+            padded = _distance(behind_padding, padded_control)
             cached = _distance(_cached(model, ids, 0), cached_control) if has_cache else None
     except Exception as error:  # the runtime refuses a call, or foreign model code breaks on it: either way, no fold
-        raise UnsupportedModel(f"{anatomy.model_type}: the folded model does not run ({brief(error)})") from error
+        raise UnsupportedModel(f"{anatomy.model_type}: the converted model does not run ({brief(error)})") from error
     found = Equivalence(plain, padded, cached, limit)
     for how, value in (("", plain), (" under left padding", padded), (" with a key/value cache", cached)):
         if value is not None and not value <= limit:
             raise UnsupportedModel(
-                f"{anatomy.model_type}: on random token ids the folded model differs from original + prefix by "
-                f"{value:.3g} in log-probability{how} (rounding explains {limit:.3g}), so the fold is not exact for "
-                "this model and nothing was written"
+                f"{anatomy.model_type}: on random token ids the {'folded' if prefix else 'normed'} model differs from "
+                f"{'original + prefix' if prefix else 'the original, at gate 0,'} by {value:.3g} in log-probability"
+                f"{how} (rounding explains {limit:.3g}), so it is not exact for this model and nothing was written"
             )
     return found
 
@@ -91,7 +113,7 @@ def _length(model, anatomy: Anatomy, n: int, visible: str) -> int:
     length = min(TOKENS, room)
     if length < 4:
         raise UnsupportedModel(
-            f"{anatomy.model_type}: a prefix of {n} tokens leaves {length} positions to compare the fold on"
+            f"{anatomy.model_type}: a prefix of {n} tokens leaves {length} positions to compare the models on"
         )
     return length
 

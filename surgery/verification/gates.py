@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ..recipe import Verify
+from ..recipe import Recipe
 from ..survey.likelihood import perplexity
 from .measure import Measurement, Original
 from .perplexity import paired
@@ -27,15 +27,19 @@ def at_most(name: str, value: float, limit: float) -> Gate:
     return Gate(name, bool(value <= limit), value, limit)
 
 
-def quality_gates(limits: Verify, original: Original | None, converted: Measurement) -> list[Gate]:
-    """The recipe's gates on what was measured. Those that compare with the original need it."""
-    gates = []
+def quality_gates(recipe: Recipe, original: Original | None, converted: Measurement) -> list[Gate]:
+    """The recipe's gates on what was measured. Those that compare with the original need it.
+
+    Equivalence is asked of recipes that leave the function what it is; of others, perplexity is what decides.
+    """
+    gates, limits = [], recipe.verify
     if original is not None:
         against_control = paired(converted.score, original.control.score)
         against_bare = paired(converted.score, original.bare.score)
         # The interval, not the point: its far end must hold.
         furthest = max(abs(against_control.low), abs(against_control.high))
-        gates.append(at_most("equivalence", furthest, limits.equivalence.max_delta_nll))
+        if recipe.exact:
+            gates.append(at_most("equivalence", furthest, limits.equivalence.max_delta_nll))
         gates.append(at_most("perplexity", perplexity(against_bare.high), limits.perplexity.max_ratio))
         for name, gate in limits.quantised.gates().items():
             against_bare = paired(converted.quantised[name], original.bare.score)

@@ -14,10 +14,11 @@ from safetensors import safe_open
 
 from ..checkpoint.disk import sha256_of
 from ..checkpoint.layout import Layout, TensorInfo, iter_tensor_chunks, read_json, read_layout
-from ..checkpoint.manifest import MANIFEST, TYPE_PREFIX
+from ..checkpoint.manifest import MANIFEST, converted_from
 from ..checkpoint.source import Source, source_hashes
 from ..errors import SurgeryError
 from ..operations.derived import derive
+from ..operations.head_norm import norm_shapes
 from .converted import read_config
 
 Found = tuple[bool, str]
@@ -54,7 +55,7 @@ def check_integrity(
     except SurgeryError as error:
         return [*checks, Check("tensors", False, str(error))]
     checks.append(_check("tensors", lambda: _tensors(layout, manifest)))
-    checks.append(_check("slots", lambda: _slots(layout, manifest, read_config(root)["eab"])))
+    checks += _added(root, layout, manifest)
     if source is not None:
         checks.append(_check("source", lambda: _same_source(source, manifest)))
         # Where both sides' files have just been hashed, equal hashes are equal files, and need not be read once more.
@@ -92,8 +93,10 @@ def _files(root: Path, manifest: dict, progress) -> Found:
 
 
 def _config(root: Path) -> Found:
-    eab = read_config(root)["eab"]
-    return True, f"config.json describes {eab['n_slots']} slots in each of {len(eab['sites'])} sites"
+    config = read_config(root)
+    eab, head_norm = config["eab"], config.get("head_norm")
+    found = f"config.json describes {eab['n_slots']} slots in each of {len(eab['sites'])} sites"
+    return True, found if head_norm is None else f"{found}, and norms in {len(head_norm['sites'])} of them"
 
 
 def _tensors(layout: Layout, manifest: dict) -> Found:
@@ -105,19 +108,50 @@ def _tensors(layout: Layout, manifest: dict) -> Found:
     return True, f"{len(found)} tensors as planned, each in one shard"
 
 
-def _slots(layout: Layout, manifest: dict, eab: dict) -> Found:
-    """Every site has its two tensors, of the shape that config.json says, and they hold something."""
+def _added(root: Path, layout: Layout, manifest: dict) -> list[Check]:
+    """Slots, and norms where there are any: every site has its tensors, and no other tensors were added."""
+    try:
+        config = read_config(root)
+    except SurgeryError as error:
+        return [Check("slots", False, str(error))]
+    eab, head_norm = config["eab"], config.get("head_norm")
+    dims = {
+        f"{site}.attention_bias.{part}": (eab["n_slots"], kv_heads, dim)
+        for site, (kv_heads, key_dim, value_dim) in eab["sites"].items()
+        for part, dim in (("key", key_dim), ("value", value_dim))
+    }
+    kinds = {"slots": dims} if eab["n_slots"] else {}
+    if head_norm is not None:
+        kinds["norms"] = {
+            f"{site}.head_norm.{part}": shape
+            for site, shapes in norm_shapes(head_norm).items()
+            for part, shape in shapes.items()
+        }
     added = sorted(name for name, entry in manifest["tensors"].items() if entry["status"] == "added")
+    endings = [ending for shapes in kinds.values() for ending in shapes]
+    unknown = [name for name in added if not any(_is_named(name, ending) for ending in endings)]
+    return [
+        _check(kind, lambda kind=kind, shapes=shapes: _of_kind(kind, shapes, layout, added, unknown))
+        for kind, shapes in kinds.items()
+    ]
+
+
+def _is_named(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _of_kind(
+    kind: str, shapes: dict[str, tuple[int, ...]], layout: Layout, added: list[str], unknown: list[str]
+) -> Found:
+    """The tensors of one kind have the shapes that config.json says, and hold something."""
     expected = {}
-    for site, (kv_heads, key_dim, value_dim) in eab["sites"].items():
-        for part, dim in (("key", key_dim), ("value", value_dim)):
-            ending = f"{site}.attention_bias.{part}"
-            named = [name for name in added if name == ending or name.endswith(f".{ending}")]
-            if len(named) != 1 or named[0] not in layout.tensors:
-                return False, f"{ending} is missing: config.json's eab.sites asks for it"
-            expected[named[0]] = (eab["n_slots"], kv_heads, dim)
-    if unknown := [name for name in added if name not in expected]:
-        return False, f"{unknown[0]} was added, but config.json's eab.sites does not know it"
+    for ending, shape in shapes.items():
+        named = [name for name in added if _is_named(name, ending)]
+        if len(named) != 1 or named[0] not in layout.tensors:
+            return False, f"{ending} is missing: config.json asks for it"
+        expected[named[0]] = shape
+    if unknown:
+        return False, f"{unknown[0]} was added, but config.json does not know it"
     for name, shape in expected.items():
         info = layout.tensors[name]
         if (info.dtype, info.shape) != ("F32", shape):
@@ -126,16 +160,16 @@ def _slots(layout: Layout, manifest: dict, eab: dict) -> Found:
             tensor = file.get_tensor(name)
         if not bool(torch.isfinite(tensor).all()):
             return False, f"{name} holds NaN or Inf"
-        if bool((tensor == 0).all()):
-            return False, f"{name} is all zeros: its slots are lost"
-    return True, f"{len(expected)} slot tensors, finite"
+        if bool((tensor == 0).all()) and not name.endswith(".gate"):  # a gate of 0 leaves a head as it is
+            return False, f"{name} is all zeros: its {kind} are lost"
+    return True, f"{len(expected)} tensors of {kind}, finite"
 
 
 def _code(root: Path) -> Found:
     """The Python files are exactly what this version writes (safe to run, and tested), and no other code is named."""
     config = read_config(root)
     try:
-        derived = derive(config["model_type"].removeprefix(TYPE_PREFIX))
+        derived = derive(*converted_from(config["model_type"]))
     except KeyError:
         return False, f"config.json: model_type {config['model_type']!r} is not of the installed transformers"
     if config.get("auto_map") != derived.auto_map:

@@ -32,7 +32,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Original:
-    """The source model on the evaluation text: bare, behind BOS (None where it has none), behind the folded prefix."""
+    """The source model on the evaluation text: bare, behind BOS (None where it has none), behind the folded prefix.
+
+    Where nothing was folded, the last is the first.
+    """
 
     bare: Measurement
     bos: Measurement | None
@@ -52,7 +55,7 @@ def measure(
 
 def baseline_passes(prefix: Sequence[int], bos: int | None) -> int:
     """How many passes over the text `measure_original` makes, for a progress bar."""
-    return 2 if bos is None or tuple(prefix) == (bos,) else 3
+    return 1 + len({tuple(prefix), () if bos is None else (bos,)} - {()})
 
 
 def measure_original(
@@ -63,9 +66,9 @@ def measure_original(
     bos: int | None,
     progress: Progress,
 ) -> Original:
-    """The three baselines of the unchanged model."""
+    """The three baselines of the unchanged model; without a prefix, the control is the bare model."""
     bare = measure(model, anatomy, chunks, "bare original", progress, massive=True)
-    control = measure(model, anatomy, chunks, "original + prefix", progress, prefix)
+    control = measure(model, anatomy, chunks, "original + prefix", progress, prefix) if prefix else bare
     if bos is None:
         return Original(bare, None, control)
     same = tuple(prefix) == (bos,)  # then the control is the BOS baseline, and need not run twice

@@ -5,7 +5,7 @@ are rounded between the least and the largest of each token and head (Liu et al.
 per-token values so, and per-channel keys). What is rounded is computed in the model's own dtype, so that the simulation
 differs from integer kernels by the order of sums alone.
 
-Embeddings and the output layer stay as they are, and so do slots: constants of the checkpoint, float32 on disk.
+Embeddings and the output layer stay as they are, and so do slots and norms: few, and float32 on disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.probe import Call, rewriting
 from ..anatomy.seam import on_the_seam
-from ..anatomy.sites import Anatomy
+from ..anatomy.sites import ADDED, Anatomy
 from ..errors import UnsupportedModel
 from ..survey.likelihood import Likelihood, Score
 from ..survey.stream import stream
@@ -72,7 +72,9 @@ def linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
         for name, module in trunk.get_submodule(block).named_modules(prefix=block):
             if isinstance(module, (nn.Linear, Conv1D)):
                 found[name] = module
-            elif any(p.ndim > 1 for key, p in module.named_parameters(recurse=False)) and "attention_bias" not in name:
+            elif name.endswith(ADDED):
+                continue
+            elif any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 left.append(name)
     if left or not found:
         raise UnsupportedModel(
