@@ -6,6 +6,7 @@ bug in surgery, 130 interrupted, 141 nobody reads the output any more.
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 import warnings
@@ -278,6 +279,8 @@ def _invoke() -> int:
 def main() -> None:
     """Entry point of the `surgery` command."""
     warnings.showwarning = _show_warning
+    for imported in ("torchao", "torch.utils._pytree"):  # by transformers, where installed; it misses kernels for GPUs
+        logging.getLogger(imported).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not stop the work

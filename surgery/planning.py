@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .anatomy.sites import Anatomy, examine
+from .anatomy.sites import Anatomy, blank_model, examine
 from .checkpoint.disk import free_space, require_space, require_target
 from .checkpoint.layout import INDEX
 from .checkpoint.manifest import MANIFEST
@@ -14,6 +14,7 @@ from .errors import UnsupportedModel
 from .operations.derived import Derived, derive
 from .operations.emission import lowered_limits, shard_names, slot_layout
 from .recipe import AttentionBias, Recipe
+from .verification.quantised import SCHEMES, linears
 
 SMALL_FILES = 4 * 2**20  # what manifest, card, configuration and code can take, generously
 REWRITTEN = {"copy": 1, "change": 2}  # how large a file of the source can become; a tokenizer.json grows by indentation
@@ -46,6 +47,11 @@ class Plan:
     lowered: dict[str, int]
     bytes_needed: int
     bytes_free: int
+
+    @property
+    def quantises(self) -> bool:
+        """Whether a gate is on linear layers as if quantised."""
+        return any(SCHEMES[name].in_layers for name in self.recipe.verify.quantised.gates())
 
     @property
     def operation(self) -> AttentionBias:
@@ -106,10 +112,13 @@ def make_plan(
     if out is not None:
         require_target(where, source.root if source.root.is_dir() else None)
         require_space(where, needed)
-    return Plan(
+    plan = Plan(
         source, recipe, anatomy, derived, prefix, n_slots, shards, slot_shard, tensors, files,
         lowered_limits(source.config, anatomy, n_slots), needed, free_space(where),
     )  # fmt: skip
+    if plan.quantises:
+        linears(blank_model(source.config), anatomy)  # raises where there is something that cannot be quantised
+    return plan
 
 
 def carried(source: Source) -> tuple[str, ...]:

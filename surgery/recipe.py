@@ -131,12 +131,18 @@ class QuantisedGate(Strict):
     max_ratio: _Gate
 
 
+class Int8Gate(QuantisedGate):
+    """The same. `executed`: besides the simulation run int8 for real (`verification.executed`); the gate is on both."""
+
+    executed: bool = False
+
+
 class Quantised(Strict):
     """Gates by quantisation scheme (`verification.quantised.SCHEMES`); only those that are named are measured."""
 
-    w8a8_static: QuantisedGate | None = None
-    w8a8_dynamic: QuantisedGate | None = None
-    w8a8_per_token: QuantisedGate | None = None
+    w8a8_static: Int8Gate | None = None
+    w8a8_dynamic: Int8Gate | None = None
+    w8a8_per_token: Int8Gate | None = None
     w4a4_static: QuantisedGate | None = None
     w4: QuantisedGate | None = None
     kv4: QuantisedGate | None = None
@@ -145,6 +151,9 @@ class Quantised(Strict):
     def gates(self) -> dict[str, QuantisedGate]:
         found = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: gate for name, gate in found.items() if gate is not None}
+
+    def executed(self) -> tuple[str, ...]:
+        return tuple(name for name, gate in self.gates().items() if getattr(gate, "executed", False))
 
     @model_serializer(mode="wrap")
     def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:

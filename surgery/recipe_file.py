@@ -11,6 +11,7 @@ from .errors import RecipeError
 from .recipe import (
     AttentionBias,
     Equivalence,
+    Int8Gate,
     MassiveActivations,
     Perplexity,
     Quantised,
@@ -33,6 +34,15 @@ _MODELS: dict[str, type[Strict]] = {
     "quantised": Quantised,
     "streaming": Streaming,
     **dict.fromkeys(Quantised.model_fields, QuantisedGate),
+    **dict.fromkeys(("w8a8_static", "w8a8_dynamic", "w8a8_per_token"), Int8Gate),
+}
+
+# Keys that have no default, and a value for each.
+_NEEDED = {
+    "surgery": "1",
+    "operations": "[attention_bias: {prefix: auto}]",
+    "max_ratio": "1.25",
+    "window": "256",
 }
 
 
@@ -87,13 +97,8 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
         model = _MODELS[next((str(part) for part in reversed(key[:-1]) if part in _MODELS), "")]
         return line, f"unknown key '{dotted}'; {known(str(key[-1]), model)}"
     if kind == "missing":
-        example = {
-            "surgery": "surgery: 1",
-            "operations": "operations: [attention_bias: {prefix: auto}]",
-            "max_ratio": "max_ratio: 1.25",
-            "window": "window: 256",
-        }
-        return line, f"the key '{detail['loc'][-1]}' is missing; add '{example[detail['loc'][-1]]}'"
+        lacking = detail["loc"][-1]
+        return line, f"the key '{lacking}' is missing; add '{lacking}: {_NEEDED[lacking]}'"
     if kind == "value_error":
         return line, f"{dotted} {context['error']}"
     value = f"{dotted} is {shown(given)}"
@@ -102,6 +107,8 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
         return line, f"{value}; it must be {context['expected']}{alternative}"
     if kind in ("float_type", "finite_number"):
         return line, f"{value}: a gate that is not a number; write one such as {_example(key)}"
+    if kind == "bool_type":
+        return line, f"{value}; it must be true or false"
     if kind == "int_type":
         return line, f"{value}, which is not a whole number; write one such as {_example(key)}"
     if kind.startswith(("greater_than", "less_than")):
@@ -116,6 +123,8 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
 
 
 def _example(key: Key) -> str:
-    """The default of a numeric key, as a person would write it."""
+    """The default of a numeric key, as a person would write it, or what could be written where there is none."""
+    if key[-1] in _NEEDED:
+        return _NEEDED[str(key[-1])]
     model = next(model for model in _MODELS.values() if key[-1] in model.model_fields)
     return f"{model.model_fields[str(key[-1])].default:g}".replace("1e-05", "1.0e-5")

@@ -66,7 +66,12 @@ def _perplexity_table(verdict: dict) -> Table:
 
 def _quantised_table(found: dict) -> Table:
     table = new_table("Quantised, simulated", "", "original", "of bare", "converted", "of bare", "95% interval, paired")
+    rows = []
     for scheme, entry in found.items():
+        rows.append((scheme, entry))
+        if "executed" in entry:
+            rows.append((f"{scheme}, executed", entry["executed"]))
+    for scheme, entry in rows:
         original, converted = entry["delta_nll"]["original"], entry["delta_nll"]["converted"]
         table.add_row(
             scheme, f"{entry['original']['ppl']:,.4f}", f"{exp(original['mean']):.4f}",

@@ -14,6 +14,7 @@ from ..checkpoint.stage import Stage
 from ..errors import SourceError
 from ..recipe import Verify
 from ..reporting import Reporter
+from ..verification.executed import require_int8
 from ..verification.text import Chunking, chunk, read_texts, split_text, tokenize
 
 CALIBRATION_CHUNKS = 32
@@ -69,6 +70,12 @@ def require_window(gates: Verify, chunking: Chunking) -> None:
             f"verify.streaming.window is {gates.streaming.window}, and chunks of {chunking.length} tokens never leave "
             "it; give a longer --chunk-length, or a smaller window."
         )
+
+
+def require_tools(gates: Verify, device: str) -> None:
+    """SourceError unless what the gates are measured with is installed, and runs here."""
+    if gates.quantised.executed():
+        require_int8(device)
 
 
 def vocabulary_size(layout: Layout, config: dict) -> int:

@@ -13,7 +13,7 @@ from ..recipe import Verify
 from ..reporting import Reporter
 from ..survey.likelihood import Score
 from ..verification.measure import Measurement, Original, baseline_passes, measure, measure_original
-from ..verification.quantised import measure_quantised, quantised_passes
+from ..verification.quantised_scores import measure_quantised, quantised_passes
 from ..verification.streaming import KEPT, measure_streaming
 
 
@@ -46,19 +46,22 @@ class Measuring:
     def _further(
         self, model: PreTrainedModel, found: Measurement, whose: str, keeps: Sequence[int]
     ) -> Measurement:  # fmt: skip
-        if schemes := tuple(self.gates.quantised.gates()):
-            found = replace(found, quantised=self._quantised(model, schemes, whose))
+        if self.gates.quantised.gates():
+            simulated, executed = self._quantised(model, whose)
+            found = replace(found, quantised=simulated, executed=executed)
         if self.gates.streaming is not None:
             found = replace(found, streaming=self._streaming(model, self.gates.streaming.window, keeps, whose))
         return found
 
-    def _quantised(self, model: PreTrainedModel, schemes: Sequence[str], whose: str) -> dict[str, Score]:
+    def _quantised(self, model: PreTrainedModel, whose: str) -> tuple[dict[str, Score], dict[str, Score]]:
         self.reporter.step(f"measure {whose} quantised")
-        passes = quantised_passes(schemes, self.evaluation, self.calibrating)
+        schemes, executed = tuple(self.gates.quantised.gates()), self.gates.quantised.executed()
+        passes = quantised_passes(schemes, executed, self.evaluation, self.calibrating)
         with self.reporter.bar("quantised", passes) as advance:
             return measure_quantised(
-                model, self.anatomy, schemes, self.evaluation, self.calibrating, lambda what, done: advance(done, what)
-            )
+                model, self.anatomy, schemes, executed, self.evaluation, self.calibrating,
+                lambda what, done: advance(done, what),
+            )  # fmt: skip
 
     def _streaming(
         self, model: PreTrainedModel, window: int, keeps: Sequence[int], whose: str

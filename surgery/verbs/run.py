@@ -29,7 +29,7 @@ from ..verification.equivalence import Equivalence, compare_random_ids
 from ..verification.gates import Gate, quality_gates
 from ..verification.integrity import Check, check_integrity
 from ..verification.measure import Measurement, Original
-from ..verification.quantised import linears
+from ..verification.quantised import loaded_linears
 from ..verification.text import CHUNKS, FEW_CHUNKS, Chunking
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
@@ -41,6 +41,7 @@ from .inputs import (
     cut_calibration,
     fit_chunks,
     gather_texts,
+    require_tools,
     require_window,
     source_work,
     vocabulary_size,
@@ -137,6 +138,8 @@ def run(
     plan, tokenizer = prepared.plan, prepared.tokenizer
     if keep_failed is not None:
         _require_elsewhere(Path(keep_failed), Path(out), plan)
+    if verify:
+        require_tools(plan.recipe.verify, device)
     evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify, reporter)
     with Stage(Path(out)) as stage:
         directory = _materialise(plan, stage, reporter)
@@ -207,8 +210,8 @@ def _operate(job: Job, directory: Path, tokenizer) -> Operated:
     reporter.step("load the original")
     model = load_original(directory, device=job.device)
     _require_finite(model)
-    if plan.recipe.verify.quantised.gates():
-        linears(model, plan.anatomy)  # what cannot be quantised is refused before the work begins
+    if plan.quantises:
+        loaded_linears(model, plan.anatomy)  # weights that are offloaded are refused before the work begins
     prefix, search, visible = plan.prefix, None, plan.operation.slots_visible
     if prefix is None:
         reporter.step(f"search for a prefix of up to {plan.n_slots} tokens")

@@ -21,12 +21,13 @@ class Measurement:
     """What one pass found. `massive` is None where it was not asked for.
 
     The same text, where a recipe asks for it (of the bare original and of the converted model): `quantised` by scheme,
-    `streaming` through a window, by how many first tokens are kept.
+    simulated, and `executed` in int8, `streaming` through a window, by how many first tokens are kept.
     """
 
     score: Score
     massive: dict | None = None
     quantised: dict[str, Score] = field(default_factory=dict)
+    executed: dict[str, Score] = field(default_factory=dict)
     streaming: dict[int, Score] = field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 
+from ..survey.likelihood import Score
 from .equivalence import Equivalence
 from .gates import Gate
 from .integrity import Check, integrity_to_dict
@@ -73,17 +74,28 @@ def _differences(findings: Findings) -> dict:
 
 
 def _quantised(bare: Measurement, converted: Measurement) -> dict:
-    """Scheme -> both scores, and each one's difference to the bare original that is not quantised."""
+    """Scheme -> both scores, and each one's difference to the bare original that is not quantised.
+
+    Where it was `executed`, the same of that, and each one's difference to its simulation.
+    """
+    found = {
+        name: _beside(bare.quantised[name], score, bare.score) for name, score in converted.quantised.items()
+    }  # fmt: skip
+    for name, score in converted.executed.items():
+        entry = found[name]["executed"] = _beside(bare.executed[name], score, bare.score)
+        entry["delta_nll"]["original_vs_simulated"] = paired(bare.executed[name], bare.quantised[name]).to_dict()
+        entry["delta_nll"]["converted_vs_simulated"] = paired(score, converted.quantised[name]).to_dict()
+    return found
+
+
+def _beside(original: Score, converted: Score, bare: Score) -> dict:
     return {
-        name: {
-            "original": bare.quantised[name].to_dict(),
-            "converted": score.to_dict(),
-            "delta_nll": {
-                "original": paired(bare.quantised[name], bare.score).to_dict(),
-                "converted": paired(score, bare.score).to_dict(),
-            },
-        }
-        for name, score in converted.quantised.items()
+        "original": original.to_dict(),
+        "converted": converted.to_dict(),
+        "delta_nll": {
+            "original": paired(original, bare).to_dict(),
+            "converted": paired(converted, bare).to_dict(),
+        },
     }
 
 
