@@ -170,6 +170,16 @@ class Streaming(Strict):
     max_ratio: _Gate
 
 
+class CacheEdits(Strict):
+    """Perplexity behind a context of which `tokens` were deleted from, or inserted into, the cache: four such edits.
+
+    Over that of the original, edited alike, which keeps its first four tokens; upper end of the paired 95% interval.
+    """
+
+    tokens: Annotated[int, Field(ge=8)]
+    max_ratio: _Gate
+
+
 class Verify(Strict):
     """The gates. One that is left out still applies, with its default; none of the first three can be switched off."""
 
@@ -178,6 +188,7 @@ class Verify(Strict):
     massive_activations: MassiveActivations = MassiveActivations()
     quantised: Quantised = Quantised()
     streaming: Streaming | None = None
+    cache_edits: CacheEdits | None = None
 
     @model_serializer(mode="wrap")
     def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:

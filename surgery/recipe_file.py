@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from .errors import RecipeError
 from .recipe import (
     AttentionBias,
+    CacheEdits,
     Equivalence,
     Int8Gate,
     MassiveActivations,
@@ -33,6 +34,7 @@ _MODELS: dict[str, type[Strict]] = {
     "massive_activations": MassiveActivations,
     "quantised": Quantised,
     "streaming": Streaming,
+    "cache_edits": CacheEdits,
     **dict.fromkeys(Quantised.model_fields, QuantisedGate),
     **dict.fromkeys(("w8a8_static", "w8a8_dynamic", "w8a8_per_token"), Int8Gate),
 }
@@ -43,6 +45,7 @@ _NEEDED = {
     "operations": "[attention_bias: {prefix: auto}]",
     "max_ratio": "1.25",
     "window": "256",
+    "tokens": "64",
 }
 
 

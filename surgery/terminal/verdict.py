@@ -23,6 +23,8 @@ def show_verdict(console: Console, verdict: dict) -> None:
         console.print(_quantised_table(verdict["quantised"]), "")
     if verdict.get("streaming"):
         console.print(_streaming_table(verdict["streaming"]), "")
+    if verdict.get("cache_edits"):
+        console.print(_edits_table(verdict["cache_edits"]), "")
     if verdict["gates"]:
         gates = new_table("Gates", "", "value", "limit", "result")
         for gate in verdict["gates"]:
@@ -89,6 +91,24 @@ def _streaming_table(found: dict) -> Table:
         delta = found["delta_nll"][f"{name}_vs_kept"]
         interval = f"{exp(delta['low']):.4f} to {exp(delta['high']):.4f}"
         table.add_row(f"{name}, keeping none", f"{found[name]['ppl']:,.4f}", f"{exp(delta['mean']):.4f}", interval)
+    return table
+
+
+def _edits_table(found: dict) -> Table:
+    columns = ("original", "keeping four", "converted")
+    table = new_table("Behind an edited cache", "", *columns, "of keeping four", "95% interval, paired")
+    whole = found["none"]
+    table.add_row(
+        "unedited, perplexity", f"{whole['original']['ppl']:,.4f}", "", f"{whole['converted']['ppl']:,.4f}", "", ""
+    )
+    for edit, entry in found.items():
+        if edit == "none":
+            continue
+        delta = entry["delta_nll"]
+        ratios = [f"{exp(delta[name]['mean']):.4f}" for name in ("original", "original_kept", "converted")]
+        against = delta["converted_vs_kept"]
+        interval = f"{exp(against['low']):.4f} to {exp(against['high']):.4f}"
+        table.add_row(f"{edit.replace('_', ', ')}, of unedited", *ratios, f"{exp(against['mean']):.4f}", interval)
     return table
 
 

@@ -15,6 +15,7 @@ from ..errors import SourceError
 from ..recipe import Verify
 from ..reporting import Reporter
 from ..verification.executed import require_int8
+from ..verification.streaming import KEPT
 from ..verification.text import Chunking, chunk, read_texts, split_text, tokenize
 
 CALIBRATION_CHUNKS = 32
@@ -63,12 +64,17 @@ def cut_calibration(tokenizer, text: str, chunking: Chunking, vocab_size: int) -
     return cut(tokenizer, text, wanted, vocab_size, "the calibration text")
 
 
-def require_window(gates: Verify, chunking: Chunking) -> None:
-    """SourceError unless chunks are longer than the window that a recipe streams them through."""
+def require_length(gates: Verify, chunking: Chunking) -> None:
+    """SourceError unless chunks leave the window that a recipe streams them through, and hold what it edits."""
     if gates.streaming is not None and chunking.length <= gates.streaming.window:
         raise SourceError(
             f"verify.streaming.window is {gates.streaming.window}, and chunks of {chunking.length} tokens never leave "
             "it; give a longer --chunk-length, or a smaller window."
+        )
+    if gates.cache_edits is not None and chunking.length // 2 < gates.cache_edits.tokens + 2 * KEPT:
+        raise SourceError(
+            f"verify.cache_edits.tokens is {gates.cache_edits.tokens}, and the first half of {chunking.length} tokens "
+            f"has room for {chunking.length // 2 - 2 * KEPT}; give a longer --chunk-length, or fewer tokens."
         )
 
 

@@ -12,6 +12,7 @@ from ..anatomy.sites import Anatomy
 from ..recipe import Verify
 from ..reporting import Reporter
 from ..survey.likelihood import Score
+from ..verification.cache_edits import edit_passes, measure_edits
 from ..verification.measure import Measurement, Original, baseline_passes, measure, measure_original
 from ..verification.quantised_scores import measure_quantised, quantised_passes
 from ..verification.streaming import KEPT, measure_streaming
@@ -51,6 +52,8 @@ class Measuring:
             found = replace(found, quantised=simulated, executed=executed)
         if self.gates.streaming is not None:
             found = replace(found, streaming=self._streaming(model, self.gates.streaming.window, keeps, whose))
+        if self.gates.cache_edits is not None:
+            found = replace(found, edits=self._edits(model, self.gates.cache_edits.tokens, keeps, whose))
         return found
 
     def _quantised(self, model: PreTrainedModel, whose: str) -> tuple[dict[str, Score], dict[str, Score]]:
@@ -70,4 +73,13 @@ class Measuring:
         with self.reporter.bar("streaming", len(keeps) * len(self.evaluation)) as advance:
             return measure_streaming(
                 model, self.anatomy, self.evaluation, window, keeps, lambda what, done: advance(done, what)
+            )
+
+    def _edits(
+        self, model: PreTrainedModel, tokens: int, keeps: Sequence[int], whose: str
+    ) -> dict[tuple[str, int], Score]:  # fmt: skip
+        self.reporter.step(f"measure {whose} behind a cache of which {tokens} tokens are edited")
+        with self.reporter.bar("edited caches", edit_passes(keeps) * len(self.evaluation)) as advance:
+            return measure_edits(
+                model, self.anatomy, self.evaluation, tokens, keeps, lambda what, done: advance(done, what)
             )

@@ -41,8 +41,8 @@ from .inputs import (
     cut_calibration,
     fit_chunks,
     gather_texts,
+    require_length,
     require_tools,
-    require_window,
     source_work,
     vocabulary_size,
 )
@@ -185,7 +185,7 @@ def _cut_texts(plan: Plan, tokenizer, texts: Texts, wanted: Chunking, verify: bo
         if texts.evaluation is None:
             raise SourceError("verification needs text: give --text FILE, or --no-verify to write without proof.")
         evaluation = cut(tokenizer, texts.evaluation, chunking, vocab_size, "--text")
-        require_window(plan.recipe.verify, chunking)
+        require_length(plan.recipe.verify, chunking)
     if plan.prefix is None:
         if texts.calibration is None or tokenizer is None:
             raise SourceError(

@@ -25,7 +25,7 @@ from ..verification.measure import Original
 from ..verification.text import CHUNKS, Chunking, read_texts
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict
-from .inputs import SILENT, Texts, cut, cut_calibration, fit_chunks, require_tools, require_window, vocabulary_size
+from .inputs import SILENT, Texts, cut, cut_calibration, fit_chunks, require_length, require_tools, vocabulary_size
 from .measuring import Measuring
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -100,7 +100,7 @@ def _measured(
     vocab_size = vocabulary_size(read_layout(root), config)
     chunks, calibrating = cut(tokenizer, texts.evaluation, fitting, vocab_size, "--text"), None
     gates = limits if source is not None else Verify()  # what is compared needs both
-    require_window(gates, fitting)
+    require_length(gates, fitting)
     require_tools(gates, device)
     if gates.quantised.gates():
         if texts.calibration is None:

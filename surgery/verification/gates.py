@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from ..recipe import Verify
 from ..survey.likelihood import perplexity
+from .cache_edits import EDITS, kept_edit
 from .measure import Measurement, Original
 from .perplexity import paired
 from .streaming import KEPT
@@ -46,5 +47,10 @@ def quality_gates(limits: Verify, original: Original | None, converted: Measurem
         if limits.streaming is not None:
             against_kept = paired(converted.streaming[0], original.bare.streaming[KEPT])
             gates.append(at_most("streaming", perplexity(against_kept.high), limits.streaming.max_ratio))
+        if limits.cache_edits is not None:
+            for edit in EDITS:
+                against_kept = paired(converted.edits[edit, 0], kept_edit(original.bare.edits, edit))
+                limit = limits.cache_edits.max_ratio
+                gates.append(at_most(f"cache_edits.{edit}", perplexity(against_kept.high), limit))
     gates.append(at_most("massive_activations", converted.massive["count"], limits.massive_activations.max))
     return gates

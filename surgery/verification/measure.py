@@ -29,6 +29,7 @@ class Measurement:
     quantised: dict[str, Score] = field(default_factory=dict)
     executed: dict[str, Score] = field(default_factory=dict)
     streaming: dict[int, Score] = field(default_factory=dict)
+    edits: dict[tuple[str, int], Score] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 
 from ..survey.likelihood import Score
+from .cache_edits import EDITS, kept_edit
 from .equivalence import Equivalence
 from .gates import Gate
 from .integrity import Check, integrity_to_dict
@@ -51,6 +52,8 @@ def build_verdict(findings: Findings, tokenizer=None) -> dict:
             verdict["quantised"] = _quantised(findings.original.bare, findings.converted)
         if findings.original is not None and findings.converted.streaming:
             verdict["streaming"] = _streaming(findings.original.bare, findings.converted)
+        if findings.original is not None and findings.converted.edits:
+            verdict["cache_edits"] = _edited(findings.original.bare, findings.converted)
     if findings.search is not None:
         verdict["prefix_search"] = findings.search
     return verdict
@@ -111,6 +114,26 @@ def _streaming(bare: Measurement, converted: Measurement) -> dict:
             "converted_vs_kept": paired(found, kept).to_dict(),
         },
     }
+
+
+def _edited(bare: Measurement, converted: Measurement) -> dict:
+    """Edit -> scores of original, original that keeps its first tokens, converted, and each one's price.
+
+    That is the difference to the same model on the same targets, unedited ("none").
+    """
+    found = {"none": {"original": bare.edits["none", 0].to_dict(), "converted": converted.edits["none", 0].to_dict()}}
+    for edit in EDITS:
+        scores = {
+            "original": bare.edits[edit, 0],
+            "original_kept": kept_edit(bare.edits, edit),
+            "converted": converted.edits[edit, 0],
+        }
+        whole = {"original": bare, "original_kept": bare, "converted": converted}
+        deltas = {name: paired(score, whole[name].edits["none", 0]) for name, score in scores.items()}
+        deltas["converted_vs_kept"] = paired(scores["converted"], scores["original_kept"])
+        found[edit] = {name: score.to_dict() for name, score in scores.items()}
+        found[edit]["delta_nll"] = {name: delta.to_dict() for name, delta in deltas.items()}
+    return found
 
 
 def _named(massive: dict | None, tokenizer) -> dict | None:
