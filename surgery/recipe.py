@@ -180,6 +180,18 @@ class CacheEdits(Strict):
     max_ratio: _Gate
 
 
+class Tasks(Strict):
+    """How much less the converted model may score than the original on zero-shot tasks of lm-evaluation-harness.
+
+    In each metric that is a mean over documents, at the upper end of the interval paired by document. `limit`: only so
+    many documents of each task.
+    """
+
+    names: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], _AsTuple, Field(min_length=1)]
+    limit: Annotated[int, Field(ge=2)] | None = None
+    max_drop: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Verify(Strict):
     """The gates. One that is left out still applies, with its default; none of the first three can be switched off."""
 
@@ -189,6 +201,7 @@ class Verify(Strict):
     quantised: Quantised = Quantised()
     streaming: Streaming | None = None
     cache_edits: CacheEdits | None = None
+    tasks: Tasks | None = None
 
     @model_serializer(mode="wrap")
     def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .recipe import (
     Recipe,
     Streaming,
     Strict,
+    Tasks,
     Verify,
     known,
 )
@@ -35,6 +36,7 @@ _MODELS: dict[str, type[Strict]] = {
     "quantised": Quantised,
     "streaming": Streaming,
     "cache_edits": CacheEdits,
+    "tasks": Tasks,
     **dict.fromkeys(Quantised.model_fields, QuantisedGate),
     **dict.fromkeys(("w8a8_static", "w8a8_dynamic", "w8a8_per_token"), Int8Gate),
 }
@@ -46,6 +48,9 @@ _NEEDED = {
     "max_ratio": "1.25",
     "window": "256",
     "tokens": "64",
+    "names": "[arc_easy]",
+    "max_drop": "0.02",
+    "limit": "500",
 }
 
 
@@ -110,6 +115,8 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
         return line, f"{value}; it must be {context['expected']}{alternative}"
     if kind in ("float_type", "finite_number"):
         return line, f"{value}: a gate that is not a number; write one such as {_example(key)}"
+    if kind in ("string_type", "string_too_short"):
+        return line, f"{value}; it must be text"
     if kind == "bool_type":
         return line, f"{value}; it must be true or false"
     if kind == "int_type":

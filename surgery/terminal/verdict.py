@@ -25,6 +25,8 @@ def show_verdict(console: Console, verdict: dict) -> None:
         console.print(_streaming_table(verdict["streaming"]), "")
     if verdict.get("cache_edits"):
         console.print(_edits_table(verdict["cache_edits"]), "")
+    if verdict.get("tasks"):
+        console.print(_tasks_table(verdict["tasks"]), "")
     if verdict["gates"]:
         gates = new_table("Gates", "", "value", "limit", "result")
         for gate in verdict["gates"]:
@@ -109,6 +111,19 @@ def _edits_table(found: dict) -> Table:
         against = delta["converted_vs_kept"]
         interval = f"{exp(against['low']):.4f} to {exp(against['high']):.4f}"
         table.add_row(f"{edit.replace('_', ', ')}, of unedited", *ratios, f"{exp(against['mean']):.4f}", interval)
+    return table
+
+
+def _tasks_table(found: dict) -> Table:
+    table = new_table("Zero-shot tasks", "", "documents", "original", "converted", "drop", "95% interval, paired")
+    for task, metrics in found.items():
+        for metric, entry in metrics.items():
+            before, after = (f"{entry[name]:.4f} ± {entry[f'{name}_stderr']:.4f}" for name in ("original", "converted"))
+            drop = entry["drop"]
+            interval = f"{drop['low']:+.4f} to {drop['high']:+.4f}"
+            table.add_row(
+                escape(f"{task}, {metric}"), f"{entry['documents']:,}", before, after, f"{drop['mean']:+.4f}", interval
+            )
     return table
 
 

@@ -16,6 +16,7 @@ from ..recipe import Verify
 from ..reporting import Reporter
 from ..verification.executed import require_int8
 from ..verification.streaming import KEPT
+from ..verification.tasks import TaskSet, open_tasks, require_harness
 from ..verification.text import Chunking, chunk, read_texts, split_text, tokenize
 
 CALIBRATION_CHUNKS = 32
@@ -82,6 +83,17 @@ def require_tools(gates: Verify, device: str) -> None:
     """SourceError unless what the gates are measured with is installed, and runs here."""
     if gates.quantised.executed():
         require_int8(device)
+    if gates.tasks is not None:
+        require_harness()
+
+
+def gather_tasks(gates: Verify, files: Path | None) -> TaskSet | None:
+    """The tasks that the gates are on, `files` among them; None where they are on none."""
+    if gates.tasks is not None:
+        return open_tasks(gates.tasks.names, gates.tasks.limit, files)
+    if files is not None:
+        raise SourceError(f"--tasks {files}: no gate of the recipe is on tasks; name them under verify.tasks.")
+    return None
 
 
 def vocabulary_size(layout: Layout, config: dict) -> int:

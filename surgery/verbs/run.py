@@ -30,6 +30,7 @@ from ..verification.gates import Gate, quality_gates
 from ..verification.integrity import Check, check_integrity
 from ..verification.measure import Measurement, Original
 from ..verification.quantised import loaded_linears
+from ..verification.tasks import TaskSet
 from ..verification.text import CHUNKS, FEW_CHUNKS, Chunking
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
@@ -40,6 +41,7 @@ from .inputs import (
     cut,
     cut_calibration,
     fit_chunks,
+    gather_tasks,
     gather_texts,
     require_length,
     require_tools,
@@ -62,11 +64,12 @@ class Job:
     device: str
     surveyed: bool
     reporter: Reporter
+    tasks: TaskSet | None
 
     @property
     def measuring(self) -> Measuring:
         gates = self.plan.recipe.verify
-        return Measuring(self.plan.anatomy, self.evaluation, self.calibrating, gates, self.reporter)
+        return Measuring(self.plan.anatomy, self.evaluation, self.calibrating, gates, self.reporter, self.tasks)
 
     def survey(self, model: PreTrainedModel, tokenizer, what: str, source: str) -> dict | None:
         """Of some of the evaluation text, if a report was asked for."""
@@ -108,6 +111,7 @@ def run(
     *,
     text: Sequence[Path] = (),
     calibration: Sequence[Path] = (),
+    tasks: Path | None = None,
     verify: bool = True,
     surveys: bool = False,
     keep_failed: Path | None = None,
@@ -140,12 +144,13 @@ def run(
         _require_elsewhere(Path(keep_failed), Path(out), plan)
     if verify:
         require_tools(plan.recipe.verify, device)
+    harness = gather_tasks(plan.recipe.verify, tasks) if verify else None
     evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify, reporter)
     with Stage(Path(out)) as stage:
         directory = _materialise(plan, stage, reporter)
         if tokenizer is not None:  # the one of a GGUF is by now in files, which the converted checkpoint's come from
             tokenizer = load_tokenizer(directory)
-        job = Job(plan, stage, texts, evaluation, calibrating, device, surveys, reporter)
+        job = Job(plan, stage, texts, evaluation, calibrating, device, surveys, reporter, harness)
         operated = _operate(job, directory, tokenizer)
         tokens = [tokenizer.decode([token]) for token in operated.prefix] if tokenizer is not None else None
         reporter.step("write the converted checkpoint")
@@ -229,7 +234,7 @@ def _operate(job: Job, directory: Path, tokenizer) -> Operated:
     random_ids = compare_random_ids(model, plan.anatomy, prefix, slots, visible)
     original = None
     if job.evaluation is not None:
-        original = job.measuring.original(model, prefix, tokenizer.bos_token_id)
+        original = job.measuring.original(model, prefix, tokenizer)
     found = job.survey(model, tokenizer, "the original", plan.source.spec)
     slots = {site: (key.float().cpu(), value.float().cpu()) for site, (key, value) in slots.items()}
     del model
@@ -252,7 +257,7 @@ def _measure_stage(job: Job, tokenizer, operated: Operated) -> Converted:
     plan, stage = job.plan, job.stage
     checks = [check_tokenizer(stage.path, tokenizer, operated.prefix, job.texts.evaluation)]
     model = load_converted(stage.path, device=job.device)
-    measurement = job.measuring.converted(model)
+    measurement = job.measuring.converted(model, load_tokenizer(stage.path))
     found = job.survey(model, tokenizer, "the converted model", str(stage.out))
     del model
     gc.collect()

@@ -10,6 +10,7 @@ from .cache_edits import EDITS, kept_edit
 from .measure import Measurement, Original
 from .perplexity import paired
 from .streaming import KEPT
+from .tasks import drop
 
 
 @dataclass(frozen=True)
@@ -52,5 +53,8 @@ def quality_gates(limits: Verify, original: Original | None, converted: Measurem
                 against_kept = paired(converted.edits[edit, 0], kept_edit(original.bare.edits, edit))
                 limit = limits.cache_edits.max_ratio
                 gates.append(at_most(f"cache_edits.{edit}", perplexity(against_kept.high), limit))
+        for (task, metric), score in converted.tasks.items():
+            lost = drop(original.bare.tasks[task, metric], score)
+            gates.append(at_most(f"tasks.{task}.{metric}", lost.high, limits.tasks.max_drop))
     gates.append(at_most("massive_activations", converted.massive["count"], limits.massive_activations.max))
     return gates

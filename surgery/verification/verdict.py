@@ -15,6 +15,7 @@ from .integrity import Check, integrity_to_dict
 from .measure import Measurement, Original
 from .perplexity import paired
 from .streaming import KEPT
+from .tasks import drop
 
 # What XML 1.0 cannot hold, escaped or not: control characters, lone surrogates, two non-characters.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -54,6 +55,8 @@ def build_verdict(findings: Findings, tokenizer=None) -> dict:
             verdict["streaming"] = _streaming(findings.original.bare, findings.converted)
         if findings.original is not None and findings.converted.edits:
             verdict["cache_edits"] = _edited(findings.original.bare, findings.converted)
+        if findings.original is not None and findings.converted.tasks:
+            verdict["tasks"] = _tasks(findings.original.bare, findings.converted)
     if findings.search is not None:
         verdict["prefix_search"] = findings.search
     return verdict
@@ -133,6 +136,22 @@ def _edited(bare: Measurement, converted: Measurement) -> dict:
         deltas["converted_vs_kept"] = paired(scores["converted"], scores["original_kept"])
         found[edit] = {name: score.to_dict() for name, score in scores.items()}
         found[edit]["delta_nll"] = {name: delta.to_dict() for name, delta in deltas.items()}
+    return found
+
+
+def _tasks(bare: Measurement, converted: Measurement) -> dict:
+    """Task -> metric -> both means over documents, their standard errors, and the drop, paired by document."""
+    found: dict[str, dict] = {}
+    for (task, metric), after in converted.tasks.items():
+        before = bare.tasks[task, metric]
+        found.setdefault(task, {})[metric] = {
+            "documents": len(after.values),
+            "original": before.mean,
+            "original_stderr": before.stderr,
+            "converted": after.mean,
+            "converted_stderr": after.stderr,
+            "drop": drop(before, after).to_dict(),
+        }
     return found
 
 
