@@ -42,8 +42,8 @@ def quality_gates(limits: Verify, original: Original | None, converted: Measurem
         for name, gate in limits.quantised.gates().items():
             against_bare = paired(converted.quantised[name], original.bare.score)
             gates.append(at_most(f"quantised.{name}", perplexity(against_bare.high), gate.max_ratio))
-            if (executed := converted.executed.get(name)) is not None:
-                against_bare = paired(executed, original.bare.score)
+            if name in limits.quantised.executed():
+                against_bare = paired(converted.executed[name], original.bare.score)
                 gates.append(at_most(f"quantised.{name}.executed", perplexity(against_bare.high), gate.max_ratio))
         if limits.streaming is not None:
             against_kept = paired(converted.streaming[0], original.bare.streaming[KEPT])

@@ -75,6 +75,8 @@ class TaskSet:
                     stderr = found["results"][name].get(f"{metric}_stderr,{kept}")
                     error = float(stderr) if isinstance(stderr, numbers.Real) else math.nan
                     scores[name, label] = TaskScore(tuple(map(float, values)), error)
+        if missing := set(loaded["tasks"]) - {name for name, _ in scores}:
+            raise SourceError(f"verify.tasks: {min(missing)} gave no value for each document; name other tasks.")
         return scores
 
 
