@@ -3,9 +3,9 @@
 A linear layer's inputs become int8, torch._int_mm sums products of int8 in int32 (oneDNN: AMX or VNNI where there is
 one), and the scales multiply the sums. Weight scales and static activation scales are those of the simulation, so that
 a layer differs only where a value lies on the edge between two integers, and by -128, which integers have and the
-simulation does not (values far below every calibrated one become it): on SmolLM2, given the same inputs, by at most 1%
-of what quantisation changes. Through the whole model such flips grow into another draw of the same rounding noise: over
-2,000 tokens, static, 0.02 nats per token, which is what the simulation differs from itself with scales changed by 1e-5.
+simulation does not (values far below every calibrated one become it): on SmolLM2, given the same inputs, by at most
+about 1% of what quantisation changes. Through the whole model such flips grow into another draw of the same rounding
+noise: over 2,000 tokens, static, 0.02 nats per token, as the simulation from itself with scales changed by 1e-5.
 Dynamic and per-token scales are torchao's own, max |x| / 127.5 against 127. Attention and norms stay in float.
 """
 
@@ -36,7 +36,7 @@ def require_int8(device: str) -> None:
         raise SourceError(
             f"'executed' in the recipe runs int8 for real, which needs torchao: pip install 'surgery[int8]', {way_out}."
         ) from error
-    if torch.device("cpu" if device == "auto" else device).type != "cpu" or device == "auto":
+    if device == "auto" or torch.device(device).type != "cpu":
         raise SourceError(f"--device {device}: int8 is executed on the CPU alone; give --device cpu, {way_out}.")
     ends = torch.full((4, 256), MOST, dtype=torch.int8)
     if int(torch._int_mm(ends, -ends.T.contiguous()).max()) != -256 * MOST**2:
