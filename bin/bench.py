@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import surgery
-from surgery.recipe_file import parse_recipe
+from surgery.recipe.file import parse_recipe
 from surgery.runtime import eab_kernel
 
 ROUNDS = 7

@@ -6,6 +6,7 @@ bug in surgery, 130 interrupted, 141 nobody reads the output any more.
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 import warnings
@@ -37,6 +38,9 @@ _dtype = click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype to dequantise a GGUF to (float32)."
 )
 _link = click.option("--link", is_flag=True, help="Hard-link unchanged shards instead of copying them.")
+_tasks = click.option(
+    "--tasks", type=FILE, metavar="DIR", help="Task files of lm-evaluation-harness, beside its own, if gates need them."
+)
 _text = click.option("--text", multiple=True, type=FILE, metavar="FILE", help="Evaluation text, UTF-8 (repeatable).")
 _device = click.option(
     "--device", default="cpu", show_default=True, help="torch device, or auto to spread over GPUs, memory and disk."
@@ -92,10 +96,10 @@ def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
     click.option("--no-verify", is_flag=True, help="Write without proof; the manifest says unverified."),
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
     click.option("--report", type=FILE, metavar="FILE", help="Survey before and after, side by side in one HTML file."),
-    _chunking(64, 2), _link, _dtype, _revision, _device, _json,
+    _tasks, _chunking(64, 2), _link, _dtype, _revision, _device, _json,
 )  # fmt: skip
 def run(
-    recipe, source, out, text, calibration, no_verify, keep_failed, report, chunks, chunk_length, link, dtype,
+    recipe, source, out, text, calibration, tasks, no_verify, keep_failed, report, chunks, chunk_length, link, dtype,
     revision, device, json_file,
 ) -> int:  # fmt: skip
     """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified."""
@@ -110,7 +114,7 @@ def run(
     from .verification.verdict import plain_json
 
     verdict = verb(
-        recipe, source, out, text=text, calibration=calibration, verify=not no_verify,
+        recipe, source, out, text=text, calibration=calibration, tasks=tasks, verify=not no_verify,
         surveys=report is not None,
         keep_failed=keep_failed, link=link, dtype=dtype, revision=revision, device=device,
         chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
@@ -136,12 +140,12 @@ def run(
     click.option(
         "--calibration", multiple=True, type=FILE, metavar="FILE", help="Text for static scales, if gates need them."
     ),
-    _chunking(64, 2), _revision, _device,
+    _tasks, _chunking(64, 2), _revision, _device,
     click.option("--junit", type=FILE, metavar="FILE", help="Write gates and checks as JUnit XML."),
     _json,
 )  # fmt: skip
 def verify(
-    checkpoint, against, text, calibration, chunks, chunk_length, revision, device, junit, json_file
+    checkpoint, against, text, calibration, tasks, chunks, chunk_length, revision, device, junit, json_file
 ) -> int:  # fmt: skip
     """Check the converted CHECKPOINT: files and tensors; with --text also quality; with --against also the source."""
     inputs = _given(checkpoint, against, *text, *calibration)
@@ -154,7 +158,8 @@ def verify(
     from .verification.verdict import junit_xml, plain_json
 
     verdict = verb(
-        checkpoint, against=against, text=text, calibration=calibration, revision=revision, device=device,
+        checkpoint, against=against, text=text, calibration=calibration, tasks=tasks, revision=revision,
+        device=device,
         chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
     )  # fmt: skip
     write_result(json_file, "--json", json_text(plain_json(verdict)))
@@ -278,6 +283,8 @@ def _invoke() -> int:
 def main() -> None:
     """Entry point of the `surgery` command."""
     warnings.showwarning = _show_warning
+    for imported in ("torchao", "torch.utils._pytree"):  # by transformers, where installed; it misses kernels for GPUs
+        logging.getLogger(imported).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not stop the work

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .anatomy.sites import Anatomy, examine
+from .anatomy.sites import Anatomy, blank_model, examine
 from .checkpoint.disk import free_space, require_space, require_target
 from .checkpoint.layout import INDEX
 from .checkpoint.manifest import MANIFEST
@@ -17,6 +17,7 @@ from .operations.derived import Derived, derive
 from .operations.emission import added_layout, added_tensors, lowered_limits, shard_names
 from .operations.head_norm import norm_config
 from .recipe import Recipe
+from .verification.quantised import SCHEMES, linears
 
 SMALL_FILES = 4 * 2**20  # what manifest, card, configuration and code can take, generously
 REWRITTEN = {"copy": 1, "change": 2}  # how large a file of the source can become; a tokenizer.json grows by indentation
@@ -57,6 +58,11 @@ class Plan:
     @property
     def slots_visible(self) -> str:
         return "as_prefix" if self.recipe.attention_bias is None else self.recipe.attention_bias.slots_visible
+
+    @property
+    def quantises(self) -> bool:
+        """Whether a gate is on linear layers as if quantised."""
+        return any(SCHEMES[name].in_layers for name in self.recipe.verify.quantised.gates())
 
     def entries(self, prefix: Sequence[int]) -> dict[str, dict]:
         """What config.json will say of the operations, given the prefix that was folded."""
@@ -119,10 +125,13 @@ def make_plan(
     if out is not None:
         require_target(where, source.root if source.root.is_dir() else None)
         require_space(where, needed)
-    return Plan(
+    plan = Plan(
         source, recipe, anatomy, derived, prefix, n_slots, head_norm, shards, added_shard, tensors, files,
         lowered_limits(source.config, anatomy, n_slots), needed, free_space(where),
     )  # fmt: skip
+    if plan.quantises:
+        linears(blank_model(source.config), anatomy)  # raises where there is something that cannot be quantised
+    return plan
 
 
 def carried(source: Source) -> tuple[str, ...]:

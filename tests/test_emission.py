@@ -23,7 +23,7 @@ from surgery.operations.attention_bias import eab_config
 from surgery.operations.derived import RUNTIME_FILES, derive
 from surgery.operations.emission import converted_config, lowered_limits, shard_names
 from surgery.recipe import Recipe
-from surgery.recipe_file import parse_recipe
+from surgery.recipe.file import parse_recipe
 from surgery.verbs.plan import plan
 from surgery.verbs.run import run
 

@@ -13,7 +13,7 @@ from families import PREFIX, Family, behind, families
 from fresh_process import ask, greedy, load
 from tiny import build, one_thread, tiny_text
 
-from surgery.recipe_file import parse_recipe
+from surgery.recipe.file import parse_recipe
 from surgery.verbs.run import run
 
 EXACT = [family for family in families().values() if family.outcome == "exact"]

@@ -24,7 +24,7 @@ from surgery.checkpoint.layout import read_layout
 from surgery.checkpoint.manifest import read_manifest
 from surgery.errors import DamagedCheckpoint, SourceError
 from surgery.operations.derived import NORM_FILE, RUNTIME_FILES
-from surgery.recipe_file import parse_recipe
+from surgery.recipe.file import parse_recipe
 from surgery.verification.converted import load_converted
 from surgery.verification.text import Chunking
 

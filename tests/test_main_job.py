@@ -13,7 +13,7 @@ import surgery
 from surgery.anatomy.sites import examine
 from surgery.checkpoint.layout import read_layout
 from surgery.operations.prefix_search import PrefixSearch
-from surgery.recipe_file import parse_recipe
+from surgery.recipe.file import parse_recipe
 from surgery.verification.text import Chunking, chunk, tokenize
 
 CHUNKING = Chunking(16, 256)  # enough to see massive activations come and go; the demo measures on 64 x 512

@@ -22,7 +22,7 @@ from tiny import TINY, one_thread, tiny_config, tiny_model, tiny_text
 from transformers import AutoTokenizer
 
 from surgery.operations.derived import RUNTIME_FILES
-from surgery.recipe_file import parse_recipe
+from surgery.recipe.file import parse_recipe
 from surgery.verbs.run import run
 
 RECIPE = f"surgery: 1\noperations:\n  - attention_bias: {{prefix: {PREFIX}}}\n"

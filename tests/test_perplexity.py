@@ -14,7 +14,7 @@ from tiny import tiny_model, tiny_text
 
 from surgery.anatomy.sites import examine
 from surgery.operations.attention_bias import fold, grafted
-from surgery.recipe_file import parse_recipe
+from surgery.recipe.file import parse_recipe
 from surgery.survey import stream as stream_module
 from surgery.survey.attention import SINK_SCORE, AttentionStatistics
 from surgery.survey.likelihood import Likelihood

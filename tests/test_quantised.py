@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tiny import one_thread, tiny_model, tiny_text
+from tiny_checkpoint import surgery_command
 
 from surgery.anatomy.probe import observing
 from surgery.anatomy.sites import examine
@@ -159,6 +162,17 @@ def test_weights_out_of_reach_are_refused() -> None:
     anatomy = examine(model.config.to_dict())
     with pytest.raises(UnsupportedModel, match="no linear layer"), quantised(model, anatomy, SCHEMES["w4"]):
         pass
+
+
+def test_what_cannot_be_quantised_is_refused_at_plan(tmp_path: Path) -> None:
+    tiny_model("mixtral", torch.float32).save_pretrained(tmp_path / "source")
+    recipe = tmp_path / "q.yaml"
+    plain = "surgery: 1\noperations: [attention_bias: {prefix: [5]}]\n"
+    recipe.write_text(plain + "verify: {quantised: {w8a8_static: {max_ratio: 2}, kv4: {max_ratio: 2}}}")
+    refused = surgery_command("plan", recipe, tmp_path / "source")
+    assert refused.code == 2 and "no linear layer" in refused.error
+    recipe.write_text(plain + "verify: {quantised: {kv4: {max_ratio: 2}}}")  # the cache alone is no matter of layers
+    assert surgery_command("plan", recipe, tmp_path / "source").code == 0
 
 
 def test_a_recipe_can_gate_every_scheme_and_no_other() -> None:

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from surgery.errors import RecipeError
 from surgery.recipe import AttentionBias, HeadNorm, Operation, Perplexity, Recipe, Verify
-from surgery.recipe_file import load_recipe, parse_recipe
+from surgery.recipe.file import load_recipe, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 HEAD = "surgery: 1\noperations:\n"
@@ -334,3 +334,20 @@ def test_any_text_parses_or_is_refused_in_one_sentence(text: str):
         parse_recipe(text, "r.yaml")
     except RecipeError as error:
         assert str(error).isprintable() and str(error).endswith(".")
+
+
+def test_only_int8_can_be_executed_and_only_said_so_in_a_word():
+    gates = parse_recipe(
+        BASE + "verify: {quantised: {w8a8_static: {max_ratio: 2, executed: true}, w8a8_dynamic: {max_ratio: 2}}}", "r"
+    ).verify.quantised
+    assert gates.executed() == ("w8a8_static",)
+    for wrong, said in {
+        "{w4: {max_ratio: 2, executed: true}}": r"unknown key 'verify.quantised.w4.executed'; known here: max_ratio",
+        "{w8a8_static: {max_ratio: 2, executed: 1}}": r"executed is 1; it must be true or false",
+        "{w8a8_static: {executed: true}}": r"the key 'max_ratio' is missing",
+        "{w8a8_static: {max_ratio: a}}": r"a gate that is not a number",
+    }.items():
+        with pytest.raises(RecipeError, match=said):
+            parse_recipe(BASE + f"verify: {{quantised: {wrong}}}", "r")
+    with pytest.raises(RecipeError, match="which is not a whole number"):
+        parse_recipe(BASE + "verify: {streaming: {window: a, max_ratio: 2}}", "r")

@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_text
 
 from surgery.checkpoint.manifest import TYPE_PREFIX
 from surgery.operations.derived import RUNTIME_FILES
-from surgery.recipe_file import parse_recipe
+from surgery.recipe.file import parse_recipe
 from surgery.registration import register
 from surgery.verbs.run import run
 from surgery.verification.converted import load_converted

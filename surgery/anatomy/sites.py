@@ -7,8 +7,9 @@ import copy
 import inspect
 from dataclasses import dataclass
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -95,6 +96,12 @@ def parse_config(config: dict):
             f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold"
         )
     return parsed
+
+
+def blank_model(config: dict) -> PreTrainedModel:
+    """The causal language model of a raw config.json on the meta device: its modules and shapes, no weights."""
+    with torch.device("meta"):  # config classes complete the dicts inside the one they are given
+        return AutoModelForCausalLM.from_config(parse_config(copy.deepcopy(config)), dtype=torch.bfloat16)
 
 
 def examine(config: dict) -> Anatomy:

@@ -7,10 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from ..anatomy.sites import Anatomy, parse_config
+from ..anatomy.sites import Anatomy, blank_model, parse_config
 from ..checkpoint.layout import SINGLE, Layout, TensorInfo, plan_file
 from ..errors import SourceError
 from .attention_bias import slot_tensors
@@ -90,8 +87,7 @@ def _rope(config: dict) -> dict:
 
 
 def _shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_parsed(config), dtype=torch.bfloat16)
+    model = blank_model(config)
     return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 

@@ -55,19 +55,21 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class Likelihood(Observer):
-    """Sums the NLL of tokens 1..T-1 of every chunk, in float64.
+    """Sums the NLL of tokens first..T-1 of every chunk, in float64.
 
     The first token of a chunk is never a target, with or without a prefix: every variant is scored on the same tokens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 1) -> None:
+        self.first = first
         self.nll: list[float] = []  # per chunk, summed over its targets
         self.targets = 0  # per chunk
 
     def logits(self, logits: torch.Tensor, batch: Batch) -> None:
-        self.targets = batch.tokens.shape[1] - batch.lead - 1
+        start = batch.lead + self.first
+        self.targets = batch.tokens.shape[1] - start
         for tokens, row in zip(batch.tokens, logits, strict=True):
-            losses = token_losses(row[batch.lead : -1], tokens[batch.lead + 1 :])
+            losses = token_losses(row[start - 1 : -1], tokens[start:])
             self.nll.append(losses.double().sum().item())
 
     @property

@@ -23,6 +23,10 @@ def show_verdict(console: Console, verdict: dict) -> None:
         console.print(_quantised_table(verdict["quantised"]), "")
     if verdict.get("streaming"):
         console.print(_streaming_table(verdict["streaming"]), "")
+    if verdict.get("cache_edits"):
+        console.print(_edits_table(verdict["cache_edits"]), "")
+    if verdict.get("tasks"):
+        console.print(_tasks_table(verdict["tasks"]), "")
     if verdict["gates"]:
         gates = new_table("Gates", "", "value", "limit", "result")
         for gate in verdict["gates"]:
@@ -66,7 +70,12 @@ def _perplexity_table(verdict: dict) -> Table:
 
 def _quantised_table(found: dict) -> Table:
     table = new_table("Quantised, simulated", "", "original", "of bare", "converted", "of bare", "95% interval, paired")
+    rows = []
     for scheme, entry in found.items():
+        rows.append((scheme, entry))
+        if "executed" in entry:
+            rows.append((f"{scheme}, executed", entry["executed"]))
+    for scheme, entry in rows:
         original, converted = entry["delta_nll"]["original"], entry["delta_nll"]["converted"]
         table.add_row(
             scheme, f"{entry['original']['ppl']:,.4f}", f"{exp(original['mean']):.4f}",
@@ -84,6 +93,37 @@ def _streaming_table(found: dict) -> Table:
         delta = found["delta_nll"][f"{name}_vs_kept"]
         interval = f"{exp(delta['low']):.4f} to {exp(delta['high']):.4f}"
         table.add_row(f"{name}, keeping none", f"{found[name]['ppl']:,.4f}", f"{exp(delta['mean']):.4f}", interval)
+    return table
+
+
+def _edits_table(found: dict) -> Table:
+    columns = ("original", "keeping four", "converted")
+    table = new_table("Behind an edited cache", "", *columns, "of keeping four", "95% interval, paired")
+    whole = found["none"]
+    table.add_row(
+        "unedited, perplexity", f"{whole['original']['ppl']:,.4f}", "", f"{whole['converted']['ppl']:,.4f}", "", ""
+    )
+    for edit, entry in found.items():
+        if edit == "none":
+            continue
+        delta = entry["delta_nll"]
+        ratios = [f"{exp(delta[name]['mean']):.4f}" for name in ("original", "original_kept", "converted")]
+        against = delta["converted_vs_kept"]
+        interval = f"{exp(against['low']):.4f} to {exp(against['high']):.4f}"
+        table.add_row(f"{edit.replace('_', ', ')}, of unedited", *ratios, f"{exp(against['mean']):.4f}", interval)
+    return table
+
+
+def _tasks_table(found: dict) -> Table:
+    table = new_table("Zero-shot tasks", "", "documents", "original", "converted", "drop", "95% interval, paired")
+    for task, metrics in found.items():
+        for metric, entry in metrics.items():
+            before, after = (f"{entry[name]:.4f} ± {entry[f'{name}_stderr']:.4f}" for name in ("original", "converted"))
+            drop = entry["drop"]
+            interval = f"{drop['low']:+.4f} to {drop['high']:+.4f}"
+            table.add_row(
+                escape(f"{task}, {metric}"), f"{entry['documents']:,}", before, after, f"{drop['mean']:+.4f}", interval
+            )
     return table
 
 

@@ -14,6 +14,9 @@ from ..checkpoint.stage import Stage
 from ..errors import SourceError
 from ..recipe import Verify
 from ..reporting import Reporter
+from ..verification.executed import require_int8
+from ..verification.streaming import KEPT
+from ..verification.tasks import TaskSet, open_tasks, require_harness
 from ..verification.text import Chunking, chunk, read_texts, split_text, tokenize
 
 CALIBRATION_CHUNKS = 32
@@ -62,13 +65,35 @@ def cut_calibration(tokenizer, text: str, chunking: Chunking, vocab_size: int) -
     return cut(tokenizer, text, wanted, vocab_size, "the calibration text")
 
 
-def require_window(gates: Verify, chunking: Chunking) -> None:
-    """SourceError unless chunks are longer than the window that a recipe streams them through."""
+def require_length(gates: Verify, chunking: Chunking) -> None:
+    """SourceError unless chunks leave the window that a recipe streams them through, and hold what it edits."""
     if gates.streaming is not None and chunking.length <= gates.streaming.window:
         raise SourceError(
             f"verify.streaming.window is {gates.streaming.window}, and chunks of {chunking.length} tokens never leave "
             "it; give a longer --chunk-length, or a smaller window."
         )
+    if gates.cache_edits is not None and chunking.length // 2 < gates.cache_edits.tokens + 2 * KEPT:
+        raise SourceError(
+            f"verify.cache_edits.tokens is {gates.cache_edits.tokens}, and the first half of {chunking.length} tokens "
+            f"has room for {chunking.length // 2 - 2 * KEPT}; give a longer --chunk-length, or fewer tokens."
+        )
+
+
+def require_tools(gates: Verify, device: str) -> None:
+    """SourceError unless what the gates are measured with is installed, and runs here."""
+    if gates.quantised.executed():
+        require_int8(device)
+    if gates.tasks is not None:
+        require_harness()
+
+
+def gather_tasks(gates: Verify, files: Path | None) -> TaskSet | None:
+    """The tasks that the gates are on, `files` among them; None where they are on none."""
+    if gates.tasks is not None:
+        return open_tasks(gates.tasks.names, gates.tasks.limit, files)
+    if files is not None:
+        raise SourceError(f"--tasks {files}: no gate of the recipe is on tasks; name them under verify.tasks.")
+    return None
 
 
 def vocabulary_size(layout: Layout, config: dict) -> int:

@@ -10,8 +10,8 @@ from ..checkpoint.source import Source, has_tokenizer, open_source
 from ..loading import load_tokenizer
 from ..planning import Plan, make_plan
 from ..recipe import Recipe
-from ..recipe_file import load_recipe
-from .inputs import resolve_prefix, vocabulary_size
+from ..recipe.file import load_recipe
+from .inputs import require_tools, resolve_prefix, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ def plan(
     revision: str | None = None,
 ) -> Plan:
     """The exact list of tensors and files that `recipe` will change in `source`. Reads headers only, writes nothing."""
-    return prepare(recipe, source, out, needs_tokenizer=False, link=link, dtype=dtype, revision=revision).plan
+    found = prepare(recipe, source, out, needs_tokenizer=False, link=link, dtype=dtype, revision=revision).plan
+    require_tools(found.recipe.verify, "cpu")
+    return found
 
 
 def source_tokenizer(source: Source):

@@ -22,7 +22,7 @@ from ..operations.head_norm import Norms
 from ..operations.prefix_search import PrefixSearch
 from ..planning import Plan
 from ..recipe import Recipe
-from ..recipe_file import load_recipe
+from ..recipe.file import load_recipe
 from ..reporting import Reporter
 from ..survey.full import survey
 from ..verification.converted import load_converted
@@ -30,7 +30,8 @@ from ..verification.equivalence import Equivalence, compare_random_ids
 from ..verification.gates import Gate, quality_gates
 from ..verification.integrity import Check, check_integrity
 from ..verification.measure import Measurement, Original
-from ..verification.quantised import linears
+from ..verification.quantised import loaded_linears
+from ..verification.tasks import TaskSet
 from ..verification.text import CHUNKS, FEW_CHUNKS, Chunking
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
@@ -42,8 +43,10 @@ from .inputs import (
     cut,
     cut_calibration,
     fit_chunks,
+    gather_tasks,
     gather_texts,
-    require_window,
+    require_length,
+    require_tools,
     source_work,
     vocabulary_size,
 )
@@ -63,11 +66,12 @@ class Job:
     device: str
     surveyed: bool
     reporter: Reporter
+    tasks: TaskSet | None
 
     @property
     def measuring(self) -> Measuring:
         gates = self.plan.recipe.verify
-        return Measuring(self.plan.anatomy, self.evaluation, self.calibrating, gates, self.reporter)
+        return Measuring(self.plan.anatomy, self.evaluation, self.calibrating, gates, self.reporter, self.tasks)
 
     def survey(self, model: PreTrainedModel, tokenizer, what: str, source: str) -> dict | None:
         """Of some of the evaluation text, if a report was asked for."""
@@ -110,6 +114,7 @@ def run(
     *,
     text: Sequence[Path] = (),
     calibration: Sequence[Path] = (),
+    tasks: Path | None = None,
     verify: bool = True,
     surveys: bool = False,
     keep_failed: Path | None = None,
@@ -141,12 +146,15 @@ def run(
     plan, tokenizer = prepared.plan, prepared.tokenizer
     if keep_failed is not None:
         _require_elsewhere(Path(keep_failed), Path(out), plan)
+    if verify:
+        require_tools(plan.recipe.verify, device)
+    harness = gather_tasks(plan.recipe.verify, tasks) if verify else None
     evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify, reporter)
     with Stage(Path(out)) as stage:
         directory = _materialise(plan, stage, reporter)
         if tokenizer is not None:  # the one of a GGUF is by now in files, which the converted checkpoint's come from
             tokenizer = load_tokenizer(directory)
-        job = Job(plan, stage, texts, evaluation, calibrating, device, surveys, reporter)
+        job = Job(plan, stage, texts, evaluation, calibrating, device, surveys, reporter, harness)
         operated = _operate(job, directory, tokenizer)
         tokens = [tokenizer.decode([token]) for token in operated.prefix] if tokenizer is not None else None
         reporter.step("write the converted checkpoint")
@@ -186,7 +194,7 @@ def _cut_texts(plan: Plan, tokenizer, texts: Texts, wanted: Chunking, verify: bo
         if texts.evaluation is None:
             raise SourceError("verification needs text: give --text FILE, or --no-verify to write without proof.")
         evaluation = cut(tokenizer, texts.evaluation, chunking, vocab_size, "--text")
-        require_window(plan.recipe.verify, chunking)
+        require_length(plan.recipe.verify, chunking)
     without_calibration = texts.calibration is None or tokenizer is None
     if plan.prefix is None and without_calibration:
         raise SourceError(
@@ -216,8 +224,8 @@ def _operate(job: Job, directory: Path, tokenizer) -> Operated:
     reporter.step("load the original")
     model = load_original(directory, device=job.device)
     _require_finite(model)
-    if plan.recipe.verify.quantised.gates():
-        linears(model, plan.anatomy)  # what cannot be quantised is refused before the work begins
+    if plan.quantises:
+        loaded_linears(model, plan.anatomy)  # weights that are offloaded are refused before the work begins
     prefix, search, visible = plan.prefix, None, plan.slots_visible
     if prefix is None:
         reporter.step(f"search for a prefix of up to {plan.n_slots} tokens")
@@ -239,7 +247,7 @@ def _operate(job: Job, directory: Path, tokenizer) -> Operated:
     random_ids = compare_random_ids(model, plan.anatomy, prefix, slots, visible, plan.head_norm, norms)
     original = None
     if job.evaluation is not None:
-        original = job.measuring.original(model, prefix, tokenizer.bos_token_id)
+        original = job.measuring.original(model, prefix, tokenizer)
     found = job.survey(model, tokenizer, "the original", plan.source.spec)
     slots = {site: (key.float().cpu(), value.float().cpu()) for site, (key, value) in slots.items()}
     del model
@@ -262,7 +270,7 @@ def _measure_stage(job: Job, tokenizer, operated: Operated) -> Converted:
     plan, stage = job.plan, job.stage
     checks = [check_tokenizer(stage.path, tokenizer, operated.prefix, job.texts.evaluation)]
     model = load_converted(stage.path, device=job.device)
-    measurement = job.measuring.converted(model)
+    measurement = job.measuring.converted(model, load_tokenizer(stage.path))
     found = job.survey(model, tokenizer, "the converted model", str(stage.out))
     del model
     gc.collect()

@@ -25,7 +25,17 @@ from ..verification.measure import Original
 from ..verification.text import CHUNKS, Chunking, read_texts
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict
-from .inputs import SILENT, Texts, cut, cut_calibration, fit_chunks, require_window, vocabulary_size
+from .inputs import (
+    SILENT,
+    Texts,
+    cut,
+    cut_calibration,
+    fit_chunks,
+    gather_tasks,
+    require_length,
+    require_tools,
+    vocabulary_size,
+)
 from .measuring import Measuring
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -37,6 +47,7 @@ def verify(
     against: str | None = None,
     text: Sequence[Path] = (),
     calibration: Sequence[Path] = (),
+    tasks: Path | None = None,
     revision: str | None = None,
     device: str = "cpu",
     chunking: Chunking = CHUNKS,
@@ -73,7 +84,7 @@ def verify(
             checks.append(check_tokenizer(root, original, read_config(root)["eab"]["prefix_ids"], words))
         if words is None or not all(check.passed for check in checks):
             return build_verdict(Findings(checks, []))
-        return _measured(root, manifest, checks, source, directory, texts, chunking, device, reporter)
+        return _measured(root, manifest, checks, source, directory, texts, tasks, chunking, device, reporter)
 
 
 def _passed(checks: list[Check], name: str) -> bool:
@@ -87,6 +98,7 @@ def _measured(
     source: Source | None,
     directory: Path | None,
     texts: Texts,
+    tasks: Path | None,
     chunking,
     device,
     reporter,
@@ -100,7 +112,9 @@ def _measured(
     vocab_size = vocabulary_size(read_layout(root), config)
     chunks, calibrating = cut(tokenizer, texts.evaluation, fitting, vocab_size, "--text"), None
     gates = recipe.verify if source is not None else Verify()  # what is compared needs both
-    require_window(gates, fitting)
+    require_length(gates, fitting)
+    require_tools(gates, device)
+    harness = gather_tasks(gates, tasks)
     if gates.quantised.gates():
         if texts.calibration is None:
             raise SourceError(
@@ -108,9 +122,10 @@ def _measured(
                 "measured on: give --calibration FILE."
             )
         calibrating = cut_calibration(tokenizer, texts.calibration, fitting, vocab_size)
-    measuring = Measuring(anatomy, chunks, calibrating, gates, reporter)
+    measuring = Measuring(anatomy, chunks, calibrating, gates, reporter, harness)
     original = _original(measuring, directory, tokenizer, prefix, device) if source is not None else None
-    converted = measuring.converted(load_converted(root, device=device))  # the integrity check has compared the code
+    # The integrity check has compared the code.
+    converted = measuring.converted(load_converted(root, device=device), tokenizer)
     gates = quality_gates(recipe, original, converted)
     tokens = {"ids": prefix, "tokens": [tokenizer.decode([token]) for token in prefix]} if prefix else None
     return build_verdict(Findings(checks, gates, original, converted, prefix=tokens), tokenizer)
@@ -118,7 +133,8 @@ def _measured(
 
 def _original(measuring: Measuring, directory: Path, tokenizer, prefix, device: str) -> Original:
     model = load_original(directory, device=device)
-    found = measuring.original(model, prefix, tokenizer.bos_token_id)
+    own = load_tokenizer(directory) if has_tokenizer(path.name for path in directory.iterdir()) else tokenizer
+    found = measuring.original(model, prefix, own)
     del model
     gc.collect()
     return found

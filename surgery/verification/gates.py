@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 
 from ..recipe import Recipe
 from ..survey.likelihood import perplexity
+from .cache_edits import EDITS, kept_edit
 from .measure import Measurement, Original
 from .perplexity import paired
 from .streaming import KEPT
+from .tasks import drop
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,19 @@ def quality_gates(recipe: Recipe, original: Original | None, converted: Measurem
         for name, gate in limits.quantised.gates().items():
             against_bare = paired(converted.quantised[name], original.bare.score)
             gates.append(at_most(f"quantised.{name}", perplexity(against_bare.high), gate.max_ratio))
+            if name in limits.quantised.executed():
+                against_bare = paired(converted.executed[name], original.bare.score)
+                gates.append(at_most(f"quantised.{name}.executed", perplexity(against_bare.high), gate.max_ratio))
         if limits.streaming is not None:
             against_kept = paired(converted.streaming[0], original.bare.streaming[KEPT])
             gates.append(at_most("streaming", perplexity(against_kept.high), limits.streaming.max_ratio))
+        if limits.cache_edits is not None:
+            for edit in EDITS:
+                against_kept = paired(converted.edits[edit, 0], kept_edit(original.bare.edits, edit))
+                limit = limits.cache_edits.max_ratio
+                gates.append(at_most(f"cache_edits.{edit}", perplexity(against_kept.high), limit))
+        for (task, metric), score in converted.tasks.items():
+            lost = drop(original.bare.tasks[task, metric], score)
+            gates.append(at_most(f"tasks.{task}.{metric}", lost.high, limits.tasks.max_drop))
     gates.append(at_most("massive_activations", converted.massive["count"], limits.massive_activations.max))
     return gates

@@ -12,6 +12,7 @@ from ..anatomy.sites import Anatomy
 from ..survey.likelihood import Likelihood, Score
 from ..survey.massive import MassiveActivations
 from ..survey.stream import stream
+from .tasks import TaskScores
 
 Progress = Callable[[str, int], None]  # what is measured, sequences done since the last call
 
@@ -20,14 +21,17 @@ Progress = Callable[[str, int], None]  # what is measured, sequences done since 
 class Measurement:
     """What one pass found. `massive` is None where it was not asked for.
 
-    The same text, where a recipe asks for it (of the bare original and of the converted model): `quantised` by scheme,
-    `streaming` through a window, by how many first tokens are kept.
+    And, where a recipe asks for it (of the bare original and of the converted model): `quantised` by scheme,
+    simulated, and `executed` in int8, `streaming` through a window, by how many first tokens are kept.
     """
 
     score: Score
     massive: dict | None = None
     quantised: dict[str, Score] = field(default_factory=dict)
+    executed: dict[str, Score] = field(default_factory=dict)
     streaming: dict[int, Score] = field(default_factory=dict)
+    edits: dict[tuple[str, int], Score] = field(default_factory=dict)
+    tasks: TaskScores = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

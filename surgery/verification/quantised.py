@@ -11,7 +11,7 @@ Embeddings and the output layer stay as they are, and so do slots and norms: few
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,7 +25,6 @@ from ..anatomy.probe import Call, rewriting
 from ..anatomy.seam import on_the_seam
 from ..anatomy.sites import ADDED, Anatomy
 from ..errors import UnsupportedModel
-from ..survey.likelihood import Likelihood, Score
 from ..survey.stream import stream
 
 Ranges = Literal["static", "dynamic", "per_token"]
@@ -44,6 +43,10 @@ class Scheme:
     cache: int | None = None
     group: int | None = None
     ranges: Ranges = "static"
+
+    @property
+    def in_layers(self) -> bool:
+        return self.weights is not None or self.activations is not None
 
     @property
     def calibrated(self) -> bool:
@@ -81,6 +84,12 @@ def linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
             f"{left[0] if left else anatomy.trunk} holds weights that are no linear layer, out of reach of quantised "
             "verification; leave 'quantised' out of the recipe."
         )
+    return found
+
+
+def loaded_linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
+    """`linears` of a model with weights; UnsupportedModel where accelerate keeps some of them elsewhere."""
+    found = linears(model, anatomy)
     if any(module.weight.is_meta for module in found.values()):
         raise UnsupportedModel(
             "quantised verification rounds weights in memory, and some of these are offloaded; give a --device that "
@@ -92,7 +101,7 @@ def linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
 def rounded(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """values as symmetric integers of so many bits times `scale` (broadcast; where it is 0 so is everything)."""
     most = 2 ** (bits - 1) - 1
-    steps = torch.where(scale > 0, values / scale.clamp(min=torch.finfo(values.dtype).tiny), 0.0)
+    steps = values / torch.where(scale > 0, scale, 1.0)
     return steps.round().clamp(-most, most) * scale
 
 
@@ -110,8 +119,7 @@ def rounded_cache(states: torch.Tensor, bits: int) -> torch.Tensor:
     """states (B, H, S, D): each token of each head between its least and its largest entry, in 2^bits - 1 steps."""
     low, high = states.amin(dim=-1, keepdim=True), states.amax(dim=-1, keepdim=True)
     step = (high - low) / (2**bits - 1)
-    steps = torch.where(step > 0, (states - low) / step.clamp(min=torch.finfo(states.dtype).tiny), 0.0)
-    return steps.round() * step + low
+    return ((states - low) / torch.where(step > 0, step, 1.0)).round() * step + low
 
 
 def activation_ranges(
@@ -129,7 +137,7 @@ def activation_ranges(
         return hook
 
     with contextlib.ExitStack() as undo:
-        for name, module in linears(model, anatomy).items():
+        for name, module in loaded_linears(model, anatomy).items():
             undo.callback(module.register_forward_pre_hook(watch(name)).remove)
         stream(model, anatomy, chunks, [], progress=progress)
     return found
@@ -146,7 +154,7 @@ def quantised(
     if scheme.calibrated and ranges is None:
         raise ValueError("static scales need the ranges of calibration text")
     with contextlib.ExitStack() as undo:
-        layers = linears(model, anatomy) if scheme.weights or scheme.activations else {}
+        layers = loaded_linears(model, anatomy) if scheme.in_layers else {}
         for name, module in layers.items():
             if scheme.weights is not None:
                 parametrize.register_parametrization(module, "weight", _Rounded(module, scheme))
@@ -192,29 +200,3 @@ def _rounding(scheme: Scheme, peak: torch.Tensor | None):
         return (rounded(values, scale, scheme.activations), *args[1:])
 
     return hook
-
-
-def quantised_passes(schemes: Sequence[str], chunks: torch.Tensor, calibrating: torch.Tensor | None) -> int:
-    """How many sequences `measure_quantised` reads, for a progress bar."""
-    calibrated = any(SCHEMES[name].calibrated for name in schemes)
-    return len(schemes) * len(chunks) + (len(calibrating) if calibrated else 0)
-
-
-def measure_quantised(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    schemes: Sequence[str],
-    chunks: torch.Tensor,
-    calibrating: torch.Tensor | None,
-    progress: Callable[[str, int], None],
-) -> dict[str, Score]:
-    """Score `chunks` (N, T) under each of `schemes`; static scales are those of `calibrating` (M, T), other text."""
-    ranges, scores = None, {}
-    if any(SCHEMES[name].calibrated for name in schemes):
-        ranges = activation_ranges(model, anatomy, calibrating, lambda done: progress("calibration", done))
-    for name in schemes:
-        likelihood = Likelihood()
-        with quantised(model, anatomy, SCHEMES[name], ranges):
-            stream(model, anatomy, chunks, [likelihood], progress=lambda done, name=name: progress(name, done))
-        scores[name] = likelihood.score
-    return scores

@@ -7,12 +7,15 @@ import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 
+from ..survey.likelihood import Score
+from .cache_edits import EDITS, kept_edit
 from .equivalence import Equivalence
 from .gates import Gate
 from .integrity import Check, integrity_to_dict
 from .measure import Measurement, Original
 from .perplexity import paired
 from .streaming import KEPT
+from .tasks import drop
 
 # What XML 1.0 cannot hold, escaped or not: control characters, lone surrogates, two non-characters.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -50,6 +53,10 @@ def build_verdict(findings: Findings, tokenizer=None) -> dict:
             verdict["quantised"] = _quantised(findings.original.bare, findings.converted)
         if findings.original is not None and findings.converted.streaming:
             verdict["streaming"] = _streaming(findings.original.bare, findings.converted)
+        if findings.original is not None and findings.converted.edits:
+            verdict["cache_edits"] = _edited(findings.original.bare, findings.converted)
+        if findings.original is not None and findings.converted.tasks:
+            verdict["tasks"] = _tasks(findings.original.bare, findings.converted)
     if findings.search is not None:
         verdict["prefix_search"] = findings.search
     return verdict
@@ -73,17 +80,28 @@ def _differences(findings: Findings) -> dict:
 
 
 def _quantised(bare: Measurement, converted: Measurement) -> dict:
-    """Scheme -> both scores, and each one's difference to the bare original that is not quantised."""
+    """Scheme -> both scores, and each one's difference to the bare original that is not quantised.
+
+    Where it was `executed`, the same of that, and each one's difference to its simulation.
+    """
+    found = {
+        name: _beside(bare.quantised[name], score, bare.score) for name, score in converted.quantised.items()
+    }  # fmt: skip
+    for name, score in converted.executed.items():
+        entry = found[name]["executed"] = _beside(bare.executed[name], score, bare.score)
+        entry["delta_nll"]["original_vs_simulated"] = paired(bare.executed[name], bare.quantised[name]).to_dict()
+        entry["delta_nll"]["converted_vs_simulated"] = paired(score, converted.quantised[name]).to_dict()
+    return found
+
+
+def _beside(original: Score, converted: Score, bare: Score) -> dict:
     return {
-        name: {
-            "original": bare.quantised[name].to_dict(),
-            "converted": score.to_dict(),
-            "delta_nll": {
-                "original": paired(bare.quantised[name], bare.score).to_dict(),
-                "converted": paired(score, bare.score).to_dict(),
-            },
-        }
-        for name, score in converted.quantised.items()
+        "original": original.to_dict(),
+        "converted": converted.to_dict(),
+        "delta_nll": {
+            "original": paired(original, bare).to_dict(),
+            "converted": paired(converted, bare).to_dict(),
+        },
     }
 
 
@@ -99,6 +117,42 @@ def _streaming(bare: Measurement, converted: Measurement) -> dict:
             "converted_vs_kept": paired(found, kept).to_dict(),
         },
     }
+
+
+def _edited(bare: Measurement, converted: Measurement) -> dict:
+    """Edit -> scores of original, original that keeps its first tokens, converted, and each one's price.
+
+    That is the difference to the same model on the same targets, unedited ("none").
+    """
+    found = {"none": {"original": bare.edits["none", 0].to_dict(), "converted": converted.edits["none", 0].to_dict()}}
+    for edit in EDITS:
+        scores = {
+            "original": bare.edits[edit, 0],
+            "original_kept": kept_edit(bare.edits, edit),
+            "converted": converted.edits[edit, 0],
+        }
+        whole = {"original": bare, "original_kept": bare, "converted": converted}
+        deltas = {name: paired(score, whole[name].edits["none", 0]) for name, score in scores.items()}
+        deltas["converted_vs_kept"] = paired(scores["converted"], scores["original_kept"])
+        found[edit] = {name: score.to_dict() for name, score in scores.items()}
+        found[edit]["delta_nll"] = {name: delta.to_dict() for name, delta in deltas.items()}
+    return found
+
+
+def _tasks(bare: Measurement, converted: Measurement) -> dict:
+    """Task -> metric -> both means over documents, their standard errors, and the drop, paired by document."""
+    found: dict[str, dict] = {}
+    for (task, metric), after in converted.tasks.items():
+        before = bare.tasks[task, metric]
+        found.setdefault(task, {})[metric] = {
+            "documents": len(after.values),
+            "original": before.mean,
+            "original_stderr": before.stderr,
+            "converted": after.mean,
+            "converted_stderr": after.stderr,
+            "drop": drop(before, after).to_dict(),
+        }
+    return found
 
 
 def _named(massive: dict | None, tokenizer) -> dict | None:

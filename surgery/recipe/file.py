@@ -7,25 +7,24 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .errors import RecipeError
-from .recipe import (
-    AttentionBias,
+from ..errors import RecipeError
+from ..strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
+from .fields import Strict, known
+from .gates import (
+    CacheEdits,
     Equivalence,
-    HeadNorm,
-    Lora,
+    Int8Gate,
     MassiveActivations,
-    Objectives,
     Perplexity,
     Quantised,
     QuantisedGate,
-    Recipe,
     Streaming,
-    Strict,
-    Tune,
+    Tasks,
     Verify,
-    known,
 )
-from .strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
+from .operations import AttentionBias, HeadNorm
+from .recipe import Recipe
+from .tune import Lora, Objectives, Tune
 
 _MODELS: dict[str, type[Strict]] = {
     "": Recipe,
@@ -40,18 +39,24 @@ _MODELS: dict[str, type[Strict]] = {
     "massive_activations": MassiveActivations,
     "quantised": Quantised,
     "streaming": Streaming,
+    "cache_edits": CacheEdits,
+    "tasks": Tasks,
     **dict.fromkeys(Quantised.model_fields, QuantisedGate),
+    **dict.fromkeys(("w8a8_static", "w8a8_dynamic", "w8a8_per_token"), Int8Gate),
 }
 
-
-# What to write for a key that has no default.
-_EXAMPLES = {
-    "surgery": "surgery: 1",
-    "operations": "operations: [attention_bias: {prefix: auto}]",
-    "max_ratio": "max_ratio: 1.25",
-    "window": "window: 256",
-    "steps": "steps: 300",
-    "patience": "patience: 3",
+# Keys that have no default, and a value for each.
+_NEEDED = {
+    "surgery": "1",
+    "operations": "[attention_bias: {prefix: auto}]",
+    "max_ratio": "1.25",
+    "window": "256",
+    "tokens": "64",
+    "names": "[arc_easy]",
+    "max_drop": "0.02",
+    "limit": "500",
+    "steps": "300",
+    "patience": "3",
 }
 
 
@@ -106,7 +111,8 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
         model = _MODELS[next((str(part) for part in reversed(key[:-1]) if part in _MODELS), "")]
         return line, f"unknown key '{dotted}'; {known(str(key[-1]), model)}"
     if kind == "missing":
-        return line, f"the key '{detail['loc'][-1]}' is missing; add '{_EXAMPLES[str(detail['loc'][-1])]}'"
+        lacking = detail["loc"][-1]
+        return line, f"the key '{lacking}' is missing; add '{lacking}: {_NEEDED[lacking]}'"
     if kind == "value_error":
         return line, f"{dotted} {context['error']}"
     value = f"{dotted} is {shown(given)}"
@@ -115,6 +121,10 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
         return line, f"{value}; it must be {context['expected']}{alternative}"
     if kind in ("float_type", "finite_number"):
         return line, f"{value}: a gate that is not a number; write one such as {_example(key)}"
+    if kind in ("string_type", "string_too_short"):
+        return line, f"{value}; it must be text"
+    if kind == "bool_type":
+        return line, f"{value}; it must be true or false"
     if kind == "int_type":
         return line, f"{value}, which is not a whole number; write one such as {_example(key)}"
     if kind.startswith(("greater_than", "less_than")):
@@ -131,10 +141,10 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
 
 
 def _example(key: Key) -> str:
-    """A numeric key's default, as a person would write it, or what is usual; for an entry of a list, 0."""
+    """The default of a numeric key, as a person would write it, or what could be written where there is none."""
     if isinstance(key[-1], int):
-        return "0"
-    if (name := str(key[-1])) in _EXAMPLES:
-        return _EXAMPLES[name].rpartition(" ")[2]
-    model = next(model for model in _MODELS.values() if name in model.model_fields)
-    return f"{model.model_fields[name].default:g}".replace("1e-05", "1.0e-5")
+        return "0"  # an entry of a list
+    if key[-1] in _NEEDED:
+        return _NEEDED[str(key[-1])]
+    model = next(model for model in _MODELS.values() if key[-1] in model.model_fields)
+    return f"{model.model_fields[str(key[-1])].default:g}".replace("1e-05", "1.0e-5")

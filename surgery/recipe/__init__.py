@@ -1,0 +1,11 @@
+"""Recipes: their schema, part by part, and reading them from files."""
+
+from .gates import Equivalence, MassiveActivations, Perplexity, Quantised, Verify
+from .operations import AttentionBias, HeadNorm, Operation
+from .recipe import Recipe
+from .tune import Lora, Tune
+
+__all__ = [
+    "AttentionBias", "Equivalence", "HeadNorm", "Lora", "MassiveActivations", "Operation", "Perplexity", "Quantised",
+    "Recipe", "Tune", "Verify",
+]  # fmt: skip

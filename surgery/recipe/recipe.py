@@ -1,0 +1,87 @@
+"""The recipe: the YAML a person writes to say what to change in a checkpoint and what must hold afterwards.
+
+Strict on purpose. A misspelt gate that is silently ignored is a gate that never fails, so unknown keys, duplicate
+keys, wrong types and numbers that are not finite are errors, each one sentence naming file, line and key.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+from ..strict_yaml import shown
+from .fields import AsTuple, Strict
+from .gates import Verify
+from .operations import AttentionBias, HeadNorm, Operation
+from .tune import Tune
+
+
+class Recipe(Strict):
+    """A whole recipe; `surgery` is the version of this format."""
+
+    surgery: Literal[1]
+    operations: Annotated[tuple[Operation, ...], AsTuple, Field(min_length=1)]
+    tune: Tune | None = None
+    verify: Verify = Verify()
+
+    @field_validator("surgery", mode="before")
+    @classmethod
+    def _this_format(cls, value: object) -> object:
+        if type(value) is not int or value != 1:  # 1.0 and true equal 1 in Python, and a Literal would let them pass
+            raise ValueError(f"is {shown(value)}, and the only recipe format is 1; write 'surgery: 1'")
+        return value
+
+    @field_validator("operations")
+    @classmethod
+    def _each_once_in_order(cls, value: tuple[Operation, ...]) -> tuple[Operation, ...]:
+        names = [operation.name for operation in value]
+        if names.count("attention_bias") > 1:
+            raise ValueError("asks for attention_bias more than once; give all its tokens in one prefix")
+        if names.count("head_norm") > 1:
+            raise ValueError("asks for head_norm more than once; give all its layers in one list")
+        if names == ["head_norm", "attention_bias"]:
+            raise ValueError("has head_norm first, whose weights are fitted behind the slots; put attention_bias first")
+        return value
+
+    @field_validator("verify")
+    @classmethod
+    def _only_gates_that_apply(cls, value: Verify, info: ValidationInfo) -> Verify:
+        given = "equivalence" in value.model_fields_set
+        if given and not _is_exact(info.data.get("operations", ()), info.data.get("tune")):
+            raise ValueError(
+                "asks for equivalence, but tune, or head_norm with a gate above 0, makes another function of the "
+                "model, and perplexity decides; remove equivalence"
+            )
+        return value
+
+    @property
+    def attention_bias(self) -> AttentionBias | None:
+        return next((op.attention_bias for op in self.operations if op.attention_bias is not None), None)
+
+    @property
+    def head_norm(self) -> HeadNorm | None:
+        return next((op.head_norm for op in self.operations if op.head_norm is not None), None)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the converted model is to be the function that the original is behind the prefix, if any.
+
+        Only then does the gate `equivalence` apply. Slots are exact, and so are head norms at gate 0; training is not.
+        """
+        return _is_exact(self.operations, self.tune)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting in force, defaults included, as plain JSON types; `Recipe.model_validate` reads it back."""
+        dumped = self.model_dump(mode="json", exclude_none=True)
+        if not self.exact:
+            del dumped["verify"]["equivalence"]
+        return dumped
+
+
+def _is_exact(operations: tuple[Operation, ...], tune: Tune | None) -> bool:
+    return tune is None and all(op.head_norm is None or op.head_norm.gate == 0 for op in operations)

@@ -1,0 +1,79 @@
+"""`tune:` how to train what the operations added."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from .fields import Gate, Strict, Targets, Weight
+
+
+class Objectives(Strict):
+    """Weights of what tuning lowers (`tuning.objectives`); 0 leaves one out."""
+
+    kl: Weight = 1.0
+    lm: Weight = 0.0
+    hidden: Weight = 0.0
+    massive: Weight = 0.0
+    peak_ratio: Weight = 0.0
+
+    @model_validator(mode="after")
+    def _some(self) -> Objectives:
+        if not any(self.weights().values()):
+            raise ValueError("has no weight above 0, so there is nothing to lower; write 'kl: 1.0'")
+        return self
+
+    def weights(self) -> dict[str, float]:
+        """Name -> weight of those that count."""
+        return {name: weight for name in type(self).model_fields if (weight := getattr(self, name))}
+
+
+class Lora(Strict):
+    """LoRA on linear layers inside the blocks, merged into the weights that are emitted.
+
+    `targets`: "all" of them, or a list of names such as q_proj. The update is scaled by `scale` (alpha / rank).
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    scale: Gate = 2.0
+    targets: Targets = "all"
+    learning_rate: Gate = 1e-3
+
+
+class Tune(Strict):
+    """Train what the operations added, for so many optimiser steps.
+
+    A step reads `batch` sequences of `length` tokens, over all processes, in `accumulate` micro-batches. The held-out
+    text is the first `held_out` sequences of the calibration text, on which the model is judged every `evaluate_every`
+    steps, quantised if `quantised` names a scheme; training stops after `patience` judgements without a better one.
+    """
+
+    steps: Annotated[int, Field(ge=1)]
+    batch: Annotated[int, Field(ge=1)] = 2
+    length: Annotated[int, Field(ge=2)] = 256
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Gate = 3e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] = 10
+    clip: Gate = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    objectives: Objectives = Objectives()
+    quantised: Literal["w8a8_static", "w8a8_dynamic", "w8a8_per_token", "w4a4_static"] | None = None
+    lora: Lora | None = None
+    evaluate_every: Annotated[int, Field(ge=1)] = 50
+    patience: Annotated[int, Field(ge=1)] | None = None
+    held_out: Annotated[int, Field(ge=1)] = 16
+
+    @field_validator("accumulate")
+    @classmethod
+    def _divides(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("batch", value) % value:
+            raise ValueError(f"is {value}, which does not divide the batch of {info.data['batch']} sequences")
+        return value
