@@ -146,14 +146,15 @@ def rule(peak: torch.Tensor, largest: torch.Tensor, strength: float) -> torch.Te
 
 
 def _error(rows: torch.Tensor, peak: torch.Tensor, weights: Sequence[torch.Tensor], exponents: torch.Tensor) -> float:
-    """Sum over readers of |Y' - Y|^2 / |Y|^2 for rows (R, m): Y' in integers, one static scale for all activations."""
+    """Sum over readers of |y' - y|^2 / |y|^2, mean of rows (R, m): y' in integers, one static scale for activations."""
     factor = torch.exp2(exponents.double()).to(rows)
     scale = (peak / factor).amax() / (2 ** (BITS - 1) - 1)
     activations, error = rounded(rows / factor, scale, BITS), 0.0
     for weight in weights:
         exact = rows @ weight.T
         off = activations @ rounded_weight(weight * factor, BITS).T - exact
-        error += (off.double().square().sum() / exact.double().square().sum().clamp(min=1e-300)).item()
+        missed, length = off.double().square().sum(dim=1), exact.double().square().sum(dim=1)
+        error += (missed / length.clamp(min=1e-300)).mean().item()
     return error
 
 
