@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from tiny import one_thread, tiny_model, tiny_text
 from torch import nn
 
 from surgery.anatomy.sites import examine
+from surgery.checkpoint.layout import INDEX, read_layout, read_tensor_bytes
+from surgery.checkpoint.stage import Stage
 from surgery.errors import UnsupportedModel
+from surgery.loading import load_original
 from surgery.operations import smoothing
 from surgery.operations.attention_bias import fold, grafted
 from surgery.operations.smoothing import rule, scales, smooth
@@ -117,6 +121,29 @@ def test_slots_stay_and_the_model_with_them_is_the_same(model_type: str) -> None
         assert torch.equal(logits(model, text), bare)
         again = fold(model, anatomy, [1, 5])
         assert all(torch.equal(a, b) for site in slots for a, b in zip(slots[site], again[site], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_checkpoint_in_half_precision_holds_it_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    root, out, text = tmp_path / "source", tmp_path / "out", tiny_text(seed=7)
+    tiny_model("llama").to(dtype).save_pretrained(root, max_shard_size="40KB")
+    layout = read_layout(root)
+    assert len(layout.shards) > 1
+    with one_thread(), Stage(out) as stage:
+        model = load_original(root)
+        expected = logits(model, text)
+        changed = smooth(model, anatomy_of(model), tiny_text())
+        for shard in layout.shards:
+            inside = {name: value for name, value in changed.items() if layout.tensors[name].shard == shard}
+            stage.add_changed(layout, shard, shard, inside)
+        for name in ("config.json", INDEX):
+            stage.add_file(root / name, name)
+        stage.publish()
+        assert torch.equal(logits(load_original(out), text), expected)
+    written = read_layout(out)
+    for name in layout.tensors:
+        same = bytes(read_tensor_bytes(written, name)) == bytes(read_tensor_bytes(layout, name))
+        assert same is (name not in changed)
 
 
 # ---- what is wrong is caught
