@@ -259,8 +259,8 @@ def test_nothing_to_scale_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2")
     with one_thread(), pytest.raises(UnsupportedModel, match="gpt2: no channel can be scaled exactly"):
         smooth(model, anatomy_of(model), tiny_text(), kinds=["down"])
-    monkeypatch.setattr(smoothing, "STRENGTHS", ())
-    with one_thread(), pytest.raises(UnsupportedModel, match="best left as it is"):
+    monkeypatch.setattr(smoothing, "MOST", 0)
+    with one_thread(), pytest.raises(UnsupportedModel, match="as large as the others"):
         smooth(model, anatomy_of(model), tiny_text())
 
 
@@ -359,8 +359,7 @@ def sampled(model, rows: int, length: int, seed: int) -> torch.Tensor:
     return text
 
 
-@pytest.mark.parametrize("strength", [None, 0.8])
-def test_planted_outliers_cost_nothing_once_smoothed(strength: float | None) -> None:
+def test_planted_outliers_cost_nothing_once_smoothed() -> None:
     model = tiny_model("llama")
     anatomy = anatomy_of(model)
     planted = torch.zeros(48, dtype=torch.long)
@@ -378,6 +377,6 @@ def test_planted_outliers_cost_nothing_once_smoothed(strength: float | None) -> 
             return score["w8a8_static"].ppl / exact.score.ppl - 1
 
         before = cost()
-        smooth(model, anatomy, calibrating, ["down"], strength)
+        smooth(model, anatomy, calibrating, ["down"])
         after = cost()
     assert before > 1 and abs(after) < 0.02
