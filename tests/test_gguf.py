@@ -22,7 +22,7 @@ from surgery.checkpoint.gguf import gguf_config, gguf_layout, plan_gguf, stream_
 from surgery.checkpoint.gguf_header import read_header
 from surgery.checkpoint.layout import INDEX, SINGLE, read_layout, read_tensor_bytes
 from surgery.checkpoint.source import materialise, open_source, source_hashes
-from surgery.checkpoint.stage import tensor_bytes
+from surgery.checkpoint.values import tensor_bytes
 from surgery.errors import DamagedCheckpoint, OutputError, SourceError, SurgeryError, UnsupportedModel
 
 ROOT = Path(__file__).parent.parent

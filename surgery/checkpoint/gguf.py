@@ -15,7 +15,7 @@ from surgery.checkpoint.disk import disk_errors
 from surgery.checkpoint.gguf_header import Header, Stored, read_header
 from surgery.checkpoint.gguf_model import derive, tokenizer_files, write_tokenizer
 from surgery.checkpoint.layout import INDEX, SINGLE, Layout, TensorInfo, index_json, plan_file
-from surgery.checkpoint.stage import tensor_bytes
+from surgery.checkpoint.values import tensor_bytes
 from surgery.errors import DamagedCheckpoint, OutputError, SourceError, UnsupportedModel
 
 if TYPE_CHECKING:

@@ -10,37 +10,20 @@ import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from surgery.checkpoint.disk import FULL, disk_errors, require_target, sha256_of, translated
-from surgery.checkpoint.layout import CHUNK, is_plain_name, plan_file
-from surgery.errors import OutputError, SourceError
+from surgery.checkpoint.layout import CHUNK, Layout, is_plain_name, plan_file
+from surgery.checkpoint.values import as_stored, dtype_code, tensor_bytes
+from surgery.errors import DamagedCheckpoint, OutputError, SourceError
 
 if TYPE_CHECKING:
     import torch
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's values as safetensors stores them: contiguous, little-endian, no copy where it lies so already."""
-    import torch
-
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
-
-
-def dtype_code(dtype: torch.dtype) -> str:
-    """The safetensors code of a torch dtype ("F32" for torch.float32)."""
-    codes = {
-        "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-        "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3",
-        "float8_e5m2": "F8_E5M2", "uint16": "U16", "uint32": "U32", "uint64": "U64", "complex64": "C64",
-    }  # fmt: skip
-    return codes[str(dtype).removeprefix("torch.")]
 
 
 class Stage:
@@ -129,6 +112,37 @@ class Stage:
                 file.write(data)
         self._remember(name, digest.hexdigest())
 
+    def add_changed(self, layout: Layout, shard: str, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write `shard` of a checkpoint as `name`, with other values for some of its tensors: same dtypes, same places.
+
+        Never a hard link, and nothing of the shard but the changed tensors is in memory. SourceError where a tensor is
+        not in the shard or does not fit (`as_stored`).
+        """
+        for key, tensor in tensors.items():
+            if key not in layout.tensors or layout.tensors[key].shard != shard:
+                raise SourceError(f'Tensor "{key}" would be changed, but {layout.root / shard} has no such tensor.')
+            as_stored(layout.tensors[key], tensor)  # all of them before a byte is written
+        changed = sorted((layout.tensors[key] for key in tensors), key=lambda info: (info.start, info.stop))
+        target, digest, position = self._new(name), hashlib.sha256(), 0
+        try:
+            source = (layout.root / shard).open("rb")
+        except OSError as error:
+            raise SourceError(f"{layout.root / shard} cannot be read ({error.strerror}); check the source.") from error
+        with source, disk_errors(self.out), _create(target) as file:
+
+            def write(data: bytes | memoryview) -> None:
+                digest.update(data)
+                file.write(data)
+
+            for info in changed:
+                for data in _read(source, info.start - position):
+                    write(data)
+                write(tensor_bytes(as_stored(info, tensors[info.name])))
+                position = source.seek(info.stop)
+            for data in _read(source, layout.sizes[shard] - position):
+                write(data)
+        self._remember(name, digest.hexdigest())
+
     def add_text(self, name: str, text: str) -> None:
         data, target = text.encode("utf-8"), self._new(name)
         with disk_errors(self.out), _create(target) as file:
@@ -213,6 +227,15 @@ def _state(path: Path) -> tuple[int, int]:
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def _read(file: BinaryIO, left: int) -> Iterator[bytes]:
+    """The next so many bytes, a part at a time."""
+    while left:
+        if not (chunk := file.read(min(CHUNK, left))):
+            raise DamagedCheckpoint(f"{file.name} was truncated while it was read; restore it.")
+        left -= len(chunk)
+        yield chunk
 
 
 def _create(path: Path) -> BinaryIO:

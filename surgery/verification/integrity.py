@@ -22,6 +22,7 @@ from ..operations.head_norm import norm_shapes
 from .converted import read_config
 
 Found = tuple[bool, str]
+CHANGING = ("smoothing",)  # operations of a recipe that change tensors of the source; no other recipe may
 
 
 @dataclass(frozen=True)
@@ -198,22 +199,39 @@ def _same_source(source: Source, manifest: dict) -> Found:
 
 
 def _kept(layout: Layout, manifest: dict, original: Layout, hashed: bool) -> Found:
-    """Whatever the manifest calls them: no operation changes a tensor of the source, so each must be there as is."""
+    """Every tensor of the source is there: as it was, or changed where an operation of the recipe changes tensors."""
 
-    def same_file(a: TensorInfo, b: TensorInfo) -> bool:
-        return hashed and manifest["files"][a.shard]["sha256"] == manifest["source"]["sha256"][b.shard]
+    def identical(a: TensorInfo, b: TensorInfo) -> bool:
+        same_file = hashed and manifest["files"][a.shard]["sha256"] == manifest["source"]["sha256"][b.shard]
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and (
+            (same_file and a.start == b.start)
+            or all(
+                x == y
+                for x, y in zip(iter_tensor_chunks(layout, a.name), iter_tensor_chunks(original, b.name), strict=True)
+            )
+        )
 
+    statuses = ("kept", "changed") if _changes(manifest["recipe"]) else ("kept",)
     for name, b in sorted(original.tensors.items()):
-        a = layout.tensors.get(name)
-        if a is None or manifest["tensors"].get(name, {}).get("status") != "kept":
+        a, status = layout.tensors.get(name), manifest["tensors"].get(name, {}).get("status")
+        if a is None or status not in statuses:
             return False, f"{name} of the source is not kept in the checkpoint"
-        if same_file(a, b) and a.start == b.start:
-            continue
-        if (a.dtype, a.shape) != (b.dtype, b.shape) or any(
-            x != y for x, y in zip(iter_tensor_chunks(layout, name), iter_tensor_chunks(original, name), strict=True)
-        ):
+        if status == "kept" and not identical(a, b):
             return False, f"{name} is not byte-identical to the source"
-    kept = {name for name, entry in manifest["tensors"].items() if entry["status"] != "added"}
-    if invented := sorted(kept - set(original.tensors)):
-        return False, f"{invented[0]} is said to be kept, but the source has no such tensor"
-    return True, f"{len(kept)} tensors byte-identical to the source"
+        if status == "changed" and (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False, f"{name} is {a.dtype} of shape {a.shape}, in the source it is {b.dtype} of shape {b.shape}"
+        if status == "changed" and identical(a, b):
+            return False, f"{name} is said to be changed, but it is byte-identical to the source"
+    invented = {name for name, entry in manifest["tensors"].items() if entry["status"] != "added"}
+    if invented := sorted(invented - set(original.tensors)):
+        return False, f"{invented[0]} is said to be of the source, but the source has no such tensor"
+    changed = sum(entry["status"] == "changed" for entry in manifest["tensors"].values())
+    kept = f"{len(original.tensors) - changed} tensors byte-identical to the source"
+    return True, f"{kept}, {changed} changed in place" if changed else kept
+
+
+def _changes(recipe: dict) -> bool:
+    operations = recipe.get("operations")
+    return isinstance(operations, list) and any(
+        isinstance(operation, dict) and operation.get(name) is not None for operation in operations for name in CHANGING
+    )
