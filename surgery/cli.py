@@ -7,6 +7,7 @@ bug in surgery, 130 interrupted, 141 nobody reads the output any more.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -96,17 +97,18 @@ def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
     click.option("--no-verify", is_flag=True, help="Write without proof; the manifest says unverified."),
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
     click.option("--report", type=FILE, metavar="FILE", help="Survey before and after, side by side in one HTML file."),
+    click.option("--tuning", type=FILE, metavar="DIR", help="Keep the state of tuning here, and go on from it."),
+    click.option("--adapter", type=FILE, metavar="DIR", help="Also write what was tuned as a PEFT adapter."),
     _tasks, _chunking(64, 2), _link, _dtype, _revision, _device, _json,
 )  # fmt: skip
-def run(
-    recipe, source, out, text, calibration, tasks, no_verify, keep_failed, report, chunks, chunk_length, link, dtype,
-    revision, device, json_file,
-) -> int:  # fmt: skip
+def run(recipe, source, out, text, calibration, no_verify, report, chunks, chunk_length, json_file, **options) -> int:
     """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified."""
-    given = _given(recipe, source, out, keep_failed, *text, *calibration)
-    require_result_file(json_file, "--json", [*given, *_given(report)])
-    require_result_file(report, "--report", given)
-    from .reporting import TerminalReporter
+    first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
+    if first:
+        given = _given(recipe, source, out, *text, *calibration, *(options[key] for key in ("keep_failed", "adapter")))
+        require_result_file(json_file, "--json", [*given, *_given(report)])
+        require_result_file(report, "--report", given)
+    from .reporting import Reporter, TerminalReporter
     from .terminal.plan import show_output
     from .terminal.verdict import show_verdict
     from .verbs.run import run as verb
@@ -114,11 +116,11 @@ def run(
     from .verification.verdict import plain_json
 
     verdict = verb(
-        recipe, source, out, text=text, calibration=calibration, tasks=tasks, verify=not no_verify,
-        surveys=report is not None,
-        keep_failed=keep_failed, link=link, dtype=dtype, revision=revision, device=device,
-        chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
+        recipe, source, out, text=text, calibration=calibration, verify=not no_verify, surveys=report is not None,
+        chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter() if first else Reporter(), **options,
     )  # fmt: skip
+    if verdict is None:  # this process has helped to tune
+        return 0
     write_result(json_file, "--json", json_text(plain_json(verdict)))
     show_verdict(_console(), verdict)
     if report is not None:
@@ -127,7 +129,8 @@ def run(
         write_report(verdict["surveys"], report)
     if verdict["passed"] is not False:
         show_output(_console(), out, verdict)
-    return _judged(verdict, f"what was written is in {keep_failed}" if keep_failed else f"{out} was not created")
+    kept = options["keep_failed"]
+    return _judged(verdict, f"what was written is in {kept}" if kept else f"{out} was not created")
 
 
 @cli.command()

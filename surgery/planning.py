@@ -13,6 +13,7 @@ from .checkpoint.manifest import MANIFEST
 from .checkpoint.source import Source, has_tokenizer
 from .errors import UnsupportedModel
 from .operations.attention_bias import eab_config
+from .operations.changed import changeable
 from .operations.derived import Derived, derive
 from .operations.emission import added_layout, added_tensors, lowered_limits, shard_names
 from .operations.head_norm import norm_config
@@ -20,7 +21,8 @@ from .recipe import Recipe
 from .verification.quantised import SCHEMES, linears
 
 SMALL_FILES = 4 * 2**20  # what manifest, card, configuration and code can take, generously
-REWRITTEN = {"copy": 1, "change": 2}  # how large a file of the source can become; a tokenizer.json grows by indentation
+# How large a file of the source can become; a tokenizer.json grows by indentation.
+REWRITTEN = {"copy": 1, "rewrite": 1, "change": 2}
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,11 @@ class Plan:
         return "as_prefix" if self.recipe.attention_bias is None else self.recipe.attention_bias.slots_visible
 
     @property
-    def quantises(self) -> bool:
-        """Whether a gate is on linear layers as if quantised."""
-        return any(SCHEMES[name].in_layers for name in self.recipe.verify.quantised.gates())
+    def reads_linears(self) -> bool:
+        """Whether something quantises linear layers, or adds to them."""
+        tune = self.recipe.tune
+        tuned = tune is not None and (tune.lora is not None or tune.quantised is not None)
+        return tuned or any(SCHEMES[name].in_layers for name in self.recipe.verify.quantised.gates())
 
     def entries(self, prefix: Sequence[int]) -> dict[str, dict]:
         """What config.json will say of the operations, given the prefix that was folded."""
@@ -119,7 +123,9 @@ def make_plan(
             f"{source.spec}: already has a tensor {clash[0]}, the name of one that would be added; rename it."
         )
     derived = derive(anatomy.model_type, head_norm is not None)
-    files = _files(source, derived, shards, added_shard, added_bytes, link, folds_bos)
+    for name, status in changeable(source.config, anatomy, recipe, source.layout).items():
+        tensors[name]["status"] = status
+    files = _files(source, derived, shards, added_shard, added_bytes, link, folds_bos, recipe.changes_weights)
     needed = SMALL_FILES + added_bytes + sum(REWRITTEN.get(file.action, 0) * (file.bytes or 0) for file in files)
     where = Path.cwd() if out is None else Path(out)
     if out is not None:
@@ -129,8 +135,8 @@ def make_plan(
         source, recipe, anatomy, derived, prefix, n_slots, head_norm, shards, added_shard, tensors, files,
         lowered_limits(source.config, anatomy, n_slots), needed, free_space(where),
     )  # fmt: skip
-    if plan.quantises:
-        linears(blank_model(source.config), anatomy)  # raises where there is something that cannot be quantised
+    if plan.reads_linears:
+        linears(blank_model(source.config), anatomy)  # raises where there is something that cannot be reached
     return plan
 
 
@@ -151,8 +157,9 @@ def _files(
     added_bytes: int,
     link: bool,
     folds_bos: bool,
+    rewrites: bool,
 ) -> tuple[FilePlan, ...]:
-    copy = "link" if link and source.kind != "gguf" else "copy"
+    copy = "rewrite" if rewrites else "link" if link and source.kind != "gguf" else "copy"
     files = [FilePlan(new, copy, source.layout.sizes[old], old) for old, new in shards.items()]
     files.append(FilePlan(added_shard, "add", added_bytes))
     files += [FilePlan("config.json", "change", None, "config.json"), FilePlan(INDEX, "add", None)]

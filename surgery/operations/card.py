@@ -7,7 +7,7 @@ import json
 from huggingface_hub import ModelCardData
 
 from ..checkpoint.source import Source
-from ..recipe import HeadNorm, Recipe
+from ..recipe import Recipe
 from .derived import Derived
 
 _CARD = """---
@@ -85,7 +85,7 @@ def model_card(
     )  # fmt: skip
     base = source.spec if source.kind == "hub" else source.root.name
     what = [_slots(entries["eab"], tokens, recipe.exact)] if slots else []
-    what += [_norms(entries, recipe.head_norm)] if norms else []
+    what += [_norms(entries, recipe)] if norms else []
     return _CARD.format(
         metadata=metadata.to_yaml(), title=f"{base}, with {' and '.join(titles)}", base=base,
         what="\n\nIt also has ".join(what), added=" and ".join(added),
@@ -109,9 +109,9 @@ def _places(eab: dict, folds_bos: bool) -> str:
     return _PLACES.format(last=eab["n_slots"] - 1, n=eab["n_slots"], bos=bos)
 
 
-def _norms(entries: dict[str, dict], operation: HeadNorm) -> str:
+def _norms(entries: dict[str, dict], recipe: Recipe) -> str:
     described, attending = entries["head_norm"], entries["eab"]["sites"]
-    if operation.gate == 0:
+    if recipe.tune is None and recipe.head_norm.gate == 0:
         gate = "Its gates are 0: the model computes what it would without the norms, exactly, until they are trained."
     elif described["gated"]:
         gate = "A gate for each head mixes it in: o + g (norm(o) - o)."

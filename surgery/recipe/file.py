@@ -22,13 +22,14 @@ from .gates import (
     Tasks,
     Verify,
 )
-from .operations import AttentionBias, HeadNorm
+from .operations import AttentionBias, HeadNorm, Smoothing
 from .recipe import Recipe
 from .tune import Lora, Objectives, Tune
 
 _MODELS: dict[str, type[Strict]] = {
     "": Recipe,
     "attention_bias": AttentionBias,
+    "smoothing": Smoothing,
     "head_norm": HeadNorm,
     "tune": Tune,
     "objectives": Objectives,

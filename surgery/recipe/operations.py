@@ -15,7 +15,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ..strict_yaml import shown
-from .fields import Layers, Prefix, Strict, known
+from .fields import AsTuple, Layers, Prefix, Strict, known
 
 
 class AttentionBias(Strict):
@@ -45,6 +45,17 @@ class AttentionBias(Strict):
         return fields
 
 
+class Smoothing(Strict):
+    """Move channels with large activations into the weights that read them, by powers of two: the same function.
+
+    `inputs`: of which linear layers, those that end MLPs ("down") and those behind norms ("norm"). `strength`: how much
+    of what is large in activations goes over to the weights.
+    """
+
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.8
+    inputs: Annotated[tuple[Literal["down", "norm"], ...], AsTuple, Field(min_length=1)] = ("down", "norm")
+
+
 class HeadNorm(Strict):
     """Norm what each head brings back, before the output projection: o + gate (norm(o) - o).
 
@@ -69,6 +80,7 @@ class Operation(Strict):
     """One change to the model, written as a mapping with exactly one key: the operation's name."""
 
     attention_bias: AttentionBias | None = None
+    smoothing: Smoothing | None = None
     head_norm: HeadNorm | None = None
 
     @property
@@ -88,7 +100,7 @@ class Operation(Strict):
             raise ValueError(many if value else "holds no operation; write '- attention_bias: {prefix: auto}'")
         return value
 
-    @field_validator("attention_bias", "head_norm", mode="before")
+    @field_validator("attention_bias", "smoothing", "head_norm", mode="before")
     @classmethod
     def _settings(cls, value: object) -> object:
         if value is None:  # None is for the operation that is not named

@@ -17,7 +17,7 @@ from pydantic import (
 from ..strict_yaml import shown
 from .fields import AsTuple, Strict
 from .gates import Verify
-from .operations import AttentionBias, HeadNorm, Operation
+from .operations import AttentionBias, HeadNorm, Operation, Smoothing
 from .tune import Tune
 
 
@@ -42,10 +42,16 @@ class Recipe(Strict):
         names = [operation.name for operation in value]
         if names.count("attention_bias") > 1:
             raise ValueError("asks for attention_bias more than once; give all its tokens in one prefix")
-        if names.count("head_norm") > 1:
-            raise ValueError("asks for head_norm more than once; give all its layers in one list")
-        if names == ["head_norm", "attention_bias"]:
-            raise ValueError("has head_norm first, whose weights are fitted behind the slots; put attention_bias first")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"asks for {twice} more than once; give all its settings in one entry")
+        in_order = [name for name in Operation.model_fields if name in names]
+        if names != in_order:
+            raise ValueError(
+                f"has {names[0]} first, which is fitted to what the others leave; write them in the order "
+                f"{', '.join(in_order)}"
+            )
+        if names == ["smoothing"]:
+            raise ValueError("has smoothing alone, which adds nothing; put attention_bias or head_norm with it")
         return value
 
     @field_validator("verify")
@@ -64,6 +70,10 @@ class Recipe(Strict):
         return next((op.attention_bias for op in self.operations if op.attention_bias is not None), None)
 
     @property
+    def smoothing(self) -> Smoothing | None:
+        return next((op.smoothing for op in self.operations if op.smoothing is not None), None)
+
+    @property
     def head_norm(self) -> HeadNorm | None:
         return next((op.head_norm for op in self.operations if op.head_norm is not None), None)
 
@@ -71,9 +81,22 @@ class Recipe(Strict):
     def exact(self) -> bool:
         """Whether the converted model is to be the function that the original is behind the prefix, if any.
 
-        Only then does the gate `equivalence` apply. Slots are exact, and so are head norms at gate 0; training is not.
+        Only then does the gate `equivalence` apply. Slots and smoothing are exact, and so are head norms at gate 0.
         """
         return _is_exact(self.operations, self.tune)
+
+    @property
+    def fits(self) -> str | None:
+        """What of this recipe reads calibration text, in words; gates on static scales do too."""
+        reads = {
+            "smoothing is scaled": self.smoothing, "head_norm is fitted": self.head_norm, "tune trains": self.tune,
+        }  # fmt: skip
+        return next((what for what, part in reads.items() if part is not None), None)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether tensors of the source may change, rather than others be added."""
+        return self.smoothing is not None or (self.tune is not None and self.tune.lora is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting in force, defaults included, as plain JSON types; `Recipe.model_validate` reads it back."""

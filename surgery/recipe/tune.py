@@ -52,6 +52,7 @@ class Tune(Strict):
     A step reads `batch` sequences of `length` tokens, over all processes, in `accumulate` micro-batches. The held-out
     text is the first `held_out` sequences of the calibration text, on which the model is judged every `evaluate_every`
     steps, quantised if `quantised` names a scheme; training stops after `patience` judgements without a better one.
+    The gate of head norms rises from 0 to that of the recipe over the share `anneal` of the steps; one of 0 is learned.
     """
 
     steps: Annotated[int, Field(ge=1)]
@@ -67,6 +68,7 @@ class Tune(Strict):
     objectives: Objectives = Objectives()
     quantised: Literal["w8a8_static", "w8a8_dynamic", "w8a8_per_token", "w4a4_static"] | None = None
     lora: Lora | None = None
+    anneal: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
     evaluate_every: Annotated[int, Field(ge=1)] = 50
     patience: Annotated[int, Field(ge=1)] | None = None
     held_out: Annotated[int, Field(ge=1)] = 16

@@ -22,7 +22,7 @@ def show_plan(console: Console, plan: dict) -> None:
     console.print(files)
     console.print()
     statuses = new_table("Tensors", "status", "count", "example", "dtype", "shape")
-    for status in ("added", "changed", "kept"):
+    for status in ("added", "changed", "may change", "kept"):
         named = [(name, entry) for name, entry in plan["tensors"].items() if entry["status"] == status]
         if named:
             name, entry = named[0]

@@ -15,6 +15,8 @@ def show_verdict(console: Console, verdict: dict) -> None:
     if prefix := verdict.get("prefix"):
         tokens = " ".join(repr(token) for token in prefix["tokens"] or ())
         console.print(f"Prefix {escape(tokens)} (ids {prefix['ids']}), folded into k', v'\n", markup=True)
+    if verdict.get("tuning"):
+        console.print(_tuning_table(verdict["tuning"]), "")
     if verdict.get("perplexity"):
         console.print(_perplexity_table(verdict), "")
     if verdict.get("massive_activations"):
@@ -45,6 +47,17 @@ def _result(passed: bool) -> str:
 
 def _number(value) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _tuning_table(found: dict) -> Table:
+    table = new_table("Tuning", "", "step", "held-out perplexity", "of start")
+    judged = found["held_out"]
+    best = next(entry for entry in judged if entry["step"] == found["best_step"])
+    for what, entry in {"start": judged[0], "last": judged[-1], "best, kept": best}.items():
+        table.add_row(what, f"{entry['step']:,}", f"{entry['ppl']:.4f}", f"{exp(entry['nll'] - judged[0]['nll']):.4f}")
+    if found["stopped"]:
+        table.caption, table.caption_justify = f"stopped: {escape(found['stopped'])}", "left"
+    return table
 
 
 def _perplexity_table(verdict: dict) -> Table:

@@ -7,6 +7,7 @@ the original behind its prefix, exactly. So there is no second model in memory.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,53 +18,70 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy.sites import Anatomy
-from ..errors import SourceError
-from ..recipe import Lora
+from ..anatomy.sites import ADDED, Anatomy
+from ..operations.changed import targeted
+from ..recipe import Tune
 from ..verification.quantised import linears
 
 ADAPTER = "default"
-TRAINED = ("attention_bias",)  # modules at sites that an operation has put there
 
 
 class Adapted:
     """`model`, which has what operations added in place, with all of it trainable and the rest frozen.
 
     `layers` are the linear layers inside its blocks by name, as they read their inputs: with LoRA around them, the
-    module that adds it. Close it to have the model as it was, untrained.
+    module that adds it. `gate`: what the gates of head norms shall be in the end; 0 lets them be learned, from 0.
+    Close it to have the model as it was, untrained.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, lora: Lora | None, seed: int) -> None:
-        self.trunk, self.lora = model.get_submodule(anatomy.trunk), lora
-        names = list(linears(model, anatomy))
-        lead = f"{anatomy.trunk}." if anatomy.trunk else ""
-        targets = DUMMY_TARGET_MODULES if lora is None else [lead + name for name in targeted(names, lora)]
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, settings: Tune, gate: float) -> None:
+        self.trunk, self.gate, lora = model.get_submodule(anatomy.trunk), gate, settings.lora
+        names = list(linears(model, anatomy)) if lora is not None or settings.quantised is not None else []
+        targets = DUMMY_TARGET_MODULES if lora is None else [anatomy.lead + name for name in targeted(names, lora)]
+        added = {part for part in ADDED for site in anatomy.sites if self._holds(site.name, part)}
         rank = {} if lora is None else {"r": lora.rank, "lora_alpha": lora.rank * lora.scale}
         model.requires_grad_(False)
         config = LoraConfig(
-            target_modules=targets, modules_to_save=list(TRAINED), bias="none", task_type="CAUSAL_LM", **rank
+            target_modules=targets, modules_to_save=sorted(added) or None, bias="none", task_type="CAUSAL_LM", **rank
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # half of LoRA begins at random
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that it will lose
+            torch.manual_seed(settings.seed)  # half of LoRA begins at random
             self.peft: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
         self.layers = {name: self.trunk.get_submodule(name) for name in names}
+        sites = [site.name for site in anatomy.sites if self._holds(site.name, "head_norm")]
+        self.gates = [self.trunk.get_submodule(site).head_norm.modules_to_save[ADAPTER].gate for site in sites]
+        if gate:
+            for parameter in self.gates:
+                parameter.requires_grad_(False)
+        # Kept by name: whoever disables adapters and enables them again has PEFT open all of them to gradients.
+        self.trained = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
+
+    def _holds(self, site: str, part: str) -> bool:
+        module = getattr(self.trunk.get_submodule(site), part, None)
+        return module is not None and any(True for _ in module.parameters())
+
+    @torch.no_grad()
+    def set_gate(self, share: float) -> None:
+        """Open the gates that are not learned to this share of what they shall be."""
+        for parameter in self.gates if self.gate else ():
+            parameter.fill_(self.gate * share)
 
     def added(self) -> list[nn.Parameter]:
         """Parameters of what operations added."""
-        return [p for name, p in self.peft.named_parameters() if p.requires_grad and ".lora_" not in name]
+        return [parameter for name, parameter in self.trained.items() if ".lora_" not in name]
 
     def low_rank(self) -> list[nn.Parameter]:
-        return [p for name, p in self.peft.named_parameters() if p.requires_grad and ".lora_" in name]
+        return [parameter for name, parameter in self.trained.items() if ".lora_" in name]
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of all trained parameters, by their names in the PEFT model."""
-        return {name: p.detach().clone() for name, p in self.peft.named_parameters() if p.requires_grad}
+        return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self.peft.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(state[name])
+        for name, parameter in self.trained.items():
+            parameter.copy_(state[name])
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -90,21 +108,6 @@ class Adapted:
 
     def close(self) -> None:
         self.peft.unload()
-
-
-def targeted(names: list[str], lora: Lora) -> list[str]:
-    """Of the linear layers `names`, those that `lora.targets` means; SourceError for a target that means none."""
-    if lora.targets == "all":
-        return names
-    for target in lora.targets:
-        if not any(_means(target, name) for name in names):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise SourceError(f"tune.lora.targets: {target!r} is no linear layer of this model; it has {known}.")
-    return [name for name in names if any(_means(target, name) for target in lora.targets)]
-
-
-def _means(target: str, name: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _put(trunk: nn.Module, name: str, module: nn.Module) -> None:

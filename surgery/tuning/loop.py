@@ -37,6 +37,11 @@ class Record:
     def best(self) -> dict:
         return min(self.judged, key=lambda entry: entry["nll"])
 
+    def to_dict(self) -> dict:
+        """`tuning` of the verdict."""
+        judged = [{**entry, "ppl": perplexity(entry["nll"])} for entry in self.judged]
+        return {"best_step": self.best["step"], "held_out": judged, "losses": self.losses, "stopped": self.stopped}
+
 
 class Loop:
     """Train what `adapted` says, by `settings`, on `corpus`; on any number of processes, the same steps.
@@ -80,12 +85,14 @@ class Loop:
                 self._judge(done)
                 self._save(done)
         self.adapted.load_state(self.best)
+        self.adapted.set_gate(1.0)
         return self.record
 
     # ---- one step
 
     def _step(self, step: int) -> None:
         settings, accelerator = self.settings, self.accelerator
+        self.adapted.set_gate(min(1.0, (step + 1) / max(1.0, settings.anneal * settings.steps)))
         for group in self.optimiser.param_groups:
             group["lr"] = group["base"] * rate(settings, step)
         rows = self.corpus.batch(step, settings.batch)
@@ -142,6 +149,7 @@ class Loop:
 
     def _judge(self, step: int) -> None:
         """Score the held-out text with the model as it would be emitted, and keep this state if it is the best."""
+        self.adapted.set_gate(1.0)
         found = [None]
         if self.accelerator.is_main_process:
             self.progress(0, f"held-out text, after step {step}")

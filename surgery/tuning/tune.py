@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
-from ..anatomy.seam import Slots
+from ..anatomy.seam import Norms, Slots
 from ..anatomy.sites import Anatomy
 from ..errors import SourceError
 from ..recipe import Tune
-from .adapted import Adapted
+from .adapted import ADAPTER, Adapted
 from .corpus import Corpus
 from .loop import Loop, Record
 from .store import Store
@@ -27,9 +27,10 @@ PATIENCE = datetime.timedelta(days=7)
 
 @dataclass(frozen=True)
 class Tuned:
-    """slots as trained, and linear weights that LoRA changed, by parameter name in the causal language model."""
+    """Slots and norms as trained, and linear weights that LoRA changed, by parameter name in the causal LM."""
 
     slots: Slots
+    norms: Norms
     weights: dict[str, torch.Tensor]
     record: Record
 
@@ -54,14 +55,16 @@ def tune(
     settings: Tune,
     corpus: Corpus,
     *,
+    gate: float = 0.0,
     accelerator: Accelerator | None = None,
     checkpoints: Path | None = None,
     identity: Mapping[str, object] | None = None,
     adapter: Path | None = None,
     progress: Callable[[int, str], None] = lambda done, what: None,
 ) -> Tuned:
-    """Train the slots that are in `model`, and LoRA where `settings` say so; the model is afterwards as it came.
+    """Train the slots and norms that are in `model`, and LoRA where `settings` say so; it is afterwards as it came.
 
+    `gate`: what the gates of norms, all 0 now, shall be in the end; 0 has them learned.
     `checkpoints`: a directory to go on from, and to save to at each judgement; `identity` says what must be the same
     for that. `adapter`: a directory for a PEFT adapter of the model as it came. Raises SourceError for settings that do
     not fit the model, OutputError for a directory that cannot be written.
@@ -77,22 +80,27 @@ def tune(
             checkpoints, {"tune": settings.model_dump(mode="json"), "text": corpus.sha256, **(identity or {})}
         )
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    adapted = Adapted(model, anatomy, settings.lora, settings.seed)
+    adapted = Adapted(model, anatomy, settings, gate)
     try:
         record = Loop(model, anatomy, adapted, settings, corpus, accelerator, store, progress).run()
-        lead = f"{anatomy.trunk}." if anatomy.trunk else ""
         with adapted.merged() as merged:
-            weights = {lead + name: weight.detach().cpu().clone() for name, weight in merged.items()}
-        slots = {site.name: _slots(adapted, site.name) for site in anatomy.sites}
+            weights = {anatomy.lead + name: weight.detach().cpu().clone() for name, weight in merged.items()}
+        slots, norms = _trained(adapted, anatomy)
         if adapter is not None and accelerator.is_main_process:
             adapted.save(adapter)
     finally:
         adapted.close()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required.get(name, False))
-    return Tuned(slots, weights, record)
+    return Tuned(slots, norms, weights, record)
 
 
-def _slots(adapted: Adapted, site: str) -> tuple[torch.Tensor, torch.Tensor]:
-    key, value = adapted.trunk.get_submodule(site).attention_bias()
-    return key.detach().clone(), value.detach().clone()
+def _trained(adapted: Adapted, anatomy: Anatomy) -> tuple[Slots, Norms]:
+    slots, norms = {}, {}
+    for site in anatomy.sites:
+        module = adapted.trunk.get_submodule(site.name)
+        slots[site.name] = tuple(part.detach().clone() for part in module.attention_bias())
+        if (norm := getattr(module, "head_norm", None)) is not None:
+            held = norm.modules_to_save[ADAPTER]
+            norms[site.name] = {"weight": held.weight.detach().clone(), "gate": held.gate.detach().clone()}
+    return slots, norms

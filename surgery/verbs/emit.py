@@ -7,34 +7,35 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from .. import __version__
 from ..checkpoint.layout import INDEX, TensorInfo, index_json
 from ..checkpoint.manifest import build_manifest
 from ..checkpoint.source import source_hashes
 from ..checkpoint.stage import Stage
-from ..operations.attention_bias import Slots, slot_values
+from ..operations.attention_bias import slot_values
+from ..operations.changed import stored_values
 from ..operations.emission import added_layout, added_tensors, converted_config, converted_tokenizer
-from ..operations.head_norm import Norms, norm_values
+from ..operations.head_norm import norm_values
 from ..planning import Plan, carried
+from .operate import Operated
 
 
-def emit(
-    plan: Plan, stage: Stage, directory: Path, tokenizer, prefix: Sequence[int], slots: Slots, norms: Norms, link: bool
-) -> dict:
+def emit(plan: Plan, stage: Stage, directory: Path, tokenizer, operated: Operated, link: bool) -> dict:
     """Write every file but the card into the stage; returns the manifest, without file hashes and verdict yet.
 
     `directory` holds the source as plain files; a GGUF's are moved out of it, and it is removed.
     """
-    for old, new in plan.shards.items():
-        if plan.source.kind == "gguf":
-            os.replace(directory / old, stage.path / new)
-        else:
-            stage.add_file(directory / old, new, link=link)
-    values = slot_values(plan.anatomy, slots)
+    prefix = operated.prefix
+    changed = stored_values(plan.source.layout, plan.anatomy, operated.weights)
+    _emit_shards(plan, stage, directory, changed, link)
+    values = slot_values(plan.anatomy, operated.slots)
     if plan.head_norm is not None:
-        values.update(norm_values(plan.anatomy, plan.head_norm, norms))
+        values.update(norm_values(plan.anatomy, plan.head_norm, operated.norms))
     stage.add_tensors(plan.added_shard, values, {"format": "pt"})
     n = len(prefix)
     # They were planned for the most slots there could be.
@@ -43,7 +44,10 @@ def emit(
         "config.json", converted_config(plan.source.config, plan.derived, plan.entries(prefix), lowered)
     )  # fmt: skip
     _, added = added_layout(added_tensors(plan.anatomy, n, plan.head_norm), plan.added_shard)
-    tensors = {name: dict(entry) for name, entry in plan.tensors.items() if entry["status"] == "kept"}
+    tensors = {
+        t.name: {**plan.tensors[t.name], "status": "changed" if t.name in changed else "kept"}
+        for t in plan.source.layout.tensors.values()
+    }
     for name, info in added.items():
         tensors[name] = {"status": "added", "shard": plan.added_shard, "dtype": "F32", "shape": list(info.shape)}
     kept = {
@@ -64,6 +68,18 @@ def emit(
         files={},
         verdict=None,
     )
+
+
+def _emit_shards(plan: Plan, stage: Stage, directory: Path, changed: dict[str, torch.Tensor], link: bool) -> None:
+    layout = replace(plan.source.layout, root=directory)
+    for old, new in plan.shards.items():
+        others = {name: tensor for name, tensor in changed.items() if layout.tensors[name].shard == old}
+        if others:
+            stage.add_changed(layout, old, new, others)
+        elif plan.source.kind == "gguf":
+            os.replace(directory / old, stage.path / new)
+        else:
+            stage.add_file(directory / old, new, link=link)
 
 
 def _emit_companions(plan: Plan, stage: Stage, directory: Path, tokenizer, prefix: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""What a run fits on calibration text while the original is loaded."""
+"""What a run fits, scales and trains on calibration text while the original is loaded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..operations.attention_bias import Slots, grafted
-from ..operations.head_norm import Norms, fit_norms
+from ..anatomy.seam import Norms, Slots
+from ..operations.attention_bias import grafted
+from ..operations.head_norm import fit_norms
+from ..operations.smoothing import smooth
 from ..planning import Plan
 from ..reporting import Reporter
 
@@ -35,3 +37,22 @@ def fit_head_norms(
             "the gate, or raise it in the recipe, for norms that act"
         )
     return norms
+
+
+def smooth_channels(
+    plan: Plan, model: PreTrainedModel, prefix: Sequence[int], slots: Slots, chunks: torch.Tensor, reporter: Reporter
+) -> dict[str, torch.Tensor]:
+    """Smooth the model in place, as its slots make it; the changed parameters, none where a recipe does not smooth."""
+    operation = plan.recipe.smoothing
+    if operation is None:
+        return {}
+    reporter.step("smooth channels with large activations")
+    with (
+        reporter.bar("smoothing", len(chunks)) as advance,
+        grafted(model, plan.anatomy, prefix, slots, plan.slots_visible),
+    ):
+        changed = smooth(
+            model, plan.anatomy, chunks, operation.inputs, operation.strength, lambda done: advance(done, "calibration")
+        )
+    reporter.note(f"{len(changed)} tensors changed by powers of two, and no logit")
+    return changed

@@ -50,13 +50,17 @@ def fit_chunks(chunking: Chunking, anatomy: Anatomy, n_slots: int) -> Chunking:
 def cut(tokenizer, text: str, chunking: Chunking, vocab_size: int, name: str) -> torch.Tensor:
     """Chunks (N, T) of token ids. SourceError for text that is too short, or a tokenizer that is not the model's."""
     chunks = chunk(tokenize(tokenizer, text), chunking, name)
-    bos = tokenizer.bos_token_id or 0  # a baseline is measured with it
-    if (largest := max(bos, int(chunks.max()))) >= vocab_size:
+    require_known(chunks.flatten().tolist(), tokenizer, vocab_size)
+    return chunks
+
+
+def require_known(ids: Sequence[int], tokenizer, vocab_size: int) -> None:
+    """SourceError unless the model has embeddings for all of `ids`, and for BOS, with which a baseline is measured."""
+    if (largest := max(tokenizer.bos_token_id or 0, *ids)) >= vocab_size:
         raise SourceError(
             f"the tokenizer gives the token id {largest}, and the model's vocabulary has {vocab_size}: they do not "
             "belong together; put the model's own tokenizer files beside it."
         )
-    return chunks
 
 
 def cut_calibration(tokenizer, text: str, chunking: Chunking, vocab_size: int) -> torch.Tensor:

@@ -7,36 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
-
 from ..checkpoint.disk import require_target
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
-from ..errors import DamagedCheckpoint, OutputError, SourceError
-from ..loading import load_original, load_tokenizer, require_device
-from ..operations.attention_bias import Slots, fold
+from ..errors import OutputError, SourceError
+from ..loading import load_tokenizer, require_device
 from ..operations.card import model_card
-from ..operations.head_norm import Norms
-from ..operations.prefix_search import PrefixSearch
 from ..planning import Plan
 from ..recipe import Recipe
 from ..recipe.file import load_recipe
 from ..reporting import Reporter
-from ..survey.full import survey
 from ..verification.converted import load_converted
-from ..verification.equivalence import Equivalence, compare_random_ids
 from ..verification.gates import Gate, quality_gates
 from ..verification.integrity import Check, check_integrity
-from ..verification.measure import Measurement, Original
-from ..verification.quantised import loaded_linears
-from ..verification.tasks import TaskSet
-from ..verification.text import CHUNKS, FEW_CHUNKS, Chunking
+from ..verification.measure import Measurement
+from ..verification.text import CHUNKS, Chunking
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
 from .emit import emit
-from .fitting import fit_head_norms
 from .inputs import (
     SILENT,
     Texts,
@@ -50,51 +39,9 @@ from .inputs import (
     source_work,
     vocabulary_size,
 )
-from .measuring import Measuring
+from .operate import Job, Operated, operate
 from .plan import prepare
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every step of a run needs: evaluation chunks (N, T) or None, calibration chunks or None."""
-
-    plan: Plan
-    stage: Stage
-    texts: Texts
-    evaluation: torch.Tensor | None
-    calibrating: torch.Tensor | None
-    device: str
-    surveyed: bool
-    reporter: Reporter
-    tasks: TaskSet | None
-
-    @property
-    def measuring(self) -> Measuring:
-        gates = self.plan.recipe.verify
-        return Measuring(self.plan.anatomy, self.evaluation, self.calibrating, gates, self.reporter, self.tasks)
-
-    def survey(self, model: PreTrainedModel, tokenizer, what: str, source: str) -> dict | None:
-        """Of some of the evaluation text, if a report was asked for."""
-        if not self.surveyed:
-            return None
-        some = self.evaluation[: FEW_CHUNKS.count]
-        self.reporter.step(f"survey {what}")
-        with self.reporter.bar("survey", len(some)) as advance:
-            found = survey(model, self.plan.anatomy, tokenizer, some, progress=lambda done: advance(done, "survey"))
-        return {"source": source, **found}
-
-
-@dataclass(frozen=True)
-class Operated:
-    """What came out of the original while it was loaded."""
-
-    prefix: tuple[int, ...]
-    slots: Slots
-    norms: Norms
-    random_ids: Equivalence
-    search: dict | None
-    original: Original | None
-    survey: dict | None
+from .training import assist, prepare_training
 
 
 @dataclass(frozen=True)
@@ -118,19 +65,23 @@ def run(
     verify: bool = True,
     surveys: bool = False,
     keep_failed: Path | None = None,
+    tuning: Path | None = None,
+    adapter: Path | None = None,
     link: bool = False,
     dtype: str | None = None,
     revision: str | None = None,
     device: str = "cpu",
     chunking: Chunking = CHUNKS,
     reporter: Reporter = SILENT,
-) -> dict:
+) -> dict | None:
     """Convert `source` by `recipe` into the new directory `out`, and return the verdict.
 
     `out` exists afterwards only if every gate passed, or with `verify=False`, when the manifest says `unverified`
     (`passed` is None). What fails goes to `keep_failed`, where given. With `surveys`, the verdict also has those of
-    original and converted (`surveys`, for `surgery.report.write_report`). Raises SurgeryError for what a person can
-    mend.
+    original and converted (`surveys`, for `surgery.report.write_report`). `tuning`: a directory that keeps the state of
+    the recipe's `tune`, and from which a run that was cut off goes on; `adapter`: a new directory for what was tuned as
+    a PEFT adapter. Of several processes (`accelerate launch`), all but the main one help to tune and return None.
+    Raises SurgeryError for what a person can mend.
     """
     require_device(device)
     if surveys and not verify:
@@ -139,7 +90,7 @@ def run(
     reporter.step(f"plan {source}")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     searched = recipe.attention_bias is not None and recipe.attention_bias.prefix == "auto"
-    reads_text = verify or searched or recipe.head_norm is not None
+    reads_text = verify or searched or recipe.fits is not None
     prepared = prepare(
         recipe, source, Path(out), needs_tokenizer=reads_text, link=link, dtype=dtype, revision=revision
     )  # fmt: skip
@@ -150,15 +101,18 @@ def run(
         require_tools(plan.recipe.verify, device)
     harness = gather_tasks(plan.recipe.verify, tasks) if verify else None
     evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify, reporter)
+    training = prepare_training(plan, tokenizer, texts, chunking, device, tuning, adapter)
+    if training is not None and not training.accelerator.is_main_process:
+        return assist(plan, training)
     with Stage(Path(out)) as stage:
         directory = _materialise(plan, stage, reporter)
         if tokenizer is not None:  # the one of a GGUF is by now in files, which the converted checkpoint's come from
             tokenizer = load_tokenizer(directory)
-        job = Job(plan, stage, texts, evaluation, calibrating, device, surveys, reporter, harness)
-        operated = _operate(job, directory, tokenizer)
+        job = Job(plan, stage, texts, evaluation, calibrating, device, surveys, reporter, harness, training)
+        operated = operate(job, directory, tokenizer)
         tokens = [tokenizer.decode([token]) for token in operated.prefix] if tokenizer is not None else None
         reporter.step("write the converted checkpoint")
-        manifest = emit(plan, stage, directory, tokenizer, operated.prefix, operated.slots, operated.norms, link)
+        manifest = emit(plan, stage, directory, tokenizer, operated, link)
         converted = _measure_stage(job, tokenizer, operated)
         findings = _finish_stage(job, tokenizer, operated, converted, manifest, tokens)
         verdict = build_verdict(findings, tokenizer)
@@ -201,12 +155,9 @@ def _cut_texts(plan: Plan, tokenizer, texts: Texts, wanted: Chunking, verify: bo
             "prefix: auto is searched on text: give --calibration FILE (or --text) and a tokenizer, or list the prefix "
             "in the recipe."
         )
-    if plan.head_norm is not None and without_calibration:
-        raise SourceError(
-            "head_norm is fitted on text: give --calibration FILE (or --text), and a model with a tokenizer."
-        )
-    reads = plan.prefix is None or plan.head_norm is not None
-    if reads or (verify and plan.recipe.verify.quantised.gates()):
+    if (fits := plan.recipe.fits) is not None and without_calibration:
+        raise SourceError(f"{fits} on text: give --calibration FILE (or --text), and a model with a tokenizer.")
+    if plan.prefix is None or fits is not None or (verify and plan.recipe.verify.quantised.gates()):
         calibrating = cut_calibration(tokenizer, texts.calibration, chunking, vocab_size)
     return evaluation, calibrating
 
@@ -216,51 +167,6 @@ def _materialise(plan: Plan, stage: Stage, reporter: Reporter) -> Path:
         return plan.source.root
     reporter.step(f"dequantise {plan.source.root.name}")
     return materialise(plan.source, source_work(stage))
-
-
-def _operate(job: Job, directory: Path, tokenizer) -> Operated:
-    """Everything that needs the original's weights: search, fold, fit, comparison on random ids, baselines, survey."""
-    plan, reporter = job.plan, job.reporter
-    reporter.step("load the original")
-    model = load_original(directory, device=job.device)
-    _require_finite(model)
-    if plan.quantises:
-        loaded_linears(model, plan.anatomy)  # weights that are offloaded are refused before the work begins
-    prefix, search, visible = plan.prefix, None, plan.slots_visible
-    if prefix is None:
-        reporter.step(f"search for a prefix of up to {plan.n_slots} tokens")
-        with reporter.bar("search", None) as advance:
-            searching = PrefixSearch(
-                model, plan.anatomy, tokenizer, job.calibrating, visible, lambda what: advance(1, what)
-            )
-            best = searching.run(plan.n_slots)
-        prefix, search = best.prefix, searching.to_dict()
-        reporter.note(
-            f"prefix {searching.shown(prefix)} leaves {best.massive} massive activations on the calibration text"
-        )
-    slots: Slots = {}
-    if prefix:
-        reporter.step("fold the prefix")
-        slots = fold(model, plan.anatomy, prefix)
-    norms = fit_head_norms(plan, model, prefix, slots, job.calibrating, reporter)
-    reporter.step("compare with the original on random token ids")
-    random_ids = compare_random_ids(model, plan.anatomy, prefix, slots, visible, plan.head_norm, norms)
-    original = None
-    if job.evaluation is not None:
-        original = job.measuring.original(model, prefix, tokenizer)
-    found = job.survey(model, tokenizer, "the original", plan.source.spec)
-    slots = {site: (key.float().cpu(), value.float().cpu()) for site, (key, value) in slots.items()}
-    del model
-    gc.collect()
-    return Operated(tuple(prefix), slots, norms, random_ids, search, original, found)
-
-
-def _require_finite(model: PreTrainedModel) -> None:
-    for name, tensor in model.named_parameters():
-        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise DamagedCheckpoint(
-                f"{name} of the source holds NaN or Inf, so nothing computed from it would mean anything; restore it."
-            )
 
 
 def _measure_stage(job: Job, tokenizer, operated: Operated) -> Converted:
@@ -290,6 +196,7 @@ def _finish_stage(
         operated.random_ids,
         operated.search,
         {"ids": list(operated.prefix), "tokens": tokens} if operated.prefix else None,
+        operated.tuning,
     )
     folds_bos = tokenizer is not None and tokenizer.bos_token_id in operated.prefix
     measured = build_verdict(findings, tokenizer) if converted.measurement is not None else None

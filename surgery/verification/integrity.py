@@ -231,7 +231,9 @@ def _kept(layout: Layout, manifest: dict, original: Layout, hashed: bool) -> Fou
 
 
 def _changes(recipe: dict) -> bool:
-    operations = recipe.get("operations")
+    operations, tune = recipe.get("operations"), recipe.get("tune")
+    if isinstance(tune, dict) and tune.get("lora") is not None:
+        return True
     return isinstance(operations, list) and any(
         isinstance(operation, dict) and operation.get(name) is not None for operation in operations for name in CHANGING
     )

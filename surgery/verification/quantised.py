@@ -75,14 +75,14 @@ def linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
         for name, module in trunk.get_submodule(block).named_modules(prefix=block):
             if isinstance(module, (nn.Linear, Conv1D)):
                 found[name] = module
-            elif name.endswith(ADDED):
+            elif any(part in ADDED for part in name.split(".")):
                 continue
             elif any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 left.append(name)
     if left or not found:
         raise UnsupportedModel(
             f"{left[0] if left else anatomy.trunk} holds weights that are no linear layer, out of reach of quantised "
-            "verification; leave 'quantised' out of the recipe."
+            "verification and of LoRA; leave 'quantised' and 'lora' out of the recipe."
         )
     return found
 

@@ -32,6 +32,7 @@ class Findings:
     random_ids: Equivalence | None = None
     search: dict | None = None
     prefix: dict | None = None
+    tuning: dict | None = None
 
 
 def build_verdict(findings: Findings, tokenizer=None) -> dict:
@@ -57,6 +58,8 @@ def build_verdict(findings: Findings, tokenizer=None) -> dict:
             verdict["cache_edits"] = _edited(findings.original.bare, findings.converted)
         if findings.original is not None and findings.converted.tasks:
             verdict["tasks"] = _tasks(findings.original.bare, findings.converted)
+    if findings.tuning is not None:
+        verdict["tuning"] = findings.tuning
     if findings.search is not None:
         verdict["prefix_search"] = findings.search
     return verdict
