@@ -146,6 +146,16 @@ def test_a_checkpoint_in_half_precision_holds_it_exactly(tmp_path: Path, dtype: 
         assert same is (name not in changed)
 
 
+def test_a_bias_of_zeros_is_not_said_to_change() -> None:
+    model = tiny_model("opt")
+    with one_thread(), torch.no_grad():
+        model.model.decoder.layers[1].fc1.bias.zero_()
+        changed = smooth(model, anatomy_of(model), tiny_text())
+    assert [name for name in changed if name.endswith("fc1.bias")] == [
+        f"model.decoder.layers.{block}.fc1.bias" for block in (0, 2, 3)
+    ]
+
+
 # ---- what is wrong is caught
 
 
@@ -207,6 +217,28 @@ def test_channels_in_another_order_are_no_pair() -> None:
     with one_thread():
         found = [pair.source for pair in find(model, anatomy_of(model)) if pair.kind == "down"]
     assert found == [f"layers.{block}.mlp.up_proj" for block in (0, 2, 3)]
+
+
+def test_a_down_projection_of_zeros_hides_nothing() -> None:
+    model = tiny_model("llama")
+    with one_thread(), torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()  # whatever it reads, the block's output is the same
+        found = [pair.source for pair in find(model, anatomy_of(model)) if pair.kind == "down"]
+    assert found == [f"layers.{block}.mlp.up_proj" for block in range(4)]
+
+
+def test_either_half_of_a_fused_projection_may_be_the_linear_one() -> None:
+    model = any_model("phi3")
+    mlp = model.model.layers[1].mlp
+
+    def forward(states: torch.Tensor) -> torch.Tensor:
+        up, gate = mlp.gate_up_proj(states).chunk(2, dim=-1)
+        return mlp.down_proj(up * mlp.activation_fn(gate))
+
+    mlp.forward = forward
+    with one_thread():
+        found = [pair.start for pair in find(model, anatomy_of(model)) if pair.kind == "down"]
+    assert found == [48, 0, 48, 48]
 
 
 def test_what_else_reads_a_norm_undoes_the_pair() -> None:
@@ -293,7 +325,7 @@ def test_scales_are_those_of_smoothquant(peak: np.ndarray, data: st.DataObject, 
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_peaks_are_those_of_the_text(model_type: str) -> None:
+def test_peaks_are_those_of_the_whole_text(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = tiny_model(model_type), tiny_text(rows=3)
     anatomy, read = anatomy_of(model), {}
     trunk = model.get_submodule(anatomy.trunk)
@@ -309,8 +341,9 @@ def test_peaks_are_those_of_the_text(model_type: str) -> None:
         for handle in handles:
             handle.remove()
         done: list[int] = []
+        monkeypatch.setattr("surgery.survey.stream.LOGIT_BYTES", 1)  # a batch for each row
         found = scales(model, anatomy, pairs, text, 0.5, done.append)
-    assert sum(done) == 3
+    assert done == [1, 1, 1]
     for pair, exponents in zip(pairs, found, strict=True):
         weights = [trunk.get_submodule(name).weight.detach().numpy() for name in pair.readers]
         weights = [weight.T if model_type == "gpt2" else weight for weight in weights]

@@ -104,9 +104,9 @@ def scales(
 
 
 def rule(peak: torch.Tensor, largest: torch.Tensor, strength: float) -> torch.Tensor:
-    """SmoothQuant's scales (its equation 4) as exponents of two (m,).
+    """SmoothQuant's scales (its equation 4) as exponents of two (m,); peak, largest (m,): of activations and weights.
 
-    0 where a channel is never active, never read or overflows. peak, largest (m,): of activations and of weights.
+    0 where a channel is never active, is never read, or overflows.
     """
     used = ((peak > 0) & (largest > 0) & peak.isfinite()).cpu()
     logarithms = strength * peak.double().log2().cpu() - (1 - strength) * largest.double().log2().cpu()
