@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from surgery.errors import RecipeError
-from surgery.recipe import AttentionBias, HeadNorm, Operation, Perplexity, Recipe, Verify
+from surgery.recipe import AttentionBias, HeadNorm, Lora, Operation, Perplexity, Recipe, Smoothing, Verify
 from surgery.recipe.file import load_recipe, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -47,9 +47,33 @@ def test_shipped_recipes_load():
     streaming = load_recipe(RECIPES / "streaming.yaml")
     assert streaming.verify.streaming.window == 256
     normed = load_recipe(RECIPES / "head-norm.yaml")
-    assert normed.head_norm == HeadNorm(per_head=True) and normed.attention_bias is None and normed.exact
-    named = {"eab.yaml", "eab-newline.yaml", "w8a8-static.yaml", "streaming.yaml", "head-norm.yaml"}
-    assert {path.name for path in RECIPES.iterdir()} == named
+    assert normed.head_norm == HeadNorm(per_head=True, gate=1) and normed.tune.lora == Lora() and not normed.exact
+    tuned = load_recipe(RECIPES / "eab-tuned.yaml")
+    assert tuned.smoothing == Smoothing() and tuned.tune.quantised == "w8a8_static" and tuned.tune.lora is None
+    loaded = {"eab", "eab-newline", "w8a8-static", "streaming", "head-norm", "eab-tuned"}
+    assert {path.stem for path in RECIPES.iterdir()} == loaded
+
+
+def test_operations_come_once_and_in_order():
+    def said(*names: str) -> str:
+        return refusal("surgery: 1\noperations: [" + ", ".join(f"{name}: {{}}" for name in names) + "]")
+
+    assert "has head_norm first" in said("head_norm", "attention_bias")
+    assert "write them in the order attention_bias, smoothing, head_norm" in said(
+        "smoothing", "attention_bias", "head_norm"
+    )
+    assert "asks for smoothing more than once" in said("attention_bias", "smoothing", "smoothing")
+    assert "has smoothing alone" in said("smoothing")
+
+
+def test_tuning_is_read_back_as_it_was_written():
+    text = "surgery: 1\noperations: [attention_bias: {}]\ntune: {steps: 5, lora: {targets: [q_proj]}, batch: 4}"
+    recipe = parse_recipe(text, "r.yaml")
+    assert recipe.tune.lora.targets == ("q_proj",) and recipe.tune.objectives.weights() == {"kl": 1.0}
+    assert Recipe.model_validate(recipe.to_dict()) == recipe
+    assert "equivalence" not in recipe.to_dict()["verify"] and "quantised" not in recipe.to_dict()["tune"]
+    assert "asks for equivalence" in refusal(text + "\nverify: {equivalence: {max_delta_nll: 1.0e-5}}")
+    assert "tune.accumulate is 3, which does not divide the batch of 4" in refusal(text[:-1] + ", accumulate: 3}")
 
 
 def test_defaults_are_the_documented_ones():

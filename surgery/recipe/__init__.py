@@ -1,11 +1,11 @@
 """Recipes: their schema, part by part, and reading them from files."""
 
 from .gates import Equivalence, MassiveActivations, Perplexity, Quantised, Verify
-from .operations import AttentionBias, HeadNorm, Operation
+from .operations import AttentionBias, HeadNorm, Operation, Smoothing
 from .recipe import Recipe
 from .tune import Lora, Tune
 
 __all__ = [
     "AttentionBias", "Equivalence", "HeadNorm", "Lora", "MassiveActivations", "Operation", "Perplexity", "Quantised",
-    "Recipe", "Tune", "Verify",
+    "Recipe", "Smoothing", "Tune", "Verify",
 ]  # fmt: skip
