@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -176,14 +177,27 @@ def test_the_adapter_loads_onto_the_model_that_was_not_tuned(place: Place, tmp_p
     torch.testing.assert_close(adapted(input_ids=tokens).logits, wanted)
 
 
-def test_two_processes_of_the_command_write_what_one_writes(place: Place, tmp_path: Path) -> None:
+def test_accelerate_launches_two_processes_that_write_what_one_writes(place: Place, tmp_path: Path) -> None:
     ended = run(place, SLOTS_ONLY, tmp_path / "one")
     assert ended.code == 0, ended.out + ended.err
     command = ["run", tmp_path / "one" / "recipe.yaml", place.source, tmp_path / "two", "--text", place.text, *MEASURED]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "surgery"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        2,
+        "--num_machines",
+        1,
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "surgery"]
     done = subprocess.run(
-        [*launch, *map(str, command)], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [str(word) for word in (*launch, *command)], capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Integrity") == 1  # one process speaks
