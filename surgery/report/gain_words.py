@@ -88,7 +88,7 @@ def _outcome(verdict: dict) -> list[str]:
     failed = [gate for gate in gates if not gate["passed"]]
     broken = [check for check in checks if not check["passed"]]
     said = [
-        f"Failed: {gate_name(gate['name'])} is {shown(gate['value'])}; asked for was at most {shown(gate['limit'])}."
+        f"Failed: {gate_name(gate['name'])}: {shown(gate['value'])}, and asked for was at most {shown(gate['limit'])}."
         for gate in failed
     ]
     said += [f"Failed: {visible_name(check['name'])}: {visible_name(check['detail']).rstrip('.')}." for check in broken]
@@ -113,7 +113,7 @@ def _quality(verdict: dict) -> str | None:
 
 def _quantised(verdict: dict) -> str | None:
     """Whose interval lies below the other's: stricter than a paired test of the two, which a verdict does not hold."""
-    kinds: dict[str, list[str]] = {"better": [], "worse": [], "not measurably different": []}
+    kinds: dict[str, list[str]] = {"better": [], "worse": [], "no clear difference": []}
     for name, entry in schemes(verdict):
         before, after = (entry["delta_nll"][which] for which in ("original", "converted"))
         if before is None:
@@ -121,7 +121,7 @@ def _quantised(verdict: dict) -> str | None:
         ends = [delta[end] for delta in (before, after) for end in ("low", "high")]
         if not all(map(finite, ends)):
             ends = [0.0] * 4
-        kind = "better" if ends[3] < ends[0] else "worse" if ends[2] > ends[1] else "not measurably different"
+        kind = "better" if ends[3] < ends[0] else "worse" if ends[2] > ends[1] else "no clear difference"
         kinds[kind].append(name)
     parts = [f"{kind} with {'; '.join(names)}" for kind, names in kinds.items() if names]
     if not parts:
