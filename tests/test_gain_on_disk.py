@@ -10,6 +10,8 @@ import pytest
 from tiny_checkpoint import MEASURED, Place, surgery_command
 
 import surgery
+from surgery.operations.card_results import WIDTH, tuned
+from surgery.recipe import Lora, Tune
 
 RECIPE = """surgery: 1
 operations:
@@ -77,6 +79,21 @@ def test_the_card_says_what_was_smoothed_and_tuned(made: Path) -> None:
         assert f"went from {tuning['held_out'][0]['ppl']:.4f} to {best['ppl']:.4f}." in said
     else:
         assert "None was better on held-out text than the start, which was kept." in said
+
+
+def test_tuning_that_helped_and_tuning_that_did_not_read_differently() -> None:
+    judged = [{"step": 0, "ppl": 50.0}, {"step": 100, "ppl": 25.0}, {"step": 200, "ppl": 26.0}]
+    found = {"held_out": judged, "losses": [{"step": step, "loss": 1.0} for step in range(1, 201)], "best_step": 100}
+    settings = Tune(steps=300, quantised="w8a8_static", lora=Lora(rank=4))
+    lines = tuned(settings, True, False, 210, found).splitlines()
+    assert max(map(len, lines)) <= WIDTH and " ".join(lines) == (
+        "Tuning has trained the slots and LoRA of rank 4 on 210 linear layers for 200 steps. Kept is the state after "
+        "step 100, and LoRA is merged into 210 tensors; perplexity on held-out text, quantised (w8a8_static), went "
+        "from 50.0000 to 25.0000."
+    )
+    kept = tuned(Tune(steps=300), False, True, 0, {**found, "best_step": 0})
+    assert "trained the norms of the heads for 200 steps. None was better" in " ".join(kept.split())
+    assert "merged" not in kept and "went from" not in kept
 
 
 def test_a_card_without_operations_of_this_kind_does_not_speak_of_them(place: Place) -> None:

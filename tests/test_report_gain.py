@@ -167,6 +167,12 @@ def test_what_passed_is_counted_and_what_is_damaged_is_named():
     assert rows(gain.gates(verdict))["checks of the files that hold"] == ("1", "all 2", gain.FAILED)
 
 
+def test_a_gate_that_just_failed_does_not_look_as_if_it_held():
+    verdict = make_verdict()
+    verdict["gates"] = [{"name": "perplexity", "passed": False, "value": 1.01004, "limit": 1.01}]
+    assert rows(gain.gates(verdict))["perplexity, times the bare original's"] == ("1.01004", "1.01", gain.FAILED)
+
+
 def test_a_worse_model_is_called_worse():
     verdict = make_verdict()
     verdict["quantised"] = {"w4": beside(1.5, 1.7)}

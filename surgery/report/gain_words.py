@@ -176,5 +176,5 @@ def gate_name(name: str) -> str:
 
 
 def shown(value: float | str) -> str:
-    """A gate's value or limit."""
-    return number(value) if isinstance(value, int | float) else visible_name(value)
+    """A gate's value or limit, with digits enough that what is just above a limit does not look like it."""
+    return number(value, 6) if isinstance(value, int | float) else visible_name(value)
