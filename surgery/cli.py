@@ -96,7 +96,7 @@ def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
     ),
     click.option("--no-verify", is_flag=True, help="Write without proof; the manifest says unverified."),
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
-    click.option("--report", type=FILE, metavar="FILE", help="Survey before and after, side by side in one HTML file."),
+    click.option("--report", type=FILE, metavar="FILE", help="What was gained, and surveys of both, in one HTML file."),
     click.option("--tuning", type=FILE, metavar="DIR", help="Keep the state of tuning here, and go on from it."),
     click.option("--adapter", type=FILE, metavar="DIR", help="Also write what was tuned as a PEFT adapter."),
     _tasks, _chunking(64, 2), _link, _dtype, _revision, _device, _json,
@@ -126,7 +126,7 @@ def run(recipe, source, out, text, calibration, no_verify, report, chunks, chunk
     if report is not None:
         from .report import write_report
 
-        write_report(verdict["surveys"], report)
+        write_report(verdict["surveys"], report, verdict)
     if verdict["passed"] is not False:
         show_output(_console(), out, verdict)
     kept = options["keep_failed"]

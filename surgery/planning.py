@@ -68,6 +68,27 @@ class Plan:
         tuned = tune is not None and (tune.lora is not None or tune.quantised is not None)
         return tuned or any(SCHEMES[name].in_layers for name in self.recipe.verify.quantised.gates())
 
+    @property
+    def lora_layers(self) -> int:
+        """How many linear layers LoRA is trained on and merged into."""
+        return sum(entry["status"] == "changed" for entry in self.tensors.values())
+
+    @property
+    def trains(self) -> dict | None:
+        """What tuning will train: `slots` at each site, `normed_sites`, `lora` (rank and layers, or None), `steps`."""
+        if (tune := self.recipe.tune) is None:
+            return None
+        lora = None if tune.lora is None else {"rank": tune.lora.rank, "layers": self.lora_layers}
+        return {"steps": tune.steps, "slots": self._slots, "normed_sites": self._normed_sites, "lora": lora}
+
+    @property
+    def _slots(self) -> int | dict[str, int]:
+        return self.n_slots if self.prefix is not None else {"max": self.n_slots}
+
+    @property
+    def _normed_sites(self) -> int:
+        return len(self.head_norm["sites"]) if self.head_norm is not None else 0
+
     def entries(self, prefix: Sequence[int]) -> dict[str, dict]:
         """What config.json will say of the operations, given the prefix that was folded."""
         norms = {} if self.head_norm is None else {"head_norm": self.head_norm}
@@ -79,9 +100,10 @@ class Plan:
             "source": {"spec": self.source.spec, "kind": self.source.kind, "revision": self.source.revision},
             "model_type": {"from": self.anatomy.model_type, "to": self.derived.model_type},
             "prefix_ids": list(self.prefix) if self.prefix is not None else None,
-            "n_slots": self.n_slots if self.prefix is not None else {"max": self.n_slots},
+            "n_slots": self._slots,
             "sites": len(self.anatomy.sites),
-            "normed_sites": len(self.head_norm["sites"]) if self.head_norm is not None else 0,
+            "normed_sites": self._normed_sites,
+            "tune": self.trains,
             "tensors": self.tensors,
             "files": [vars(file) for file in self.files],
             "config": {"lowered": self.lowered},

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from huggingface_hub import ModelCardData
 
 from ..checkpoint.source import Source
 from ..recipe import Recipe
+from .card_results import results, tuned
 from .derived import Derived
 
 _CARD = """---
@@ -53,6 +55,8 @@ _PLACES = """Positions 0
 to {last} belong to the prefix, so the longest text is {n} tokens shorter than the original's. {bos}"""
 _NORMS = """a **head-wise RMSNorm** in {sites} of {attending} attention sites: what each head brings back is normed
 before the output projection, with weights that {share}. {gate}"""
+_SMOOTHED = """Smoothing has scaled {n:,} tensors by powers of two, the same function: what was large in activations is
+in the weights that read them."""
 _EXACT = {
     "as_prefix": "In exact arithmetic the model computes what the original computes behind that prefix, and the tokens "
     "that carried massive activations are never computed.",
@@ -62,6 +66,15 @@ _EXACT = {
 _EXACT_ALONE = "Without what follows, the model would compute what the original computes behind that prefix."
 
 
+@dataclass(frozen=True)
+class Reworked:
+    """What became of the source's own tensors: how many smoothing scaled and LoRA was merged into; how tuning went."""
+
+    smoothed: int
+    merged: int
+    tuning: dict | None
+
+
 def model_card(
     source: Source,
     derived: Derived,
@@ -69,6 +82,7 @@ def model_card(
     entries: dict[str, dict],
     tokens: list[str] | None,
     folds_bos: bool,
+    reworked: Reworked,
     verdict: dict | None,
 ) -> str:
     """The card's text. `entries` are what config.json says of the operations.
@@ -86,14 +100,17 @@ def model_card(
     base = source.spec if source.kind == "hub" else source.root.name
     what = [_slots(entries["eab"], tokens, recipe.exact)] if slots else []
     what += [_norms(entries, recipe)] if norms else []
+    also = [_SMOOTHED.format(n=reworked.smoothed)] if recipe.smoothing is not None else []
+    if recipe.tune is not None:
+        also.append(tuned(recipe.tune, slots, norms, reworked.merged, reworked.tuning))
     return _CARD.format(
         metadata=metadata.to_yaml(), title=f"{base}, with {' and '.join(titles)}", base=base,
-        what="\n\nIt also has ".join(what), added=" and ".join(added),
+        what="\n\n".join(["\n\nIt also has ".join(what), *also]), added=" and ".join(added),
         inside="Do not put\nthe prefix in front of the text: it is inside." if slots else "",
         places=_places(entries["eab"], folds_bos) if slots else "",
         causal=derived.causal_class.removeprefix("EabNorm" if norms else "Eab"),
         recipe=json.dumps(recipe.to_dict(), indent=2, ensure_ascii=False),
-        results=_results(verdict) if verdict is not None else "Nothing: written with --no-verify.",
+        results=results(verdict, recipe.verify) if verdict is not None else "Nothing: written with --no-verify.",
     )  # fmt: skip
 
 
@@ -119,34 +136,3 @@ def _norms(entries: dict[str, dict], recipe: Recipe) -> str:
         gate = "It has no gate."
     share = "are each head's own" if described["per_head"] else "the heads of a site share"
     return _NORMS.format(sites=len(described["sites"]), attending=len(attending), share=share, gate=gate)
-
-
-def _results(verdict: dict) -> str:
-    scores, massive = verdict["perplexity"], verdict["massive_activations"]
-    labels = {
-        "bare": "original, bare",
-        "bos": "original + BOS",
-        "control": "original + the same prefix",
-        "converted": "converted",
-    }
-    if "prefix" not in verdict:
-        del labels["control"]  # which is the bare original
-    rows = [
-        f"| {labels[name]} | {score['ppl']:.4f} |"
-        for name, score in scores.items()
-        if score is not None and name in labels
-    ]
-    table = ["| variant | perplexity |", "|---|---|", *rows]
-    low, high = verdict["delta_nll"]["vs_bare"]["low"], verdict["delta_nll"]["vs_bare"]["high"]
-    before, after = massive["before"], massive["after"]
-    return "\n".join(
-        [
-            f"{scores['converted']['tokens']:,} target tokens, float32.",
-            "",
-            *table,
-            "",
-            f"Converted minus bare, nats per token, paired 95% interval: {low:+.5f} to {high:+.5f}.",
-            "Massive activations (|x| >= 100 and >= 1000 x median): "
-            f"{before['count']:,} before, {after['count']:,} after.",
-        ]
-    )

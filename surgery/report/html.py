@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from ..errors import OutputError, SourceError
 from ..results import write_result
-from . import maps, plots, tables
+from . import gain, gain_plots, maps, plots, tables
+from .gain_words import sentences
 from .style import DARK, LIGHT, drawing, inline_svg, write_figure
 from .words import names_of, summary
 
@@ -99,11 +100,11 @@ class Card:
     table: tables.Table | None = None
 
 
-def write_report(surveys: Sequence[dict], out: Path) -> Path:
+def write_report(surveys: Sequence[dict], out: Path, verdict: dict | None = None) -> Path:
     """Write `surveys` (of `scan`, or read from its JSON) side by side to `out`, one HTML file that fetches nothing.
 
-    Parts that no survey has are left out. Raises SourceError for what is no survey, OutputError where `out` cannot be
-    written.
+    `verdict`: of the run that they are from (or from its JSON), for what was gained or lost. Parts that neither has are
+    left out. Raises SourceError for what is no survey, OutputError where `out` cannot be written.
     """
     out = Path(out)
     surveys = _checked(surveys)
@@ -119,6 +120,7 @@ def write_report(surveys: Sequence[dict], out: Path) -> Path:
             tiles=tables.tiles(surveys[0]),
             overview=tables.overview(surveys, names),
             comparison=_comparison(surveys, names),
+            gained=None if verdict is None else _gained(verdict),
             sections=list(_sections(surveys, names)),
             light=LIGHT,
             dark=DARK,
@@ -176,6 +178,20 @@ def _figures(surveys: Sequence[dict]) -> Iterator[tuple[str, Figure]]:
                 yield f"{start}{section.key}", drawn
         for stem, _, drawn in maps.attention_maps(survey):
             yield f"{start}{stem}", drawn
+
+
+def _gained(verdict: dict) -> dict:
+    """Sentences on a verdict and its parts: (`key`, `title`, `text`, `table`, `figure`), those with a figure apart."""
+    verdict = _numbers({key: value for key, value in verdict.items() if key != "surveys"})
+    found: dict[str, list] = {"said": sentences(verdict), "tables": [], "figures": []}
+    for part in gain.PARTS:
+        if (table := part.table(verdict)) is None:
+            continue
+        plot = {"quantised": gain_plots.quantised, "tuning": gain_plots.tuning}.get(part.key, lambda _: None)
+        svg = None if (drawn := plot(verdict)) is None else Markup(inline_svg(drawn, f"gain-{part.key}", part.title))
+        entry = {"key": part.key, "title": part.title, "text": part.text, "table": table, "figure": svg}
+        found["figures" if svg else "tables"].append(entry)
+    return found
 
 
 def _comparison(surveys: Sequence[dict], names: Sequence[str]) -> Markup | None:

@@ -15,7 +15,10 @@ def show_plan(console: Console, plan: dict) -> None:
     console.print(f"[bold]{escape(plan['source']['spec'])}[/]")
     added = [f"{count} slots in each of {plan['sites']} attention sites"] if slots else []
     added += [f"norms of the heads in {plan['normed_sites']} of {plan['sites']}"] if plan["normed_sites"] else []
-    console.print(f"{kind['from']} to {kind['to']}, {', '.join(added)}\n")
+    console.print(f"{kind['from']} to {kind['to']}, {', '.join(added)}")
+    if plan["tune"] is not None:
+        console.print(_trained(plan["tune"], count))
+    console.print()
     files = new_table("Files", "name", "action", "bytes")
     for file in plan["files"]:
         files.add_row(escape(file["name"]), file["action"], "" if file["bytes"] is None else f"{file['bytes']:,}")
@@ -32,6 +35,14 @@ def show_plan(console: Console, plan: dict) -> None:
     console.print(
         f"\nDisk: {human(disk['needed'])} needed, {human(disk['free'])} free. All tensors by name: --json FILE"
     )
+
+
+def _trained(tune: dict, slots: str) -> str:
+    parts = [f"{slots} slots at each site"] if tune["slots"] else []
+    parts += [f"norms of the heads at {tune['normed_sites']} sites"] if tune["normed_sites"] else []
+    if lora := tune["lora"]:
+        parts.append(f"LoRA of rank {lora['rank']} on {lora['layers']:,} linear layers, merged into them")
+    return f"then tuned, up to {tune['steps']:,} steps: {'; '.join(parts)}"
 
 
 def show_output(console: Console, out, verdict: dict) -> None:

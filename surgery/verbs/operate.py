@@ -62,12 +62,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Operated:
-    """What came out of the original while it was loaded."""
+    """What came out of the original while it was loaded; `smoothed`: how many tensors smoothing changed."""
 
     prefix: tuple[int, ...]
     slots: Slots
     norms: Norms
     weights: dict[str, torch.Tensor]
+    smoothed: int
     tuning: dict | None
     random_ids: Equivalence
     search: dict | None
@@ -96,6 +97,7 @@ def operate(job: Job, directory: Path, tokenizer) -> Operated:
         original = job.measuring.original(model, prefix, tokenizer)
     found = job.survey(model, tokenizer, "the original", plan.source.spec)
     weights, tuning = smooth_channels(plan, model, prefix, slots, job.calibrating, reporter), None
+    smoothed = len(weights)
     if job.training is not None:
         tuned = tune_added(plan, job.training, model, directory, prefix, slots, norms, reporter)
         slots, norms, tuning = tuned.slots, tuned.norms, tuned.record.to_dict()
@@ -104,7 +106,7 @@ def operate(job: Job, directory: Path, tokenizer) -> Operated:
     weights = {name: weight.cpu() for name, weight in weights.items()}
     del model
     gc.collect()
-    return Operated(tuple(prefix), slots, norms, weights, tuning, random_ids, search, original, found)
+    return Operated(tuple(prefix), slots, norms, weights, smoothed, tuning, random_ids, search, original, found)
 
 
 def _prefix(job: Job, model: PreTrainedModel, tokenizer) -> tuple[tuple[int, ...], dict | None]:

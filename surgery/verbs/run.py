@@ -13,7 +13,7 @@ from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
 from ..errors import OutputError, SourceError
 from ..loading import load_tokenizer, require_device
-from ..operations.card import model_card
+from ..operations.card import Reworked, model_card
 from ..planning import Plan
 from ..recipe import Recipe
 from ..recipe.file import load_recipe
@@ -201,8 +201,9 @@ def _finish_stage(
     folds_bos = tokenizer is not None and tokenizer.bos_token_id in operated.prefix
     measured = build_verdict(findings, tokenizer) if converted.measurement is not None else None
     entries = plan.entries(operated.prefix)
+    reworked = Reworked(operated.smoothed, plan.lora_layers, operated.tuning)
     stage.add_text(
-        "README.md", model_card(plan.source, plan.derived, plan.recipe, entries, tokens, folds_bos, measured)
+        "README.md", model_card(plan.source, plan.derived, plan.recipe, entries, tokens, folds_bos, reworked, measured)
     )  # fmt: skip
     manifest["files"] = stage.hashes()
     stage.add_json(MANIFEST, manifest)
