@@ -166,6 +166,17 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_files(
         assert (tmp_path / "out" / name).read_bytes() == (tuned / "out" / name).read_bytes()
 
 
+def test_training_that_helps_nothing_is_left_out_and_said(place: Place, tmp_path: Path, monkeypatch) -> None:
+    judgements = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(loop, "held_out_nll", lambda *_: next(judgements))
+    recipe = SLOTS_ONLY.replace("steps: 3,", "steps: 3, lora: {rank: 2},")
+    ended = run(place, recipe, tmp_path)
+    assert ended.code == 0, ended.out + ended.err
+    assert "what is written is untuned" in " ".join(ended.err.split())
+    assert set(statuses(tmp_path / "out").values()) == {"added", "kept"}
+    assert surgery_command("verify", tmp_path / "out", "--against", place.source).code == 0
+
+
 def test_the_adapter_loads_onto_the_model_that_was_not_tuned(place: Place, tmp_path: Path) -> None:
     ended = run(place, SLOTS_ONLY, tmp_path / "tuned", "--adapter", tmp_path / "adapter")
     assert ended.code == 0, ended.out + ended.err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.checkpoint.layout import TensorInfo
+from surgery.checkpoint.layout import Layout, TensorInfo, read_tensor_bytes
 from surgery.errors import SourceError
 
 if TYPE_CHECKING:
@@ -58,3 +58,8 @@ def as_stored(info: TensorInfo, tensor: torch.Tensor) -> torch.Tensor:
             "dtype; convert the checkpoint in a wider one."
         )
     return stored
+
+
+def differs(layout: Layout, name: str, tensor: torch.Tensor) -> bool:
+    """Whether `tensor`, stored in the place of `name`, would be other bytes. SourceError where it does not fit."""
+    return tensor_bytes(as_stored(layout.tensors[name], tensor)) != read_tensor_bytes(layout, name)

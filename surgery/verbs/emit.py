@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..checkpoint.layout import INDEX, TensorInfo, index_json
+from ..checkpoint.layout import INDEX, Layout, TensorInfo, index_json
 from ..checkpoint.manifest import build_manifest
 from ..checkpoint.source import source_hashes
 from ..checkpoint.stage import Stage
+from ..checkpoint.values import differs
 from ..operations.attention_bias import slot_values
 from ..operations.changed import stored_values
 from ..operations.emission import added_layout, added_tensors, converted_config, converted_tokenizer
@@ -31,8 +32,11 @@ def emit(plan: Plan, stage: Stage, directory: Path, tokenizer, operated: Operate
     `directory` holds the source as plain files; a GGUF's are moved out of it, and it is removed.
     """
     prefix = operated.prefix
-    changed = stored_values(plan.source.layout, plan.anatomy, operated.weights)
-    _emit_shards(plan, stage, directory, changed, link)
+    layout = replace(plan.source.layout, root=directory)
+    weights = stored_values(layout, plan.anatomy, operated.weights)
+    # Training may keep its start, and half precision rounds small changes away.
+    changed = {name: weight for name, weight in weights.items() if differs(layout, name, weight)}
+    _emit_shards(plan, layout, stage, changed, link)
     values = slot_values(plan.anatomy, operated.slots)
     if plan.head_norm is not None:
         values.update(norm_values(plan.anatomy, plan.head_norm, operated.norms))
@@ -70,16 +74,15 @@ def emit(plan: Plan, stage: Stage, directory: Path, tokenizer, operated: Operate
     )
 
 
-def _emit_shards(plan: Plan, stage: Stage, directory: Path, changed: dict[str, torch.Tensor], link: bool) -> None:
-    layout = replace(plan.source.layout, root=directory)
+def _emit_shards(plan: Plan, layout: Layout, stage: Stage, changed: dict[str, torch.Tensor], link: bool) -> None:
     for old, new in plan.shards.items():
         others = {name: tensor for name, tensor in changed.items() if layout.tensors[name].shard == old}
         if others:
             stage.add_changed(layout, old, new, others)
         elif plan.source.kind == "gguf":
-            os.replace(directory / old, stage.path / new)
+            os.replace(layout.root / old, stage.path / new)
         else:
-            stage.add_file(directory / old, new, link=link)
+            stage.add_file(layout.root / old, new, link=link)
 
 
 def _emit_companions(plan: Plan, stage: Stage, directory: Path, tokenizer, prefix: Sequence[int]) -> None:
