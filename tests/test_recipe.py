@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from surgery.errors import RecipeError
-from surgery.recipe import AttentionBias, HeadNorm, Operation, Perplexity, Recipe, Verify
+from surgery.recipe import AttentionBias, FromScratch, HeadNorm, Operation, Perplexity, Pretrain, Recipe, Verify
 from surgery.recipe.file import load_recipe, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -48,8 +48,12 @@ def test_shipped_recipes_load():
     assert streaming.verify.streaming.window == 256
     normed = load_recipe(RECIPES / "head-norm.yaml")
     assert normed.head_norm == HeadNorm(per_head=True) and normed.attention_bias is None and normed.exact
-    named = {"eab.yaml", "eab-newline.yaml", "w8a8-static.yaml", "streaming.yaml", "head-norm.yaml"}
-    assert {path.name for path in RECIPES.iterdir()} == named
+    tuned = load_recipe(RECIPES / "eab-tuned.yaml")
+    assert tuned.tune.steps == 300 and tuned.smoothing is not None
+    pretrained = load_recipe(RECIPES / "gpt2-from-scratch.yaml", FromScratch)
+    assert pretrained.pretrain == Pretrain(steps=1000)  # it spells the defaults out
+    named = {"eab.yaml", "eab-newline.yaml", "w8a8-static.yaml", "streaming.yaml", "head-norm.yaml", "eab-tuned.yaml"}
+    assert {path.name for path in RECIPES.iterdir()} == {*named, "gpt2-from-scratch.yaml"}
 
 
 def test_defaults_are_the_documented_ones():
