@@ -29,9 +29,9 @@ def measure(variant: Variant, chunks: torch.Tensor) -> dict:
 
     `massive`: how many by Sun's criterion, over all layers and sequences; `auto`: by the scale-free one. `ratio`:
     largest |x| over the median, mean over sequences, of the layer where it is largest. These are of every position;
-    those named `_on_text` leave a leading sink token out. Means over all heads: `first_score`, weight on the first token
-    of the text; `slot_score`, on all slots, a leading token among them (None without); `sink_rate`, share of heads with
-    a sink. `layers` has the same by layer, as in a survey.
+    those named `_on_text` leave a leading sink token out. Means over all heads: `first_score`, weight on the first
+    token of the text; `slot_score`, on all slots, a leading token among them (None without); `sink_rate`, share of
+    heads with a sink. `layers` has the same by layer, as in a survey.
     """
     text, whole, auto = MassiveActivations(), MassiveActivations(), AutoMassive()
     attention, likelihood = AttentionStatistics(), Likelihood()
