@@ -23,9 +23,8 @@ PANEL = 105  # points high
 PANELS = (
     ("nll", "loss", "Loss, nats per token: on held-out text, and dashed in training", "linear"),
     ("ratio", None, "Largest |x| / median of the stream, in its loudest layer", "log"),
-    ("massive", None, "Massive activations on the held-out text, by Sun's criterion", "count"),
-    ("auto", None, "The same by a scale-free criterion", "count"),
-    ("slot_score", "first_score", "Attention to the slot or sink token, and dashed to the first token", "share"),
+    ("massive", "auto", "Massive activations: Sun's criterion, dashed scale-free", "count"),
+    ("slot_score", "first_score", "Attention to slots or sink token, and dashed to the first token", "score"),
     ("sink_rate", None, "Sink rate: share of heads that have a sink", "share"),
 )
 
@@ -40,7 +39,7 @@ def _drawn(variants: Mapping[str, dict]) -> Figure:
     drawn = figure(PANEL * len(PANELS) + 25)
     # Lines that lie on each other, as counts of 0 do: what is drawn first is wider, and shows.
     styles = {
-        name: {"color": LIGHT[colour], "linewidth": 2.8 - 0.5 * at}
+        name: {"color": LIGHT[colour], "linewidth": 2.4 - 0.4 * at}
         for at, (name, colour) in enumerate(zip(NAMES, SERIES, strict=False))
     }
     panels = drawn.subplots(len(PANELS), sharex=True)
@@ -55,7 +54,7 @@ def _drawn(variants: Mapping[str, dict]) -> Figure:
                     shown.append(line)
         axes.set_title(title)
         _scale(axes, kind, np.concatenate(shown))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlim(left=0)
     axes.set_xlabel("optimiser steps")
     legend(drawn, [Line2D([], [], **styles[name]) for name in variants], [NAMES[name] for name in variants], columns=2)
@@ -73,7 +72,7 @@ def _scale(axes, kind: str, values: np.ndarray) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5), numticks=6))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=kind == "count"))
-        if kind == "count":
-            axes.set_ylim(0, max(1.0, 1.08 * np.nanmax(values)))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=kind == "count", steps=[1, 2, 5, 10]))
+        if kind != "linear":
+            axes.set_ylim(0, max(1.0 if kind == "count" else 0.1, 1.08 * np.nanmax(values)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 2 if kind == "log" else 4)))
