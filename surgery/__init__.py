@@ -4,6 +4,7 @@
     surgery.run(recipe, source, out)      convert, verify, publish
     surgery.verify(out, against=source)   check a converted checkpoint
     surgery.scan(source, text=[...])      massive activations and sinks, layer by layer
+    surgery.pretrain(recipe, out, text=[...])  small models from nothing, with and without a place for sinks
 
 Importing surgery also makes the converted model types (`eab_llama`, ...) known to transformers' Auto classes.
 """
@@ -16,12 +17,13 @@ import wrapt
 
 if TYPE_CHECKING:
     from .verbs.plan import plan
+    from .verbs.pretrain import pretrain
     from .verbs.run import run
     from .verbs.scan import scan
     from .verbs.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["plan", "run", "scan", "verify"]
+__all__ = ["plan", "pretrain", "run", "scan", "verify"]
 
 
 def __getattr__(name: str):

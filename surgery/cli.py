@@ -14,11 +14,11 @@ import warnings
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from . import __version__
 from .errors import SurgeryError
 from .results import json_text, require_result_file, require_result_folder, write_result
+from .terminal.console import complain, output, show_warning
 
 FILE = click.Path(path_type=Path)
 BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
@@ -80,7 +80,7 @@ def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
 
     result = verb(recipe, source, out=out, link=link, dtype=dtype, revision=revision).to_dict()
     write_result(json_file, "--json", json_text(result))
-    show_plan(_console(), result)
+    show_plan(output(), result)
     return 0
 
 
@@ -122,13 +122,13 @@ def run(recipe, source, out, text, calibration, no_verify, report, chunks, chunk
     if verdict is None:  # this process has helped to tune
         return 0
     write_result(json_file, "--json", json_text(plain_json(verdict)))
-    show_verdict(_console(), verdict)
+    show_verdict(output(), verdict)
     if report is not None:
         from .report import write_report
 
         write_report(verdict["surveys"], report, verdict)
     if verdict["passed"] is not False:
-        show_output(_console(), out, verdict)
+        show_output(output(), out, verdict)
     kept = options["keep_failed"]
     return _judged(verdict, f"what was written is in {kept}" if kept else f"{out} was not created")
 
@@ -167,7 +167,7 @@ def verify(
     )  # fmt: skip
     write_result(json_file, "--json", json_text(plain_json(verdict)))
     write_result(junit, "--junit", junit_xml(verdict))
-    show_verdict(_console(), verdict)
+    show_verdict(output(), verdict)
     return _judged(verdict, f"do not use {checkpoint}")
 
 
@@ -202,7 +202,7 @@ def scan(
             chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
         )  # fmt: skip
         surveys.append(survey)
-        show_survey(_console(), survey)
+        show_survey(output(), survey)
     result = plain_json(surveys[0] if len(surveys) == 1 else {"surveys": surveys})
     write_result(json_file, "--json", json_text(result))
     if report is not None or plots is not None:
@@ -215,23 +215,32 @@ def scan(
     return 0
 
 
+@cli.command()
+@click.argument("recipe", type=FILE)
+@click.argument("out", type=FILE)
+@_options(
+    click.option("--text", multiple=True, type=FILE, metavar="FILE", help="Text to train on, UTF-8 (repeatable)."),
+    click.option(
+        "--held-out", multiple=True, type=FILE, metavar="FILE",
+        help="Text to judge on (repeatable); else the first sequences of --text.",
+    ),
+    _json,
+)  # fmt: skip
+def pretrain(recipe, out, text, held_out, json_file) -> int:
+    """Train the small GPT-2 variants of RECIPE from nothing; checkpoints and curves go to the new directory OUT."""
+    require_result_file(json_file, "--json", _given(recipe, out, *text, *held_out))
+    from .reporting import TerminalReporter
+    from .terminal.pretrain import show_curves
+    from .verbs.pretrain import pretrain as verb
+
+    result = verb(recipe, out, text=text, held_out=held_out, reporter=TerminalReporter())
+    write_result(json_file, "--json", json_text(result))
+    show_curves(output(), result, out)
+    return 0
+
+
 def _given(*paths: Path | str | None) -> list[Path | str]:
     return [path for path in paths if path is not None]
-
-
-class _Output(Console):
-    """Standard output; a reader that has gone away does not change how the command ends, for its work is done."""
-
-    def on_broken_pipe(self) -> None:
-        try:
-            super().on_broken_pipe()
-        except SystemExit:
-            pass
-
-
-def _console() -> Console:
-    """Where results are shown; when it is not a terminal, wide enough that no table is cut."""
-    return _Output(highlight=False, width=None if sys.stdout.isatty() else 180)
 
 
 def _judged(verdict: dict, way_out: str) -> int:
@@ -245,20 +254,8 @@ def _judged(verdict: dict, way_out: str) -> int:
     if not failed:
         return 0
     code, sentence = failed[0]
-    _complain(f"{sentence.rstrip('.')}; {way_out}")
+    complain(f"{sentence.rstrip('.')}; {way_out}")
     return code
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """Warnings as notes for a person, without the place in the code."""
-    Console(stderr=True, highlight=False).print("  [yellow]note[/]", end=" ")
-    print(message, file=sys.stderr)
-
-
-def _complain(sentence: str) -> None:
-    """One sentence on standard error, as it is: a path in it may look like markup."""
-    Console(stderr=True, highlight=False).print("[bold red]error[/]", end=" ")
-    print(sentence if sentence.endswith(".") else f"{sentence}.", file=sys.stderr)
 
 
 def _invoke() -> int:
@@ -266,26 +263,26 @@ def _invoke() -> int:
     try:
         return cli.main(standalone_mode=False) or 0
     except SurgeryError as error:
-        _complain(str(error))
+        complain(str(error))
         return error.exit_code
     except click.ClickException as error:
         error.show()
         return SurgeryError.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted; nothing unfinished is left behind")
+        complain("interrupted; nothing unfinished is left behind")
         return INTERRUPTED
     except SystemExit as stop:
         # A signal that `Stage` caught, or a pipe that nobody reads, for which click and rich say 1.
         return BROKEN_PIPE if stop.code == 1 else stop.code
     except Exception:
         traceback.print_exc()
-        _complain("this is a bug in surgery, not in what you gave it; please report it with the lines above")
+        complain("this is a bug in surgery, not in what you gave it; please report it with the lines above")
         return BUG
 
 
 def main() -> None:
     """Entry point of the `surgery` command."""
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     for imported in ("torchao", "torch.utils._pytree"):  # by transformers, where installed; it misses kernels for GPUs
         logging.getLogger(imported).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):

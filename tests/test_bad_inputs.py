@@ -30,7 +30,7 @@ import surgery
 from surgery.checkpoint import stage
 from surgery.checkpoint.layout import INDEX, SINGLE, read_layout
 from surgery.errors import SurgeryError
-from surgery.verbs import run as run_verb
+from surgery.verbs import operate
 
 INPUT, DAMAGED = 2, 3
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 12345678\n"
@@ -447,13 +447,13 @@ def test_the_python_verbs_raise_what_the_command_prints(bench: Bench) -> None:
 
 def test_no_disk_space_is_found_before_weights_are_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
-    monkeypatch.setattr(run_verb, "load_original", None)  # not reached
+    monkeypatch.setattr(operate, "load_original", None)  # not reached
     refused(bench, bench.run(), INPUT, "1.0 MB free", "out")
 
 
 def test_a_read_only_target_is_found_before_weights_are_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage.os, "access", lambda path, mode: Path(path) != bench.root)
-    monkeypatch.setattr(run_verb, "load_original", None)  # not reached
+    monkeypatch.setattr(operate, "load_original", None)  # not reached
     refused(bench, bench.run(), INPUT, "not writable")
 
 
@@ -486,7 +486,7 @@ def test_an_operation_that_fails_half_way_leaves_nothing(
     def fold(*arguments):
         raise error
 
-    monkeypatch.setattr(run_verb, "fold", fold)
+    monkeypatch.setattr(operate, "fold", fold)
     before = snapshot(bench.place.root)
     ended = surgery_command(*bench.run())
     assert ended.code == code  # none of those that a CI job takes for a verdict: 0, 1, 2, 3
@@ -504,7 +504,7 @@ def test_a_fold_that_is_not_exact_is_never_written(
     def wrong(*arguments):
         return {site: (key + 0.5, value) for site, (key, value) in fold(*arguments).items()}
 
-    monkeypatch.setattr(run_verb, "fold", wrong)
+    monkeypatch.setattr(operate, "fold", wrong)
     refused(bench, bench.run(None, RECIPE, *options), INPUT, "random token ids", "not exact")
 
 

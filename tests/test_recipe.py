@@ -14,7 +14,18 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from surgery.errors import RecipeError
-from surgery.recipe import AttentionBias, HeadNorm, Lora, Operation, Perplexity, Recipe, Smoothing, Verify
+from surgery.recipe import (
+    AttentionBias,
+    FromScratch,
+    HeadNorm,
+    Lora,
+    Operation,
+    Perplexity,
+    Pretrain,
+    Recipe,
+    Smoothing,
+    Verify,
+)
 from surgery.recipe.file import load_recipe, parse_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -50,7 +61,9 @@ def test_shipped_recipes_load():
     assert normed.head_norm == HeadNorm(per_head=True, gate=1) and normed.tune.lora == Lora() and not normed.exact
     tuned = load_recipe(RECIPES / "eab-tuned.yaml")
     assert tuned.smoothing == Smoothing() and tuned.tune.quantised == "w8a8_static" and tuned.tune.lora is None
-    loaded = {"eab", "eab-newline", "w8a8-static", "streaming", "head-norm", "eab-tuned"}
+    pretrained = load_recipe(RECIPES / "gpt2-from-scratch.yaml", FromScratch)
+    assert pretrained.pretrain == Pretrain(steps=1000)  # it spells the defaults out
+    loaded = {"eab", "eab-newline", "w8a8-static", "streaming", "head-norm", "eab-tuned", "gpt2-from-scratch"}
     assert {path.stem for path in RECIPES.iterdir()} == loaded
 
 

@@ -243,7 +243,7 @@ def test_the_order_of_text_is_of_seed_and_step_alone() -> None:
     torch.testing.assert_close(corpus.batch(7, 5), make_corpus(text(1000), settings, CHUNK).batch(7, 5))
     held = set(map(tuple, corpus.held_out.view(-1, 32).tolist()))
     assert not held & set(map(tuple, corpus.training.tolist()))
-    with pytest.raises(SourceError, match="the calibration text has 101 tokens, and tuning needs 288"):
+    with pytest.raises(SourceError, match="the calibration text has 101 tokens, and tune needs 288"):
         make_corpus(text(100), settings, CHUNK)
 
 

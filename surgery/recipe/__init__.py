@@ -2,10 +2,11 @@
 
 from .gates import Equivalence, MassiveActivations, Perplexity, Quantised, Verify
 from .operations import AttentionBias, HeadNorm, Operation, Smoothing
+from .pretrain import FromScratch, Pretrain
 from .recipe import Recipe
 from .tune import Lora, Tune
 
 __all__ = [
-    "AttentionBias", "Equivalence", "HeadNorm", "Lora", "MassiveActivations", "Operation", "Perplexity", "Quantised",
-    "Recipe", "Smoothing", "Tune", "Verify",
+    "AttentionBias", "Equivalence", "FromScratch", "HeadNorm", "Lora", "MassiveActivations", "Operation", "Perplexity",
+    "Pretrain", "Quantised", "Recipe", "Smoothing", "Tune", "Verify",
 ]  # fmt: skip

@@ -27,6 +27,13 @@ def _kind(word: str, listed: str) -> Callable[[object], str]:
     return lambda value: listed if isinstance(value, (list, tuple)) else word
 
 
+def _this_format(value: object) -> object:
+    if type(value) is not int or value != 1:  # 1.0 and true equal 1 in Python, and a Literal would let them pass
+        raise ValueError(f"is {shown(value)}, and the only recipe format is 1; write 'surgery: 1'")
+    return value
+
+
+Format = Annotated[Literal[1], BeforeValidator(_this_format)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Tokens = Annotated[tuple[Annotated[str | int, PlainValidator(_token)], ...], AsTuple, Field(min_length=1)]
 Prefix = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -23,17 +23,21 @@ from .gates import (
     Verify,
 )
 from .operations import AttentionBias, HeadNorm, Smoothing
+from .pretrain import FromScratch, Pretrain, Size
 from .recipe import Recipe
 from .tune import Lora, Objectives, Tune
 
+R = TypeVar("R", Recipe, FromScratch)
+
 _MODELS: dict[str, type[Strict]] = {
-    "": Recipe,
     "attention_bias": AttentionBias,
     "smoothing": Smoothing,
     "head_norm": HeadNorm,
     "tune": Tune,
     "objectives": Objectives,
     "lora": Lora,
+    "pretrain": Pretrain,
+    "model": Size,
     "verify": Verify,
     "equivalence": Equivalence,
     "perplexity": Perplexity,
@@ -50,6 +54,7 @@ _MODELS: dict[str, type[Strict]] = {
 _NEEDED = {
     "surgery": "1",
     "operations": "[attention_bias: {prefix: auto}]",
+    "pretrain": "{steps: 1000}",
     "max_ratio": "1.25",
     "window": "256",
     "tokens": "64",
@@ -60,8 +65,11 @@ _NEEDED = {
     "patience": "3",
 }
 
+# Top keys that only one of the commands reads.
+_COMMANDS = {**dict.fromkeys(("operations", "tune", "verify"), "surgery run"), "pretrain": "surgery pretrain"}
 
-def load_recipe(path: Path) -> Recipe:
+
+def load_recipe(path: Path, schema: type[R] = Recipe) -> R:
     """Read the recipe in the file `path`. RecipeError when it cannot be read or does not say something we can do."""
     path = Path(path)
     try:
@@ -77,22 +85,25 @@ def load_recipe(path: Path) -> Recipe:
             line = raw[: error.start].count(b"\n") + 1
             raise RecipeError(f"{path}, line {line}: not UTF-8 text; save the recipe as UTF-8.") from error
         text = " " * len(raw)  # cut in the middle of a character: too long is the complaint to make
-    return parse_recipe(text, str(path))
+    return parse_recipe(text, str(path), schema)
 
 
-def parse_recipe(text: str, name: str) -> Recipe:
-    """Parse recipe `text`; `name` stands for the file in messages.
+def parse_recipe(text: str, name: str, schema: type[R] = Recipe) -> R:
+    """Parse recipe `text` by `schema`; `name` stands for the file in messages.
 
     RecipeError names the first error of the file and counts the further ones.
     """
     value, lines, problems = read_yaml(text, name)
+    for key, command in _COMMANDS.items():
+        if isinstance(value, dict) and key in value and key not in schema.model_fields:
+            raise RecipeError(f"{name}, line {lines[key,]}: '{key}' is what {command} reads; give the recipe to that.")
     recipe = None
     try:
-        recipe = Recipe.model_validate(value)
+        recipe = schema.model_validate(value)
     except ValidationError as error:
         # What is missing comes last: next to a misspelt key on the same line, the misspelling is the news.
         details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] == "missing")
-        problems += [_problem(detail, lines) for detail in details]
+        problems += [_problem(detail, lines, schema) for detail in details]
     if problems or recipe is None:
         line, sentence = min(problems, key=lambda problem: problem[0])
         more = {1: "", 2: " (and 1 further error)"}.get(len(problems), f" (and {len(problems) - 1} further errors)")
@@ -100,7 +111,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
     return recipe
 
 
-def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
+def _problem(detail: dict[str, Any], lines: dict[Key, int], schema: type[Strict]) -> tuple[int, str]:
     """(line, sentence) for one pydantic error; the line is that of the nearest key that stands in the file."""
     key: Key = ()
     for part in detail["loc"]:
@@ -109,8 +120,7 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
     line, given, context = lines[key], detail["input"], detail.get("ctx", {})
     dotted, kind = dotted_key(key), detail["type"]
     if kind == "extra_forbidden":
-        model = _MODELS[next((str(part) for part in reversed(key[:-1]) if part in _MODELS), "")]
-        return line, f"unknown key '{dotted}'; {known(str(key[-1]), model)}"
+        return line, f"unknown key '{dotted}'; {known(str(key[-1]), _holder(key, schema))}"
     if kind == "missing":
         lacking = detail["loc"][-1]
         return line, f"the key '{lacking}' is missing; add '{lacking}: {_NEEDED[lacking]}'"
@@ -121,31 +131,33 @@ def _problem(detail: dict[str, Any], lines: dict[Key, int]) -> tuple[int, str]:
         alternative = {"prefix": ", or a list of tokens", "layers": ", or a list of numbers"}.get(str(key[-1]), "")
         return line, f"{value}; it must be {context['expected']}{alternative}"
     if kind in ("float_type", "finite_number"):
-        return line, f"{value}: a gate that is not a number; write one such as {_example(key)}"
+        return line, f"{value}: a gate that is not a number; write one such as {_example(key, schema)}"
     if kind in ("string_type", "string_too_short"):
         return line, f"{value}; it must be text"
     if kind == "bool_type":
         return line, f"{value}; it must be true or false"
     if kind == "int_type":
-        return line, f"{value}, which is not a whole number; write one such as {_example(key)}"
+        return line, f"{value}, which is not a whole number; write one such as {_example(key, schema)}"
     if kind.startswith(("greater_than", "less_than")):
         bound = {"gt": "more than", "ge": "at least", "le": "at most"}
         return line, f"{value}; it must be " + " ".join(f"{bound[name]} {limit:g}" for name, limit in context.items())
-    if kind == "bool_type":
-        return line, f"{value}; it must be true or false"
     if kind == "too_short":
         return line, f"{dotted} is an empty list; it needs at least one entry"
     if kind == "tuple_type":
         return line, f"{value}; it must be a list"
-    model = _MODELS[str(key[-1]) if key else ""]
+    model = _MODELS[str(key[-1])] if key else schema
     return line, f"{value}; it must be a mapping of " + ", ".join(model.model_fields)
 
 
-def _example(key: Key) -> str:
+def _holder(key: Key, schema: type[Strict]) -> type[Strict]:
+    """The model that `key` stands in, as far as it has a name."""
+    return next((_MODELS[part] for part in reversed(key[:-1]) if part in _MODELS), schema)
+
+
+def _example(key: Key, schema: type[Strict]) -> str:
     """The default of a numeric key, as a person would write it, or what could be written where there is none."""
     if isinstance(key[-1], int):
         return "0"  # an entry of a list
     if key[-1] in _NEEDED:
         return _NEEDED[str(key[-1])]
-    model = next(model for model in _MODELS.values() if key[-1] in model.model_fields)
-    return f"{model.model_fields[str(key[-1])].default:g}".replace("1e-05", "1.0e-5")
+    return f"{_holder(key, schema).model_fields[str(key[-1])].default:g}".replace("1e-05", "1.0e-5")

@@ -6,7 +6,7 @@ keys, wrong types and numbers that are not finite are errors, each one sentence 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     Field,
@@ -14,8 +14,7 @@ from pydantic import (
     field_validator,
 )
 
-from ..strict_yaml import shown
-from .fields import AsTuple, Strict
+from .fields import AsTuple, Format, Strict
 from .gates import Verify
 from .operations import AttentionBias, HeadNorm, Operation, Smoothing
 from .tune import Tune
@@ -24,17 +23,10 @@ from .tune import Tune
 class Recipe(Strict):
     """A whole recipe; `surgery` is the version of this format."""
 
-    surgery: Literal[1]
+    surgery: Format
     operations: Annotated[tuple[Operation, ...], AsTuple, Field(min_length=1)]
     tune: Tune | None = None
     verify: Verify = Verify()
-
-    @field_validator("surgery", mode="before")
-    @classmethod
-    def _this_format(cls, value: object) -> object:
-        if type(value) is not int or value != 1:  # 1.0 and true equal 1 in Python, and a Literal would let them pass
-            raise ValueError(f"is {shown(value)}, and the only recipe format is 1; write 'surgery: 1'")
-        return value
 
     @field_validator("operations")
     @classmethod

@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from .fields import Gate, Strict, Targets, Weight
+from .training import Training
 
 
 class Objectives(Strict):
@@ -46,32 +47,22 @@ class Lora(Strict):
     learning_rate: Gate = 1e-3
 
 
-class Tune(Strict):
-    """Train what the operations added, for so many optimiser steps.
+class Tune(Training):
+    """Train what the operations added.
 
-    A step reads `batch` sequences of `length` tokens, over all processes, in `accumulate` micro-batches. The held-out
-    text is the first `held_out` sequences of the calibration text, on which the model is judged every `evaluate_every`
-    steps, quantised if `quantised` names a scheme; training stops after `patience` judgements without a better one.
-    The gate of head norms rises from 0 to that of the recipe over the share `anneal` of the steps; one of 0 is learned.
+    A step reads its batch, over all processes, in `accumulate` micro-batches. The held-out text is the first `held_out`
+    sequences of the calibration text, on which the model is judged, quantised if `quantised` names a scheme; training
+    stops after `patience` judgements without a better one. The gate of head norms rises from 0 to that of the recipe
+    over the share `anneal` of the steps; one of 0 is learned.
     """
 
-    steps: Annotated[int, Field(ge=1)]
-    batch: Annotated[int, Field(ge=1)] = 2
-    length: Annotated[int, Field(ge=2)] = 256
     accumulate: Annotated[int, Field(ge=1)] = 1
-    learning_rate: Gate = 3e-3
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] = 10
-    clip: Gate = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
     objectives: Objectives = Objectives()
     quantised: Literal["w8a8_static", "w8a8_dynamic", "w8a8_per_token", "w4a4_static"] | None = None
     lora: Lora | None = None
     anneal: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
-    evaluate_every: Annotated[int, Field(ge=1)] = 50
     patience: Annotated[int, Field(ge=1)] | None = None
-    held_out: Annotated[int, Field(ge=1)] = 16
 
     @field_validator("accumulate")
     @classmethod

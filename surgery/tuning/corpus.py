@@ -1,4 +1,4 @@
-"""What tuning reads: sequences to train on, in an order that seed and step alone decide, and a held-out part."""
+"""What training reads: sequences to train on, in an order that seed and step alone decide, and a held-out part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import SourceError
-from ..recipe import Tune
+from ..recipe.training import Training
 
 SCALED = 32  # sequences of the training text that static scales come from
 
@@ -47,18 +47,20 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def make_corpus(ids: Sequence[int], settings: Tune, length: int) -> Corpus:
+def make_corpus(
+    ids: Sequence[int], settings: Training, length: int, name: str = "the calibration text", part: str = "tune"
+) -> Corpus:
     """Cut token ids: `held_out` chunks of `length` tokens first, then training sequences of `settings.length`.
 
-    SourceError for a text that is too short for one batch besides.
+    SourceError for a text that is too short for one batch besides; `name` is the text's, `part` of which recipe key.
     """
     held = settings.held_out * length
     rest = torch.tensor(ids[held:], dtype=torch.long)
     needed = held + max(settings.batch * settings.length, length)
     if len(ids) < needed:
         raise SourceError(
-            f"the calibration text has {len(ids)} tokens, and tuning needs {needed} ({settings.held_out} held-out "
-            f"chunks of {length} and a batch); give more --calibration text, or lower tune.held_out."
+            f"{name} has {len(ids)} tokens, and {part} needs {needed} ({settings.held_out} held-out chunks of {length} "
+            f"and a batch); give more of it, or lower {part}.held_out."
         )
     training = rest[: len(rest) // settings.length * settings.length].view(-1, settings.length)
     scaling = rest[: min(len(rest) // length, SCALED) * length].view(-1, length)

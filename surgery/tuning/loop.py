@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..anatomy.sites import Anatomy
 from ..recipe import Tune
+from ..recipe.training import Training
 from ..survey.likelihood import Likelihood, perplexity
 from ..survey.stream import on_layer, stream
 from ..verification.quantised import SCHEMES, activation_ranges, quantised
@@ -185,7 +186,7 @@ class Loop:
         return snapshot.step
 
 
-def rate(settings: Tune, step: int) -> float:
+def rate(settings: Training, step: int) -> float:
     """The factor on the learning rate at `step` (0, 1, ...): linear warm-up, then constant or half a cosine."""
     if step < settings.warmup:
         return (step + 1) / settings.warmup

@@ -1,4 +1,4 @@
-"""The four verbs, each the same as the command of its name.
+"""The verbs, each the same as the command of its name.
 
 recipe.yaml + source -> plan -> survey -> operate -> stage -> verify -> publish
 """

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.disk import require_space
-from ..checkpoint.layout import read_layout
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.layout import read_json, read_layout
+from ..checkpoint.manifest import MANIFEST, converted_from
 from ..checkpoint.source import materialise, open_source
 from ..errors import DamagedCheckpoint, SourceError
 from ..loading import load_original, load_tokenizer, require_device
@@ -89,7 +89,7 @@ class _Opened:
 @contextlib.contextmanager
 def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_Opened]:
     root = Path(source)
-    if (root / MANIFEST).is_file():
+    if _is_converted(root):
         if dtype is not None or revision is not None:
             raise SourceError(f"{root} is a converted checkpoint on this disk; leave out --dtype and --revision.")
         yield _converted(root)
@@ -106,6 +106,14 @@ def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_O
             return load_original(materialise(opened, Path(scratch) / "model"), device=device)
 
         yield _Opened(anatomy, tokenizer, vocab_size, 0, load)
+
+
+def _is_converted(root: Path) -> bool:
+    """Whether a run wrote `root`, or `surgery pretrain`, whose variants have slots or norms and no manifest."""
+    config = root / "config.json"
+    return (root / MANIFEST).is_file() or (
+        config.is_file() and converted_from(read_json(config).get("model_type")) is not None
+    )
 
 
 def _converted(root: Path) -> _Opened:

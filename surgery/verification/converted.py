@@ -56,7 +56,8 @@ def _wrong(eab: object, normed: bool) -> str | None:
     n, ids, sites = eab.get("n_slots"), eab.get("prefix_ids"), eab.get("sites")
     if type(n) is not int or n < (0 if normed else 1):
         return f"eab.n_slots is {n!r}, not a count"
-    if not isinstance(ids, list) or len(ids) != n or not all(type(token) is int and token >= 0 for token in ids):
+    known = isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
+    if not known or len(ids) not in (0, n):  # slots that were trained from nothing have no prefix
         return f"eab.prefix_ids is not a list of {n} token ids"
     if eab.get("slots_visible") not in ("as_prefix", "always"):
         return f"eab.slots_visible is {eab.get('slots_visible')!r}"
