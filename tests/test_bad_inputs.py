@@ -499,7 +499,7 @@ def test_an_operation_that_fails_half_way_leaves_nothing(
 def test_a_fold_that_is_not_exact_is_never_written(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    fold = run_verb.fold
+    fold = operate.fold
 
     def wrong(*arguments):
         return {site: (key + 0.5, value) for site, (key, value) in fold(*arguments).items()}
