@@ -222,7 +222,7 @@ def test_accelerate_launches_two_processes_that_write_what_one_writes(place: Pla
     [
         (SLOTS_ONLY.replace("tune:", "# tune:"), ("--tuning", "state"), "--tuning .* is for what 'tune'"),
         (OPERATIONS + TUNE.replace("q_proj", "qq_proj"), (), "tune.lora.targets: 'qq_proj' is no linear layer"),
-        (OPERATIONS + TUNE.replace("held_out: 2", "held_out: 200"), (), "tuning needs 6464 .200 held-out chunks"),
+        (OPERATIONS + TUNE.replace("held_out: 2", "held_out: 200"), (), "needs 6464 .200 held-out chunks"),
         (SLOTS_ONLY, ("--adapter", "."), "exists already"),
         (SLOTS_ONLY, ("--no-verify", "--no-text"), "tune trains on text: give --calibration"),
         (SLOTS_ONLY.replace("steps: 3", "steps: 0"), (), "tune.steps is 0; it must be at least 1"),
