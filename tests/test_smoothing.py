@@ -37,7 +37,7 @@ from surgery.operations.smoothing_pairs import (
 )
 from surgery.survey.likelihood import Likelihood
 from surgery.survey.stream import stream
-from surgery.verification.quantised import measure_quantised
+from surgery.verification.quantised_scores import measure_quantised
 
 # Pairs in the first block: (source, first row) of down projections; norms with how many layers read them.
 FIRST_BLOCK = {
@@ -406,7 +406,7 @@ def test_planted_outliers_cost_nothing_once_smoothed() -> None:
         stream(model, anatomy, text, [exact])
 
         def cost() -> float:
-            score = measure_quantised(model, anatomy, ["w8a8_static"], text, calibrating, lambda *_: None)
+            score, _ = measure_quantised(model, anatomy, ["w8a8_static"], (), text, calibrating, lambda *_: None)
             return score["w8a8_static"].ppl / exact.score.ppl - 1
 
         before = cost()

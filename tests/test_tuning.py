@@ -20,10 +20,11 @@ from surgery.recipe import Tune
 from surgery.tuning import loop as loop_module
 from surgery.tuning.corpus import Corpus, make_corpus
 from surgery.tuning.loop import rate
-from surgery.tuning.store import NAME
+from surgery.tuning.store import NAME, Store
 from surgery.tuning.tune import Tuned, tune
 
 PREFIX, CHUNK = (5, 7), 64
+WHOSE = {"tune": {"steps": 6}, "text": "a"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -161,11 +162,13 @@ def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path, monkeypatch) -> 
 
     monkeypatch.setattr(loop_module.Loop, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tuned(model, settings_of(**options), checkpoints=tmp_path)
+        tuned(model, settings_of(**options), store=Store(tmp_path, WHOSE))
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
     seen = []
-    again, _ = tuned(model, settings_of(**options), checkpoints=tmp_path, progress=lambda done, what: seen.append(done))
+    again, _ = tuned(
+        model, settings_of(**options), store=Store(tmp_path, WHOSE), progress=lambda done, what: seen.append(done)
+    )
     assert seen[0] == 6 and sum(seen) == 9
     same(again, whole)
     assert again.record == whole.record
@@ -173,15 +176,13 @@ def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path, monkeypatch) -> 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
     model = tiny_model("llama", torch.float32)
-    tuned(model, settings_of(), checkpoints=tmp_path)
-    for options in ({"steps": 7}, {"learning_rate": 1e-4}):
-        with pytest.raises(SourceError, match="is of another run .its tune differs.; remove it to begin anew"):
-            tuned(model, settings_of(**options), checkpoints=tmp_path)
-    with pytest.raises(SourceError, match="its text differs"):
-        tuned(model, settings_of(), text(3000), checkpoints=tmp_path)
+    tuned(model, settings_of(), store=Store(tmp_path, WHOSE))
+    for other, key in (({**WHOSE, "text": "b"}, "text"), ({**WHOSE, "tune": {"steps": 7}}, "tune")):
+        with pytest.raises(SourceError, match=f"is of another run .its {key} differs.; remove it to begin anew"):
+            Store(tmp_path, other).load()
     (tmp_path / NAME).write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     with pytest.raises(SourceError, match="is no tuning checkpoint"):
-        tuned(model, settings_of(), checkpoints=tmp_path)
+        Store(tmp_path, WHOSE).load()
 
 
 @pytest.mark.parametrize("at", [0, 4])

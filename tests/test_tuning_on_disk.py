@@ -159,6 +159,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_files(
     ended = run(place, OPERATIONS + TUNE + VERIFY, tmp_path, "--tuning", tmp_path / "state")
     assert ended.code == 130 and sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "state"]
     monkeypatch.undo()
+    other = TUNE.replace("length: 32", "length: 16")
+    ended = run(place, OPERATIONS + other + VERIFY, tmp_path, "--tuning", tmp_path / "state")
+    assert ended.code == 2 and "is of another run (its tune differs)" in ended.error and "load" not in ended.err
     ended = run(place, OPERATIONS + TUNE + VERIFY, tmp_path, "--tuning", tmp_path / "state")
     assert ended.code == 0, ended.out + ended.err
     weights = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))

@@ -15,7 +15,7 @@ from ..anatomy.sites import Anatomy
 from ..recipe import Tune
 from ..recipe.training import Training
 from ..survey.likelihood import Likelihood, perplexity
-from ..survey.stream import on_layer, stream
+from ..survey.stream import input_device, on_layer, stream
 from ..verification.quantised import SCHEMES, activation_ranges, quantised
 from .adapted import Adapted
 from .corpus import Corpus
@@ -102,7 +102,7 @@ class Loop:
         for i, piece in enumerate(pieces):
             last = i == len(pieces) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.trained):
-                loss, found = self._loss(piece.to(accelerator.device))
+                loss, found = self._loss(piece.to(input_device(self.model)))
                 accelerator.backward(loss / len(pieces))
             total = total + loss.detach() / len(pieces)
             parts = {name: parts.get(name, 0.0) + value / len(pieces) for name, value in found.items()}
@@ -177,9 +177,8 @@ class Loop:
         snapshot = self.store.load() if self.store is not None else None
         if snapshot is None:
             return 0
-        device = self.accelerator.device
         self.adapted.load_state(snapshot.trained)
-        self.best = {name: tensor.to(device) for name, tensor in snapshot.best.items()}
+        self.best = snapshot.best
         restore_optimiser(self.optimiser, snapshot.optimiser)
         self.record = Record(**snapshot.record)
         self.progress(snapshot.step, f"going on after step {snapshot.step}")

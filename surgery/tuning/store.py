@@ -32,11 +32,8 @@ class Store:
     """A directory for the checkpoints of one tuning run, which `identity` (plain JSON) tells from any other."""
 
     def __init__(self, directory: Path, identity: Mapping[str, object]) -> None:
+        # By way of JSON, as it will be read again.
         self.path, self.identity = Path(directory) / NAME, json.loads(json.dumps(identity))
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{directory} cannot be made ({error.strerror}); give another --tuning DIR.") from error
 
     def save(self, snapshot: Snapshot) -> None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in snapshot.optimiser["param_groups"]]
@@ -47,6 +44,7 @@ class Store:
         words = {"identity": self.identity, "step": snapshot.step, "groups": groups, "record": snapshot.record}
         partial = self.path.with_name(f".{NAME}.partial")
         try:
+            self.path.parent.mkdir(exist_ok=True)
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(on_cpu, partial, metadata={"surgery": json.dumps(words)})
             with partial.open("rb") as stream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,10 @@ class Tuned:
 
 def make_accelerator(device: str) -> Accelerator:
     """accelerate's view of the processes that share the work: one, or as many as `accelerate launch` started."""
-    return Accelerator(cpu=device == "cpu", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    # The model is where --device has put it.
+    return Accelerator(
+        cpu=device == "cpu", device_placement=False, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+    )
 
 
 def require_shares(settings: Tune, processes: int) -> None:
@@ -49,6 +52,12 @@ def require_shares(settings: Tune, processes: int) -> None:
         )
 
 
+def require_in_memory(model: PreTrainedModel) -> None:
+    """SourceError for a model that accelerate keeps elsewhere in part: what is offloaded has no gradients."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SourceError("tune needs the whole model in memory, and part of it is offloaded; give another --device.")
+
+
 def tune(
     model: PreTrainedModel,
     anatomy: Anatomy,
@@ -57,28 +66,19 @@ def tune(
     *,
     gate: float = 0.0,
     accelerator: Accelerator | None = None,
-    checkpoints: Path | None = None,
-    identity: Mapping[str, object] | None = None,
+    store: Store | None = None,
     adapter: Path | None = None,
     progress: Callable[[int, str], None] = lambda done, what: None,
 ) -> Tuned:
     """Train the slots and norms that are in `model`, and LoRA where `settings` say so; it is afterwards as it came.
 
     `gate`: what the gates of norms, all 0 now, shall be in the end; 0 has them learned.
-    `checkpoints`: a directory to go on from, and to save to at each judgement; `identity` says what must be the same
-    for that. `adapter`: a directory for a PEFT adapter of the model as it came. Raises SourceError for settings that do
-    not fit the model, OutputError for a directory that cannot be written.
+    `store`: checkpoints to go on from, and to save to at each judgement. `adapter`: a directory for a PEFT adapter of
+    the model as it came. Raises SourceError for settings that do not fit the model.
     """
     accelerator = accelerator or make_accelerator(str(next(model.parameters()).device))
     require_shares(settings, accelerator.num_processes)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise SourceError("tuning needs the whole model in memory, and part of it is offloaded; give another --device.")
-    store = None
-    if checkpoints is not None:
-        # By way of JSON, as it will be read again.
-        store = Store(
-            checkpoints, {"tune": settings.model_dump(mode="json"), "text": corpus.sha256, **(identity or {})}
-        )
+    require_in_memory(model)
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     adapted = Adapted(model, anatomy, settings, gate)
     try:

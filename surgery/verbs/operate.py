@@ -18,6 +18,7 @@ from ..operations.prefix_search import PrefixSearch
 from ..planning import Plan
 from ..reporting import Reporter
 from ..survey.full import survey
+from ..tuning.tune import require_in_memory
 from ..verification.equivalence import Equivalence, compare_random_ids
 from ..verification.measure import Original
 from ..verification.quantised import loaded_linears
@@ -84,6 +85,8 @@ def operate(job: Job, directory: Path, tokenizer) -> Operated:
     _require_finite(model)
     if plan.reads_linears:
         loaded_linears(model, plan.anatomy)  # weights that are offloaded are refused before the work begins
+    if job.training is not None:
+        require_in_memory(model)
     prefix, search = _prefix(job, model, tokenizer)
     slots: Slots = {}
     if prefix:

@@ -20,7 +20,9 @@ from ..operations.attention_bias import grafted
 from ..operations.head_norm import at_gate
 from ..planning import Plan
 from ..reporting import Reporter
+from ..results import require_result_folder
 from ..tuning.corpus import Corpus, make_corpus
+from ..tuning.store import Store
 from ..tuning.tune import Tuned, make_accelerator, require_shares, tune
 from ..verification.text import Chunking, tokenize
 from .inputs import Texts, fit_chunks, require_known, vocabulary_size
@@ -33,7 +35,7 @@ class Training:
     corpus: Corpus
     accelerator: Accelerator
     device: str
-    checkpoints: Path | None
+    store: Store | None
     adapter: Path | None
 
 
@@ -61,7 +63,22 @@ def prepare_training(
     require_shares(settings, accelerator.num_processes)
     if processes > 1:
         device = str(accelerator.device)
-    return Training(corpus, accelerator, device, checkpoints, adapter)
+    return Training(corpus, accelerator, device, _store(plan, corpus, checkpoints), adapter)
+
+
+def _store(plan: Plan, corpus: Corpus, directory: Path | None) -> Store | None:
+    """Where checkpoints are kept; what is there already must be of the same run."""
+    if directory is None:
+        return None
+    require_result_folder(directory, "--tuning", [plan.source.root])
+    operations = [operation.model_dump(mode="json") for operation in plan.recipe.operations]
+    tune_settings = plan.recipe.tune.model_dump(mode="json")
+    store = Store(
+        directory,
+        {"source": plan.source.spec, "operations": operations, "tune": tune_settings, "text": corpus.sha256},
+    )
+    store.load()
+    return store
 
 
 def tune_added(
@@ -95,11 +112,6 @@ def assist(plan: Plan, training: Training) -> None:
 
 
 def _tune(plan: Plan, training: Training, model: PreTrainedModel, prefix, slots: Slots, norms: Norms, advance) -> Tuned:
-    identity = {
-        "source": plan.source.spec,
-        "prefix": list(prefix),
-        "operations": [operation.model_dump(mode="json") for operation in plan.recipe.operations],
-    }
     gate = 0.0 if plan.head_norm is None else plan.recipe.head_norm.gate
     with contextlib.ExitStack() as inside:
         inside.enter_context(grafted(model, plan.anatomy, prefix, slots, plan.slots_visible))
@@ -107,5 +119,5 @@ def _tune(plan: Plan, training: Training, model: PreTrainedModel, prefix, slots:
             inside.enter_context(normed(model, plan.anatomy, *at_gate(plan.head_norm, norms, 0.0)))
         return tune(
             model, plan.anatomy, plan.recipe.tune, training.corpus, gate=gate, accelerator=training.accelerator,
-            checkpoints=training.checkpoints, identity=identity, adapter=training.adapter, progress=advance,
+            store=training.store, adapter=training.adapter, progress=advance,
         )  # fmt: skip
