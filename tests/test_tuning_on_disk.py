@@ -220,6 +220,27 @@ def test_accelerate_launches_two_processes_that_write_what_one_writes(place: Pla
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_text_comes_from_a_dataset_too(place: Place, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    lines = [line for line in place.text.read_text().splitlines() if line]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"words": line}) + "\n" for line in lines))
+
+    def recipe(**settings) -> str:
+        return SLOTS_ONLY.replace("tune: {", f"tune: {{dataset: {json.dumps({'name': str(folder), **settings})}, ")
+
+    ended = run(place, recipe(column="words"), tmp_path / "good", "--adapter", tmp_path / "adapter")
+    assert ended.code == 0, ended.out + ended.err
+    for settings, said in (
+        ({"column": "text"}, "has no column 'text'; it has words"),
+        ({"split": "other"}, "cannot be read"),
+        ({"column": "words", "characters": 50}, "tune needs 128"),
+    ):
+        assert said in run(place, recipe(**settings), tmp_path / "bad").error
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'surgery[datasets]'" in run(place, recipe(column="words"), tmp_path / "bad").error
+
+
 @pytest.mark.parametrize(
     ("recipe", "options", "said"),
     [

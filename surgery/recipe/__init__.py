@@ -4,9 +4,9 @@ from .gates import Equivalence, MassiveActivations, Perplexity, Quantised, Verif
 from .operations import AttentionBias, HeadNorm, Operation, Smoothing
 from .pretrain import FromScratch, Pretrain
 from .recipe import Recipe
-from .tune import Lora, Tune
+from .tune import Dataset, Lora, Tune
 
 __all__ = [
-    "AttentionBias", "Equivalence", "FromScratch", "HeadNorm", "Lora", "MassiveActivations", "Operation", "Perplexity",
-    "Pretrain", "Quantised", "Recipe", "Smoothing", "Tune", "Verify",
+    "AttentionBias", "Dataset", "Equivalence", "FromScratch", "HeadNorm", "Lora", "MassiveActivations", "Operation",
+    "Perplexity", "Pretrain", "Quantised", "Recipe", "Smoothing", "Tune", "Verify",
 ]  # fmt: skip

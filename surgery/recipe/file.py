@@ -25,7 +25,7 @@ from .gates import (
 from .operations import AttentionBias, HeadNorm, Smoothing
 from .pretrain import FromScratch, Pretrain, Size
 from .recipe import Recipe
-from .tune import Lora, Objectives, Tune
+from .tune import Dataset, Lora, Objectives, Tune
 
 R = TypeVar("R", Recipe, FromScratch)
 
@@ -36,6 +36,7 @@ _MODELS: dict[str, type[Strict]] = {
     "tune": Tune,
     "objectives": Objectives,
     "lora": Lora,
+    "dataset": Dataset,
     "pretrain": Pretrain,
     "model": Size,
     "verify": Verify,
@@ -62,6 +63,7 @@ _NEEDED = {
     "max_drop": "0.02",
     "limit": "500",
     "steps": "300",
+    "name": "allenai/c4",
     "patience": "3",
 }
 

@@ -81,9 +81,11 @@ class Recipe(Strict):
     def fits(self) -> str | None:
         """What of this recipe reads calibration text, in words; gates on static scales do too."""
         reads = {
-            "smoothing is scaled": self.smoothing, "head_norm is fitted": self.head_norm, "tune trains": self.tune,
-        }  # fmt: skip
-        return next((what for what, part in reads.items() if part is not None), None)
+            "smoothing is scaled": self.smoothing is not None,
+            "head_norm is fitted": self.head_norm is not None,
+            "tune trains": self.tune is not None and self.tune.dataset is None,
+        }
+        return next((what for what, true in reads.items() if true), None)
 
     @property
     def changes_weights(self) -> bool:

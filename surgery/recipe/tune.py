@@ -47,15 +47,29 @@ class Lora(Strict):
     learning_rate: Gate = 1e-3
 
 
-class Tune(Training):
-    """Train what the operations added.
+class Dataset(Strict):
+    """Text to tune on instead of --calibration: a dataset of the hub, or a directory that `datasets` reads as one.
 
-    A step reads its batch, over all processes, in `accumulate` micro-batches. The held-out text is the first `held_out`
-    sequences of the calibration text, on which the model is judged, quantised if `quantised` names a scheme; training
-    stops after `patience` judgements without a better one. The gate of head norms rises from 0 to that of the recipe
-    over the share `anneal` of the steps; one of 0 is learned.
+    Of its `split`, the first so many characters of the text in `column`; `config` where it has several.
     """
 
+    name: Annotated[str, Field(min_length=1)]
+    config: Annotated[str, Field(min_length=1)] | None = None
+    split: Annotated[str, Field(min_length=1)] = "train"
+    column: Annotated[str, Field(min_length=1)] = "text"
+    characters: Annotated[int, Field(ge=1)] = 4_000_000
+
+
+class Tune(Training):
+    """Train what the operations added, on `dataset` or else on the calibration text.
+
+    A step reads its batch, over all processes, in `accumulate` micro-batches. Judged is, on the first `held_out` chunks
+    of that text, the model as it would be emitted, quantised if `quantised` names a scheme; training stops after
+    `patience` judgements without a better one. The gate of head norms rises from 0 to that of the recipe over the share
+    `anneal` of the steps; one of 0 is learned.
+    """
+
+    dataset: Dataset | None = None
     accumulate: Annotated[int, Field(ge=1)] = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     objectives: Objectives = Objectives()

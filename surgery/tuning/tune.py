@@ -89,6 +89,7 @@ def tune(
         if adapter is not None and accelerator.is_main_process:
             adapted.save(adapter)
     finally:
+        accelerator.free_memory()  # it would keep the model until the end of the run
         adapted.close()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required.get(name, False))

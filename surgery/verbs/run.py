@@ -90,7 +90,7 @@ def run(
     reporter.step(f"plan {source}")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     searched = recipe.attention_bias is not None and recipe.attention_bias.prefix == "auto"
-    reads_text = verify or searched or recipe.fits is not None
+    reads_text = verify or searched or recipe.fits is not None or recipe.tune is not None
     prepared = prepare(
         recipe, source, Path(out), needs_tokenizer=reads_text, link=link, dtype=dtype, revision=revision
     )  # fmt: skip

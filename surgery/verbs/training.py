@@ -22,6 +22,7 @@ from ..planning import Plan
 from ..reporting import Reporter
 from ..results import require_result_folder
 from ..tuning.corpus import Corpus, make_corpus
+from ..tuning.dataset import dataset_text
 from ..tuning.store import Store
 from ..tuning.tune import Tuned, make_accelerator, require_shares, tune
 from ..verification.text import Chunking, tokenize
@@ -56,7 +57,8 @@ def prepare_training(
     if adapter is not None:
         require_target(adapter, plan.source.root if plan.source.root.is_dir() else None)
     length = fit_chunks(chunking, plan.anatomy, plan.n_slots).length
-    ids = tokenize(tokenizer, texts.calibration)
+    text = texts.calibration if settings.dataset is None else dataset_text(settings.dataset)
+    ids = tokenize(tokenizer, text)
     require_known(ids, tokenizer, vocabulary_size(plan.source.layout, plan.source.config))
     corpus = make_corpus(ids, settings, length)
     accelerator = make_accelerator(device)
