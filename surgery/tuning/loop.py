@@ -14,9 +14,11 @@ from accelerate.utils import broadcast_object_list
 from ..anatomy.sites import Anatomy
 from ..recipe import Tune
 from ..recipe.training import Training
-from ..survey.likelihood import Likelihood, perplexity
-from ..survey.stream import input_device, on_layer, stream
-from ..verification.quantised import SCHEMES, activation_ranges, quantised
+from ..survey.likelihood import perplexity
+from ..survey.stream import input_device, on_layer
+from ..verification.measure import measure
+from ..verification.quantised import SCHEMES
+from ..verification.quantised_scores import measure_quantised
 from .adapted import Adapted
 from .corpus import Corpus
 from .fake_quant import fake_quantised
@@ -196,12 +198,13 @@ def rate(settings: Training, step: int) -> float:
 
 def held_out_nll(model, anatomy: Anatomy, adapted: Adapted, settings: Tune, corpus: Corpus) -> float:
     """NLL of the held-out text in nats per token, of the model as it would be emitted, quantised if settings say so."""
-    likelihood = Likelihood()
-    with adapted.merged(), contextlib.ExitStack() as stack:
-        if settings.quantised is not None:
-            scheme, ranges = SCHEMES[settings.quantised], None
-            if scheme.calibrated:
-                ranges = activation_ranges(model, anatomy, corpus.scaling, lambda done: None)
-            stack.enter_context(quantised(model, anatomy, scheme, ranges))
-        stream(model, anatomy, corpus.held_out, [likelihood])
-    return likelihood.score.nll
+    with adapted.merged():
+        if settings.quantised is None:
+            return measure(model, anatomy, corpus.held_out, "held-out text", _unseen).score.nll
+        schemes = [settings.quantised]
+        scores, _ = measure_quantised(model, anatomy, schemes, (), corpus.held_out, corpus.scaling, _unseen)
+        return scores[settings.quantised].nll
+
+
+def _unseen(what: str, done: int) -> None:
+    """Progress of a judgement, which is a step of its own on the bar."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from ..survey.likelihood import token_losses
 from ..survey.massive import MIN_MAGNITUDE, MIN_RATIO
 
 ROWS = 128  # of logits at a time, so that no more than these stand in memory in float32
@@ -38,9 +39,7 @@ def kl(student: Pass, teacher: Pass) -> torch.Tensor:
 
 def language_modelling(student: Pass) -> torch.Tensor:
     """Mean NLL of tokens 1..T-1 of each sequence, in nats."""
-    logits = student.logits[:, :-1].flatten(0, 1)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), student.tokens[:, 1:].flatten())
+    return token_losses(student.logits[:, :-1].flatten(0, 1), student.tokens[:, 1:].flatten()).mean()
 
 
 def hidden(student: Pass, teacher: Pass) -> torch.Tensor:
