@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 
 from ..recipe import Tune, Verify
+from ..survey.likelihood import perplexity
 
 WIDTH = 112  # of the card's lines
 
@@ -126,7 +126,7 @@ def _tasks(verdict: dict) -> str | None:
 
 
 def _times(delta: dict) -> str:
-    mean, low, high = (math.inf if (at := delta[key]) >= 700 else math.exp(at) for key in ("mean", "low", "high"))
+    mean, low, high = (perplexity(delta[key]) for key in ("mean", "low", "high"))
     return f"{mean:.4f} ({low:.4f} to {high:.4f})"
 
 

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.sites import Anatomy, blank_model
 from ..checkpoint.layout import Layout
+from ..checkpoint.values import as_stored
 from ..errors import SourceError, UnsupportedModel
 from ..recipe import Lora, Recipe
 from ..verification.quantised import linears
@@ -55,8 +56,9 @@ def _stored(layout: Layout, anatomy: Anatomy, name: str) -> str | None:
 
 
 def stored_values(layout: Layout, anatomy: Anatomy, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Changed parameters of the causal LM by their names in the checkpoint."""
-    return {stored_name(layout, anatomy, name): weight for name, weight in weights.items()}
+    """Changed parameters of the causal LM by their names in the checkpoint, in the dtypes that it stores them in."""
+    named = {stored_name(layout, anatomy, name): weight for name, weight in weights.items()}
+    return {name: as_stored(layout.tensors[name], weight) for name, weight in named.items()}
 
 
 def targeted(names: Sequence[str], lora: Lora) -> list[str]:
