@@ -8,7 +8,8 @@ Two paths compute it. They agree to rounding; the first needs no longer mask and
   s_j = q.k'_j * scale and Z = logaddexp(L, logsumexp_j s_j), the result is o * exp(L - Z) + sum_j exp(s_j - Z) v'_j.
   Cost O(T n d) on top of the kernel.
 * concatenated: slots are put in front of the keys and PyTorch does the rest. It carries gradients, dropout, soft-capped
-  logits and attention weights, and runs on every device.
+  logits and attention weights, and runs on every device. Of causal attention it makes no mask, which would keep
+  PyTorch from its flash kernels: with as many queries in front as there are slots, it is causal again.
 
 Notation: B batch, Hq query heads, H key/value heads, T queries, S keys, D key dim, E value dim, n slots.
 """
@@ -70,15 +71,18 @@ def slot_attention(
             query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits
         )
         return out, weights if need_weights else None
-    groups = query.shape[1] // key.shape[1]
+    groups, extra = query.shape[1] // key.shape[1], 0
     if slot_key.shape[0]:
-        key, value, mask = _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask)
-        causal = False
+        if causal and slot_mask is None:
+            extra = slot_key.shape[0]
+            query = F.pad(query, (0, 0, extra, 0))
+        key, value, mask = _concatenate(query, key, value, slot_key, slot_value, causal and not extra, mask, slot_mask)
+        causal = extra > 0
     out = F.scaled_dot_product_attention(
         query, _repeat(key, groups), _repeat(value, groups), attn_mask=mask, dropout_p=dropout, is_causal=causal,
         scale=scale,
     )  # fmt: skip
-    return out, None
+    return out[:, :, extra:], None
 
 
 def _can_merge(query, key, value, slot_key, slot_value, mask, dropout: float) -> bool:
