@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..survey.likelihood import token_losses
 from ..survey.massive import MIN_MAGNITUDE, MIN_RATIO
 
-ROWS = 128  # of logits at a time, so that no more than these stand in memory in float32
+ROWS = 32  # of logits at a time: no more stand in memory in float32, and these stay in the cache of a CPU
 
 
 @dataclass

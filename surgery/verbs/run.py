@@ -89,14 +89,14 @@ def run(
     texts = gather_texts(text, calibration)
     reporter.step(f"plan {source}")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
-    searched = recipe.attention_bias is not None and recipe.attention_bias.prefix == "auto"
-    reads_text = verify or searched or recipe.fits is not None or recipe.tune is not None
     prepared = prepare(
-        recipe, source, Path(out), needs_tokenizer=reads_text, link=link, dtype=dtype, revision=revision
+        recipe, source, Path(out), needs_tokenizer=verify or _reads_text(recipe), link=link, dtype=dtype,
+        revision=revision,
     )  # fmt: skip
     plan, tokenizer = prepared.plan, prepared.tokenizer
+    keep_failed = None if keep_failed is None else Path(keep_failed)
     if keep_failed is not None:
-        _require_elsewhere(Path(keep_failed), Path(out), plan)
+        _require_elsewhere(keep_failed, Path(out), plan)
     if verify:
         require_tools(plan.recipe.verify, device)
     harness = gather_tasks(plan.recipe.verify, tasks) if verify else None
@@ -115,16 +115,14 @@ def run(
         manifest = emit(plan, stage, directory, tokenizer, operated, link)
         converted = _measure_stage(job, tokenizer, operated)
         findings = _finish_stage(job, tokenizer, operated, converted, manifest, tokens)
-        verdict = build_verdict(findings, tokenizer)
-        if not verify:
-            verdict["passed"] = None if verdict["passed"] else False
-        status = "verified" if verdict["passed"] else "unverified"
-        stage.replace_json(MANIFEST, {**manifest, "status": status, "verdict": plain_json(verdict)})
-        if verdict["passed"] is not False:
-            stage.publish()
-        elif keep_failed is not None:
-            stage.keep(Path(keep_failed))
+        verdict = _conclude(stage, build_verdict(findings, tokenizer), manifest, verify, keep_failed)
     return {**verdict, "surveys": [operated.survey, converted.survey]} if surveys else verdict
+
+
+def _reads_text(recipe: Recipe) -> bool:
+    """Whether the operations of `recipe` read text, verified or not."""
+    searched = recipe.attention_bias is not None and recipe.attention_bias.prefix == "auto"
+    return searched or recipe.fits is not None or recipe.tune is not None
 
 
 def _require_elsewhere(keep_failed: Path, out: Path, plan: Plan) -> None:
@@ -212,3 +210,16 @@ def _finish_stage(
     source = plan.source if plan.source.kind != "gguf" else None
     checks = [*check_integrity(stage.path, manifest, source, source and source.root), *converted.checks]
     return replace(findings, checks=checks)
+
+
+def _conclude(stage: Stage, verdict: dict, manifest: dict, verify: bool, keep_failed: Path | None) -> dict:
+    """Put `verdict` into the manifest, and the checkpoint where it belongs by it; the verdict as it is reported."""
+    if not verify:
+        verdict["passed"] = None if verdict["passed"] else False
+    status = "verified" if verdict["passed"] else "unverified"
+    stage.replace_json(MANIFEST, {**manifest, "status": status, "verdict": plain_json(verdict)})
+    if verdict["passed"] is not False:
+        stage.publish()
+    elif keep_failed is not None:
+        stage.keep(keep_failed)
+    return verdict
