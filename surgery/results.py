@@ -20,7 +20,7 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
         return
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give a file for {option}.")
-    _require_apart(path, option, apart_from)
+    require_apart(path, option, apart_from)
     if not path.parent.is_dir():
         raise OutputError(
             f"{path.parent}, which is to hold {path.name}, is not a directory; create it or change {option}."
@@ -37,7 +37,8 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
         raise _unwritable(path, option, error) from error
 
 
-def _require_apart(path: Path, option: str, apart_from: Iterable[Path | str]) -> None:
+def require_apart(path: Path, option: str, apart_from: Iterable[Path | str]) -> None:
+    """Raise OutputError if `path` is one of `apart_from`, or lies in one."""
     for other in map(Path, apart_from):
         if other.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(f"{path} would change {other}, which is not for results; give another path for {option}.")
@@ -47,7 +48,7 @@ def require_result_folder(path: Path | None, option: str, apart_from: Iterable[P
     """Raise OutputError unless `path` is, or can become, a directory to write to that lies in none of `apart_from`."""
     if path is None:
         return
-    _require_apart(path, option, apart_from)
+    require_apart(path, option, apart_from)
     made = not path.exists()
     try:
         path.mkdir(exist_ok=True)

@@ -13,6 +13,7 @@ from surgery.survey.massive import massive as by_survey
 from surgery.tuning import objectives
 from surgery.tuning.fake_quant import fake_quantised, straight_through
 from surgery.tuning.objectives import Objective, Pass
+from surgery.verification.quantised import SCHEMES, Scheme
 
 FLOATS = st.floats(-50, 50, allow_subnormal=False)
 
@@ -107,6 +108,13 @@ def test_the_gradient_passes_the_rounding_and_reaches_the_scale() -> None:
 def test_layers_read_rounded_inputs_only_inside_the_block() -> None:
     layer, x = torch.nn.Linear(4, 2).double(), torch.randn(2, 3, 4, dtype=torch.float64)
     plain = layer(x)
-    with fake_quantised([layer], 4):
-        torch.testing.assert_close(layer(x), layer(straight_through(x, 4)), rtol=0, atol=0)
+    with torch.no_grad():
+        wanted = layer(straight_through(x, 4))
+    with fake_quantised([layer], SCHEMES["w4a4_static"], 2):
+        torch.testing.assert_close(layer(x), wanted, rtol=0, atol=0)
+        flat = layer(x.flatten(0, 1))  # as OPT gives it to its MLPs
+        torch.testing.assert_close(flat.view_as(wanted), wanted, rtol=0, atol=0)
+    with fake_quantised([layer], Scheme(4, 4, ranges="per_token"), 2):
+        alone = [layer(token[None, None]) for token in x.flatten(0, 1)]
+        torch.testing.assert_close(layer(x).flatten(0, 1), torch.cat(alone).flatten(0, 1), rtol=0, atol=1e-15)
     torch.testing.assert_close(layer(x), plain, rtol=0, atol=0)

@@ -12,16 +12,17 @@ import torch
 from peft import PeftModel
 from tiny import one_thread, tiny_model
 
-from surgery.anatomy.seam import Slots
+from surgery.anatomy.seam import Slots, normed
 from surgery.anatomy.sites import examine
 from surgery.errors import SourceError
 from surgery.operations.attention_bias import fold, grafted
-from surgery.recipe import Tune
+from surgery.operations.head_norm import at_gate, norm_config
+from surgery.recipe import HeadNorm, Tune
 from surgery.tuning import loop as loop_module
 from surgery.tuning.corpus import Corpus, make_corpus
 from surgery.tuning.loop import rate
 from surgery.tuning.store import NAME, Store
-from surgery.tuning.tune import Tuned, tune
+from surgery.tuning.tune import Tuned, require_shares, tune
 
 PREFIX, CHUNK = (5, 7), 64
 WHOSE = {"tune": {"steps": 6}, "text": "a"}
@@ -75,7 +76,6 @@ def test_every_objective_lowers_its_own_loss(objectives) -> None:
     repeated = text(600)  # one batch of all training text, so that steps compare
     settings = settings_of(steps=40, batch=14, objectives=objectives, learning_rate=5e-3, evaluate_every=40, **more)
     losses = [entry["loss"] for entry in tuned(tiny_model("llama"), settings, repeated)[0].record.losses]
-    print(losses)
     assert sum(losses[-5:]) < 0.99 * sum(losses[:5])
 
 
@@ -288,6 +288,76 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
 def test_uneven_shares_are_refused() -> None:
     with pytest.raises(ValueError, match="does not divide the batch of 3"):
         settings_of(batch=3, accumulate=2)
+    require_shares(settings_of(batch=6, accumulate=3), 2)
+    with pytest.raises(SourceError, match="tune.batch is 6 sequences, which 4 processes with 3 micro-batches"):
+        require_shares(settings_of(batch=6, accumulate=3), 4)
+
+
+def trained_norms(monkeypatch, gate: float, **changes) -> tuple[Tuned, list[float]]:
+    """What a model with head norms becomes, and the gate at each step."""
+    model, seen = tiny_model("llama"), []
+    anatomy = examine(model.config.to_dict())
+    head_norm = norm_config(anatomy, HeadNorm(gate=gate))
+    norms = {
+        site.name: {
+            "weight": torch.full((site.value_dim,), 0.1, dtype=torch.float64),
+            "gate": torch.zeros(site.heads, dtype=torch.float64),
+        }
+        for site in anatomy.sites
+    }
+    compute = loop_module.Loop._loss
+
+    def watched(self, tokens):
+        seen.append(self.adapted.gates[0].detach().mean().item())
+        return compute(self, tokens)
+
+    monkeypatch.setattr(loop_module.Loop, "_loss", watched)
+    settings = settings_of(objectives={"lm": 1.0}, learning_rate=1e-2, **changes)
+    with (
+        grafted(model, anatomy, (), {}, "as_prefix"),
+        normed(model, anatomy, *at_gate(head_norm, norms, 0.0)),
+    ):
+        return tune(model, anatomy, settings, make_corpus(text(), settings, CHUNK), gate=gate), seen
+
+
+def test_gates_rise_over_their_share_of_the_steps(monkeypatch) -> None:
+    found, seen = trained_norms(monkeypatch, 0.8, steps=8, anneal=0.5, evaluate_every=8)
+    assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8])
+    assert all(torch.equal(norm["gate"], torch.full_like(norm["gate"], 0.8)) for norm in found.norms.values())
+
+
+def test_a_gate_of_zero_is_learned(monkeypatch) -> None:
+    found, seen = trained_norms(monkeypatch, 0.0, steps=8, schedule="constant")
+    assert seen[0] == 0.0 and seen[-1] != 0.0
+    assert found.record.best["step"] == 8
+    assert len({value for norm in found.norms.values() for value in norm["gate"].tolist()}) > 1
+
+
+def test_half_precision_multiplies_so_and_trains_float32() -> None:
+    model = tiny_model("llama", torch.float32)
+    options = {"steps": 12, "learning_rate": 1e-2, "lora": {"rank": 2}, "objectives": {"lm": 1.0}}
+    half, _ = tuned(model, settings_of(precision="bfloat16", **options))
+    full, _ = tuned(model, settings_of(**options))
+    assert half.record.best["nll"] == pytest.approx(full.record.best["nll"], rel=0.01)
+    assert half.record.losses != full.record.losses
+    assert {part.dtype for parts in half.slots.values() for part in parts} == {torch.float32}
+
+
+def test_what_is_judged_is_what_will_be_stored() -> None:
+    """A checkpoint that stores so few bits that LoRA changes nothing is judged to be the one that it was."""
+    model = tiny_model("llama", torch.float32)
+    options = {"steps": 3, "lora": {"rank": 2}, "learning_rate": 1e-30, "objectives": {"lm": 1.0}}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    names = []
+
+    def stored(name: str, weight: torch.Tensor) -> torch.Tensor:
+        names.append(name)
+        return before[name]
+
+    found, _ = tuned(model, settings_of(**options), stored=stored)
+    assert found.record.judged[0]["nll"] == pytest.approx(found.record.judged[-1]["nll"], abs=1e-12)
+    assert set(names) == set(found.weights) and all(torch.equal(found.weights[name], before[name]) for name in names)
+    assert tuned(model, settings_of(**options))[0].record.judged[-1]["nll"] != found.record.judged[-1]["nll"]
 
 
 def test_a_corpus_is_told_by_its_tokens() -> None:

@@ -191,10 +191,30 @@ def test_the_adapter_loads_onto_the_model_that_was_not_tuned(place: Place, tmp_p
     torch.testing.assert_close(adapted(input_ids=tokens).logits, wanted)
 
 
+def test_an_adapter_is_written_only_with_what_it_belongs_to(place: Place, tmp_path: Path) -> None:
+    recipe = SLOTS_ONLY.replace("massive_activations: {max: 1000000}", "quantised: {w8a8_static: {max_ratio: 0.01}}")
+    ended = run(place, recipe, tmp_path, "--adapter", tmp_path / "adapter")
+    assert ended.code == 1 and sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "v.json"]
+    ended = run(place, recipe, tmp_path, "--adapter", tmp_path / "adapter", "--keep-failed", tmp_path / "kept")
+    assert ended.code == 1 and (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "kept" / "config.json").is_file()
+
+
+def test_a_run_on_other_calibration_is_another_run(place: Place, tmp_path: Path) -> None:
+    recipe = OPERATIONS + TUNE.replace("steps: 6", "steps: 3") + VERIFY
+    assert run(place, recipe, tmp_path, "--tuning", tmp_path / "state").code == 0
+    shutil.rmtree(tmp_path / "out")
+    ended = run(place, recipe, tmp_path, "--tuning", tmp_path / "state", "--chunks", 2)
+    assert ended.code == 2 and "is of another run (its calibration chunks differs)" in ended.error
+
+
 def test_accelerate_launches_two_processes_that_write_what_one_writes(place: Place, tmp_path: Path) -> None:
-    ended = run(place, SLOTS_ONLY, tmp_path / "one")
+    recipe = SLOTS_ONLY.replace("tune: {steps: 3,", "  - smoothing: {}\n  - head_norm: {gate: 1}\ntune: {steps: 3,")
+    recipe = recipe.replace("objectives: {lm: 1.0}", "objectives: {kl: 0.5, hidden: 1.0}, lora: {rank: 2}")
+    ended = run(place, recipe, tmp_path / "one")
     assert ended.code == 0, ended.out + ended.err
     command = ["run", tmp_path / "one" / "recipe.yaml", place.source, tmp_path / "two", "--text", place.text, *MEASURED]
+    command += ["--tuning", tmp_path / "state"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -208,7 +228,8 @@ def test_accelerate_launches_two_processes_that_write_what_one_writes(place: Pla
         "--num_machines",
         1,
     ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "-m", "surgery"]
+    # What accelerate is told of precision does not count: the recipe says it.
+    launch += ["--mixed_precision", "bf16", "--dynamo_backend", "no", "--main_process_port", port, "-m", "surgery"]
     done = subprocess.run(
         [str(word) for word in (*launch, *command)], capture_output=True, text=True, timeout=300,
         cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -224,7 +245,7 @@ def test_text_comes_from_a_dataset_too(place: Place, tmp_path: Path, monkeypatch
     folder = tmp_path / "dataset"
     folder.mkdir()
     lines = [line for line in place.text.read_text().splitlines() if line]
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"words": line}) + "\n" for line in lines))
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"words": line, "ids": [1, 2]}) + "\n" for line in lines))
 
     def recipe(**settings) -> str:
         return SLOTS_ONLY.replace("tune: {", f"tune: {{dataset: {json.dumps({'name': str(folder), **settings})}, ")
@@ -232,7 +253,8 @@ def test_text_comes_from_a_dataset_too(place: Place, tmp_path: Path, monkeypatch
     ended = run(place, recipe(column="words"), tmp_path / "good", "--adapter", tmp_path / "adapter")
     assert ended.code == 0, ended.out + ended.err
     for settings, said in (
-        ({"column": "text"}, "has no column 'text'; it has words"),
+        ({"column": "text"}, "has no column 'text'; it has ids, words"),
+        ({"column": "ids"}, "holds list, not text"),
         ({"split": "other"}, "cannot be read"),
         ({"column": "words", "characters": 50}, "tune needs 128"),
     ):
@@ -248,6 +270,9 @@ def test_text_comes_from_a_dataset_too(place: Place, tmp_path: Path, monkeypatch
         (OPERATIONS + TUNE.replace("q_proj", "qq_proj"), (), "tune.lora.targets: 'qq_proj' is no linear layer"),
         (OPERATIONS + TUNE.replace("held_out: 2", "held_out: 200"), (), "needs 6464 .200 held-out chunks"),
         (SLOTS_ONLY, ("--adapter", "."), "exists already"),
+        (SLOTS_ONLY, ("--adapter", "out"), "would change .*out, which is not for results; .* for --adapter"),
+        (SLOTS_ONLY, ("--tuning", "out"), "would change .*out, which is not for results; .* for --tuning"),
+        (SLOTS_ONLY.replace("length: 32", "length: 9999"), (), "tune.length is 9999, and behind 2 slots the model has"),
         (SLOTS_ONLY, ("--no-verify", "--no-text"), "tune trains on text: give --calibration"),
         (SLOTS_ONLY.replace("steps: 3", "steps: 0"), (), "tune.steps is 0; it must be at least 1"),
         (SLOTS_ONLY.replace("steps: 3, ", ""), (), "the key 'steps' is missing; add 'steps: 300'"),
@@ -260,7 +285,9 @@ def test_what_cannot_be_done_is_one_sentence(place: Place, tmp_path: Path, recip
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe)
     text = () if "--no-text" in options else ("--text", place.text)
-    given = [tmp_path / option if option in ("state", ".") else option for option in options if option != "--no-text"]
+    given = [
+        tmp_path / option if option in ("state", "out", ".") else option for option in options if option != "--no-text"
+    ]
     ended = surgery_command("run", path, place.source, tmp_path / "out", *text, *MEASURED, *given)
     assert ended.code == 2
     assert re.search(said, ended.error), ended.error

@@ -31,6 +31,10 @@ def installed(model: PreTrainedModel, anatomy: Anatomy, eab: dict, slots: Slots)
             module = trunk.get_submodule(name).attention_bias
             module.key = torch.nn.Parameter(key, requires_grad=False)
             module.value = torch.nn.Parameter(value, requires_grad=False)
+        for name in () if slots else eab["sites"]:  # of no slots, but several processes compare what a model holds
+            module = trunk.get_submodule(name)
+            if (beside := next(module.parameters(), None)) is not None and not beside.is_meta:
+                module.attention_bias.to(beside.device)
         require_added(trunk)
         try:
             for config, _ in before:

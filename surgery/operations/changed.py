@@ -19,13 +19,15 @@ from ..verification.quantised import linears
 def changeable(config: dict, anatomy: Anatomy, recipe: Recipe, layout: Layout) -> dict[str, str]:
     """Stored tensor name -> "changed", or "may change" where calibration text decides; {} for most recipes.
 
-    UnsupportedModel where LoRA is to change what the checkpoint stores in another form than the model has it.
+    UnsupportedModel where LoRA or smoothing is to change what the checkpoint stores in another form than the model has
+    it.
     """
     if not recipe.changes_weights:
         return {}
     model, found = blank_model(config), {}
     trunk = model.get_submodule(anatomy.trunk)
     if recipe.smoothing is not None:
+        renamed = []
         for block in anatomy.blocks:
             for name, module in trunk.get_submodule(block).named_modules(prefix=block):
                 linear = isinstance(module, (nn.Linear, Conv1D))
@@ -33,6 +35,10 @@ def changeable(config: dict, anatomy: Anatomy, recipe: Recipe, layout: Layout) -
                     stored = _stored(layout, anatomy, f"{name}.{part}")
                     if stored is not None and (linear or parameter.ndim == 1):
                         found[stored] = "may change"
+                    elif linear:
+                        renamed.append(f"{anatomy.lead}{name}.{part}")
+        if renamed and not found:
+            stored_name(layout, anatomy, renamed[0])  # raises
     if recipe.tune is not None and recipe.tune.lora is not None:
         for name in targeted(list(linears(model, anatomy)), recipe.tune.lora):
             found[stored_name(layout, anatomy, f"{anatomy.lead}{name}.weight")] = "changed"

@@ -38,8 +38,9 @@ class Recipe(Strict):
             raise ValueError(f"asks for {twice} more than once; give all its settings in one entry")
         in_order = [name for name in Operation.model_fields if name in names]
         if names != in_order:
+            early = next(name for name, wanted in zip(names, in_order, strict=True) if name != wanted)
             raise ValueError(
-                f"has {names[0]} first, which is fitted to what the others leave; write them in the order "
+                f"has {early} too early, which is fitted to what those before it leave; write them in the order "
                 f"{', '.join(in_order)}"
             )
         if names == ["smoothing"]:

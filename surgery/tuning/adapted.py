@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +24,11 @@ from ..recipe import Tune
 from ..verification.quantised import linears
 
 ADAPTER = "default"
+Stored = Callable[[str, torch.Tensor], torch.Tensor]  # name in the causal LM, weight -> the weight, as if stored
+
+
+def as_is(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 class Adapted:
@@ -31,11 +36,14 @@ class Adapted:
 
     `layers` are the linear layers inside its blocks by name, as they read their inputs: with LoRA around them, the
     module that adds it. `gate`: what the gates of head norms shall be in the end; 0 lets them be learned, from 0.
-    Close it to have the model as it was, untrained.
+    Close it to have the model without adapters; slots and norms stay as they were trained.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, settings: Tune, gate: float) -> None:
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, settings: Tune, gate: float, stored: Stored = as_is
+    ) -> None:
         self.trunk, self.gate, lora = model.get_submodule(anatomy.trunk), gate, settings.lora
+        self.lead, self.stored = anatomy.lead, stored
         names = list(linears(model, anatomy)) if lora is not None or settings.quantised is not None else []
         targets = DUMMY_TARGET_MODULES if lora is None else [anatomy.lead + name for name in targeted(names, lora)]
         added = {part for part in ADDED for site in anatomy.sites if self._holds(site.name, part)}
@@ -83,24 +91,34 @@ class Adapted:
         for name, parameter in self.trained.items():
             parameter.copy_(state[name])
 
-    @contextlib.contextmanager
-    def merged(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The model with LoRA merged into its linear layers, as it will be emitted; the weights that differ, by name.
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name in the causal LM -> weight with LoRA merged into it, as it will be stored, one at a time."""
+        for name, layer in self._low_rank_layers():
+            yield f"{self.lead}{name}.weight", self._merged(name, layer)
 
-        Adapters are put aside rather than merged and subtracted again, which would leave rounding behind.
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """The model with LoRA merged into its linear layers, as it will be emitted.
+
+        Original weights are put aside in main memory, rather than found again by subtraction, which would leave
+        rounding behind.
         """
-        changed: dict[str, torch.Tensor] = {}
         with contextlib.ExitStack() as undo, torch.no_grad():
-            for name, layer in self.layers.items():
-                if isinstance(layer, LoraLayer):
-                    base = layer.get_base_layer()
-                    before = base.weight.data
-                    base.weight.data = before + layer.get_delta_weight(ADAPTER).to(before)
-                    undo.callback(setattr, base.weight, "data", before)
-                    _put(self.trunk, name, base)
-                    undo.callback(_put, self.trunk, name, layer)
-                    changed[f"{name}.weight"] = base.weight.data
-            yield changed
+            for name, layer in self._low_rank_layers():
+                base, merged = layer.get_base_layer(), self._merged(name, layer)
+                undo.callback(base.weight.data.copy_, base.weight.data.to("cpu", copy=True))
+                base.weight.data.copy_(merged)
+                _put(self.trunk, name, base)
+                undo.callback(_put, self.trunk, name, layer)
+            yield
+
+    def _low_rank_layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        return ((name, layer) for name, layer in self.layers.items() if isinstance(layer, LoraLayer))
+
+    def _merged(self, name: str, layer: LoraLayer) -> torch.Tensor:
+        before = layer.get_base_layer().weight.data
+        return self.stored(f"{self.lead}{name}.weight", before + layer.get_delta_weight(ADAPTER).to(before)).to(before)
 
     def save(self, directory: Path) -> None:
         """As a PEFT adapter of the folded, untuned model."""

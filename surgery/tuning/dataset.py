@@ -28,7 +28,13 @@ def dataset_text(wanted: Dataset) -> str:
                 raise SourceError(
                     f"tune.dataset: {name} has no column {wanted.column!r}; it has {', '.join(sorted(row))}."
                 )
-            if text := str(row[wanted.column] or "").strip():
+            text = row[wanted.column]
+            if not isinstance(text, str | None):
+                raise SourceError(
+                    f"tune.dataset: column {wanted.column!r} of {name} holds {type(text).__name__}, not text; name "
+                    "another."
+                )
+            if text and (text := text.strip()):
                 parts.append(text[:left])
                 left -= len(parts[-1])
             if not left:

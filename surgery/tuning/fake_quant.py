@@ -13,15 +13,18 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from ..verification.quantised import Scheme
 
-def straight_through(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """values (B, ...) rounded to symmetric integers of so many bits, with one scale per sequence from its largest |x|.
 
-    The scale is the sequence's own, not the batch's: a step must not depend on how it is cut into micro-batches.
+def straight_through(values: torch.Tensor, bits: int, per_token: bool = False) -> torch.Tensor:
+    """values (B, ..., d) rounded to symmetric integers of so many bits; one scale per sequence from its largest |x|.
+
+    The scale is the sequence's own, not the batch's: a step must not depend on how it is cut into micro-batches. Or it
+    is each token's own.
     """
     most = 2 ** (bits - 1) - 1
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    peak = wide.abs().amax(dim=tuple(range(1, wide.ndim)), keepdim=True)
+    peak = wide.abs().amax(dim=-1 if per_token else tuple(range(1, wide.ndim)), keepdim=True)
     scale = (peak / most).clamp(min=torch.finfo(wide.dtype).tiny)
     steps = wide / scale
     steps = steps + (steps.round().clamp(-most, most) - steps).detach()
@@ -29,11 +32,21 @@ def straight_through(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def fake_quantised(layers: Iterable[nn.Module], bits: int) -> Iterator[None]:
-    """Each of `layers`, linear ones or what an adapter made of them, reads its input through `straight_through`."""
+def fake_quantised(
+    layers: Iterable[nn.Module], scheme: Scheme, sequences: int | None = None
+) -> Iterator[None]:  # fmt: skip
+    """Each of `layers`, linear ones or what an adapter made of them, reads its input through `straight_through`.
+
+    Some models flatten sequences and tokens into one dimension before a layer: `sequences` tells them apart again.
+    Scales are static or of a batch in `scheme`, and here of each sequence, which is what training can see of either.
+    """
+    per_token = scheme.ranges == "per_token"
 
     def hook(module, args):
-        return (straight_through(args[0], bits), *args[1:])
+        values = args[0]
+        rows = values.shape[0] if sequences is None or values.shape[0] % sequences else sequences
+        by_sequence = values.reshape(rows, -1, values.shape[-1])
+        return (straight_through(by_sequence, scheme.activations, per_token).reshape(values.shape), *args[1:])
 
     with contextlib.ExitStack() as undo:
         for layer in layers:

@@ -117,7 +117,8 @@ class Loop:
             )
         else:
             self.optimiser.step()
-            self.record.losses.append({"step": step + 1, "loss": loss, **(parts if len(parts) > 1 else {})})
+            means = {name: accelerator.reduce(total.new_tensor(value), "mean").item() for name, value in parts.items()}
+            self.record.losses.append({"step": step + 1, "loss": loss, **(means if len(means) > 1 else {})})
         self.optimiser.zero_grad()
         held_out = perplexity(self.record.judged[-1]["nll"])
         self.progress(1, f"loss {loss:.4f}, held-out perplexity {held_out:.2f}")
@@ -129,7 +130,8 @@ class Loop:
                 teacher = self._pass(self.adapted.peft, tokens)
         rounding = contextlib.nullcontext()
         if self.settings.quantised is not None:
-            rounding = fake_quantised(self.adapted.layers.values(), SCHEMES[self.settings.quantised].activations)
+            scheme = SCHEMES[self.settings.quantised]
+            rounding = fake_quantised(self.adapted.layers.values(), scheme, len(tokens))
         with rounding:
             return self.objective(self._pass(self.trained, tokens), teacher)
 
@@ -176,7 +178,8 @@ class Loop:
             self.store.save(Snapshot(step, self.adapted.state(), self.best, self.optimiser.state_dict(), record))
 
     def _resume(self) -> int:
-        snapshot = self.store.load() if self.store is not None else None
+        snapshot = self.store.load() if self.store is not None and self.accelerator.is_main_process else None
+        snapshot = broadcast_object_list([snapshot])[0]  # the others may have another disk
         if snapshot is None:
             return 0
         self.adapted.load_state(snapshot.trained)

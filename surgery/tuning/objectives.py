@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..survey.likelihood import token_losses
 from ..survey.massive import MIN_MAGNITUDE, MIN_RATIO
 
-ROWS = 32  # of logits at a time: no more stand in memory in float32, and these stay in the cache of a CPU
+ROWS = 32  # of logits at a time, which stay in the cache of a CPU
 
 
 @dataclass
@@ -48,7 +48,7 @@ def hidden(student: Pass, teacher: Pass) -> torch.Tensor:
     for ours, theirs in zip(student.hidden, teacher.hidden, strict=True):
         ours, theirs = _wide(ours[:, 1:]), _wide(theirs[:, 1:])
         parts.append(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean())
-    return torch.stack(parts).mean()
+    return _together(parts).mean()
 
 
 def massive(student: Pass) -> torch.Tensor:
@@ -70,7 +70,12 @@ def _peaks(layers: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest and median |x|, (layers, B) each; gradients go through the largest alone."""
     magnitudes = [_wide(states).abs().flatten(1) for states in layers]
     medians = [magnitude.detach().median(dim=1).values for magnitude in magnitudes]
-    return torch.stack([magnitude.amax(dim=1) for magnitude in magnitudes]), torch.stack(medians)
+    return _together([magnitude.amax(dim=1) for magnitude in magnitudes]), _together(medians)
+
+
+def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stacked on the device of the first: layers may be spread over several."""
+    return torch.stack([part.to(parts[0].device) for part in parts])
 
 
 def _wide(states: torch.Tensor) -> torch.Tensor:
@@ -106,6 +111,7 @@ class Objective:
         parts = {}
         for name in self.weights:
             compute, with_teacher, _ = OBJECTIVES[name]
-            parts[name] = compute(student, teacher) if with_teacher else compute(student)
+            value = compute(student, teacher) if with_teacher else compute(student)
+            parts[name] = value.to(student.logits.device)
         total = sum(self.weights[name] * part for name, part in parts.items())
         return total, {name: part.detach().item() for name, part in parts.items()}

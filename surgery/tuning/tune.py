@@ -16,7 +16,7 @@ from ..anatomy.seam import Norms, Slots
 from ..anatomy.sites import Anatomy
 from ..errors import SourceError
 from ..recipe import Tune
-from .adapted import ADAPTER, Adapted
+from .adapted import ADAPTER, Adapted, Stored, as_is
 from .corpus import Corpus
 from .loop import Loop, Record
 from .store import Store
@@ -37,10 +37,11 @@ class Tuned:
 
 def make_accelerator(device: str) -> Accelerator:
     """accelerate's view of the processes that share the work: one, or as many as `accelerate launch` started."""
-    # The model is where --device has put it.
+    # The model is where --device has put it, and precision is what the recipe says, not what `accelerate config` did.
     return Accelerator(
-        cpu=device == "cpu", device_placement=False, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
-    )
+        cpu=device == "cpu", device_placement=False, mixed_precision="no", dynamo_backend="no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )  # fmt: skip
 
 
 def require_shares(settings: Tune, processes: int) -> None:
@@ -52,10 +53,11 @@ def require_shares(settings: Tune, processes: int) -> None:
         )
 
 
-def require_in_memory(model: PreTrainedModel) -> None:
-    """SourceError for a model that accelerate keeps elsewhere in part: what is offloaded has no gradients."""
+def require_in_memory(model: PreTrainedModel, what: str) -> None:
+    """SourceError for a model that accelerate keeps elsewhere in part: what is offloaded has no gradients to give, and
+    cannot be changed in place."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise SourceError("tune needs the whole model in memory, and part of it is offloaded; give another --device.")
+        raise SourceError(f"{what} needs all of the model in memory, and part is offloaded; give another --device.")
 
 
 def tune(
@@ -68,23 +70,24 @@ def tune(
     accelerator: Accelerator | None = None,
     store: Store | None = None,
     adapter: Path | None = None,
+    stored: Stored = as_is,
     progress: Callable[[int, str], None] = lambda done, what: None,
 ) -> Tuned:
-    """Train the slots and norms that are in `model`, and LoRA where `settings` say so; it is afterwards as it came.
+    """Train the slots and norms that are in `model`, and LoRA where `settings` say so; its own weights stay.
 
     `gate`: what the gates of norms, all 0 now, shall be in the end; 0 has them learned.
     `store`: checkpoints to go on from, and to save to at each judgement. `adapter`: a directory for a PEFT adapter of
-    the model as it came. Raises SourceError for settings that do not fit the model.
+    the model as it came. `stored`: a weight by its name in the causal LM, as a checkpoint will hold it.
+    Raises SourceError for settings that do not fit the model.
     """
     accelerator = accelerator or make_accelerator(str(next(model.parameters()).device))
     require_shares(settings, accelerator.num_processes)
-    require_in_memory(model)
+    require_in_memory(model, "tune")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    adapted = Adapted(model, anatomy, settings, gate)
+    adapted = Adapted(model, anatomy, settings, gate, stored)
     try:
         record = Loop(model, anatomy, adapted, settings, corpus, accelerator, store, progress).run()
-        with adapted.merged() as merged:
-            weights = {anatomy.lead + name: weight.detach().cpu().clone() for name, weight in merged.items()}
+        weights = {name: weight.cpu() for name, weight in adapted.weights()}
         slots, norms = _trained(adapted, anatomy)
         if adapter is not None and accelerator.is_main_process:
             adapted.save(adapter)

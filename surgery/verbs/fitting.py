@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy.seam import Norms, Slots
 from ..operations.attention_bias import grafted
+from ..operations.changed import stored_name
 from ..operations.head_norm import fit_norms
 from ..operations.smoothing import smooth
 from ..planning import Plan
@@ -54,5 +55,7 @@ def smooth_channels(
         changed = smooth(
             model, plan.anatomy, chunks, operation.inputs, operation.strength, lambda done: advance(done, "calibration")
         )
+    for name in changed:
+        stored_name(plan.source.layout, plan.anatomy, name)  # what cannot be written is refused before the long work
     reporter.note(f"{len(changed)} tensors changed by powers of two, and no logit")
     return changed

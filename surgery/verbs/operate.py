@@ -85,8 +85,9 @@ def operate(job: Job, directory: Path, tokenizer) -> Operated:
     _require_finite(model)
     if plan.reads_linears:
         loaded_linears(model, plan.anatomy)  # weights that are offloaded are refused before the work begins
-    if job.training is not None:
-        require_in_memory(model)
+    for what, asked in (("tune", job.training), ("smoothing", plan.recipe.smoothing)):
+        if asked is not None:
+            require_in_memory(model, what)
     prefix, search = _prefix(job, model, tokenizer)
     slots: Slots = {}
     if prefix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -101,10 +102,15 @@ def run(
         require_tools(plan.recipe.verify, device)
     harness = gather_tasks(plan.recipe.verify, tasks) if verify else None
     evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify, reporter)
-    training = prepare_training(plan, tokenizer, texts, chunking, device, tuning, adapter)
+    outputs = [Path(path) for path in (out, keep_failed) if path is not None]
+    training = prepare_training(
+        plan, tokenizer, texts, chunking, calibrating, device, tuning, adapter, outputs
+    )  # fmt: skip
     if training is not None and not training.accelerator.is_main_process:
         return assist(plan, training)
-    with Stage(Path(out)) as stage:
+    with Stage(Path(out)) as stage, _aside(adapter) as aside:
+        if aside is not None:
+            training = replace(training, adapter=aside.path)
         directory = _materialise(plan, stage, reporter)
         if tokenizer is not None:  # the one of a GGUF is by now in files, which the converted checkpoint's come from
             tokenizer = load_tokenizer(directory)
@@ -113,9 +119,10 @@ def run(
         tokens = [tokenizer.decode([token]) for token in operated.prefix] if tokenizer is not None else None
         reporter.step("write the converted checkpoint")
         manifest = emit(plan, stage, directory, tokenizer, operated, link)
+        operated = replace(operated, weights={})  # as large as the model, which is loaded anew
         converted = _measure_stage(job, tokenizer, operated)
         findings = _finish_stage(job, tokenizer, operated, converted, manifest, tokens)
-        verdict = _conclude(stage, build_verdict(findings, tokenizer), manifest, verify, keep_failed)
+        verdict = _conclude(stage, aside, build_verdict(findings, tokenizer), manifest, verify, keep_failed)
     return {**verdict, "surveys": [operated.survey, converted.survey]} if surveys else verdict
 
 
@@ -212,8 +219,14 @@ def _finish_stage(
     return replace(findings, checks=checks)
 
 
-def _conclude(stage: Stage, verdict: dict, manifest: dict, verify: bool, keep_failed: Path | None) -> dict:
-    """Put `verdict` into the manifest, and the checkpoint where it belongs by it; the verdict as it is reported."""
+def _aside(adapter: Path | None) -> contextlib.AbstractContextManager[Stage | None]:
+    return contextlib.nullcontext() if adapter is None else Stage(Path(adapter))
+
+
+def _conclude(
+    stage: Stage, aside: Stage | None, verdict: dict, manifest: dict, verify: bool, keep_failed: Path | None
+) -> dict:
+    """Put `verdict` into the manifest, and checkpoint and adapter where they belong by it; the verdict to report."""
     if not verify:
         verdict["passed"] = None if verdict["passed"] else False
     status = "verified" if verdict["passed"] else "unverified"
@@ -222,4 +235,8 @@ def _conclude(stage: Stage, verdict: dict, manifest: dict, verify: bool, keep_fa
         stage.publish()
     elif keep_failed is not None:
         stage.keep(keep_failed)
+    else:
+        return verdict
+    if aside is not None:
+        aside.publish()
     return verdict

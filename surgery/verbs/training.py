@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from ..anatomy.seam import Norms, Slots, normed
 from ..checkpoint.disk import require_target
+from ..checkpoint.values import as_stored
 from ..errors import SourceError
 from ..loading import load_original
 from ..operations.attention_bias import grafted
+from ..operations.changed import stored_name
 from ..operations.head_norm import at_gate
 from ..planning import Plan
 from ..reporting import Reporter
-from ..results import require_result_folder
+from ..results import require_apart, require_result_folder
 from ..tuning.corpus import Corpus, make_corpus
 from ..tuning.dataset import dataset_text
 from ..tuning.store import Store
@@ -41,9 +45,20 @@ class Training:
 
 
 def prepare_training(
-    plan: Plan, tokenizer, texts: Texts, chunking: Chunking, device: str, checkpoints: Path | None, adapter: Path | None
+    plan: Plan,
+    tokenizer,
+    texts: Texts,
+    chunking: Chunking,
+    calibrating: torch.Tensor | None,
+    device: str,
+    checkpoints: Path | None,
+    adapter: Path | None,
+    outputs: Sequence[Path],
 ) -> Training | None:
-    """All that can be refused before weights are read; None for a recipe that does not tune."""
+    """All that can be refused before weights are read; None for a recipe that does not tune.
+
+    `calibrating`: chunks that the rest of the recipe fits on. `outputs`: where the run writes, `adapter` left out.
+    """
     settings, processes = plan.recipe.tune, int(os.environ.get("WORLD_SIZE", "1"))
     if settings is None:
         for given, option in ((checkpoints, "--tuning"), (adapter, "--adapter")):
@@ -56,6 +71,10 @@ def prepare_training(
         return None
     if adapter is not None:
         require_target(adapter, plan.source.root if plan.source.root.is_dir() else None)
+        require_apart(adapter, "--adapter", outputs)
+    if processes > 1 and device == "auto":
+        raise SourceError("each of several processes holds the whole model, on its device; give --device cuda or cpu.")
+    _require_room(plan)
     length = fit_chunks(chunking, plan.anatomy, plan.n_slots).length
     text = texts.calibration if settings.dataset is None else dataset_text(settings.dataset)
     ids = tokenize(tokenizer, text)
@@ -65,22 +84,40 @@ def prepare_training(
     require_shares(settings, accelerator.num_processes)
     if processes > 1:
         device = str(accelerator.device)
-    return Training(corpus, accelerator, device, _store(plan, corpus, checkpoints), adapter)
+    store = None
+    if checkpoints is not None:
+        store = Store(checkpoints, _identity(plan, corpus, calibrating))
+        if accelerator.is_main_process:  # the only one to write there
+            others = [plan.source.root, *outputs, *([] if adapter is None else [adapter])]
+            require_result_folder(checkpoints, "--tuning", others)
+            store.load()
+    return Training(corpus, accelerator, device, store, adapter)
 
 
-def _store(plan: Plan, corpus: Corpus, directory: Path | None) -> Store | None:
-    """Where checkpoints are kept; what is there already must be of the same run."""
-    if directory is None:
-        return None
-    require_result_folder(directory, "--tuning", [plan.source.root])
-    operations = [operation.model_dump(mode="json") for operation in plan.recipe.operations]
-    tune_settings = plan.recipe.tune.model_dump(mode="json")
-    store = Store(
-        directory,
-        {"source": plan.source.spec, "operations": operations, "tune": tune_settings, "text": corpus.sha256},
-    )
-    store.load()
-    return store
+def _require_room(plan: Plan) -> None:
+    """SourceError for sequences that are longer than what the model has positions for, behind its slots."""
+    anatomy, length = plan.anatomy, plan.recipe.tune.length
+    limits = [limit for limit in (anatomy.max_positions, anatomy.max_length) if limit is not None]
+    if limits and length > min(limits) - plan.n_slots:
+        raise SourceError(
+            f"tune.length is {length}, and behind {plan.n_slots} slots the model has {min(limits) - plan.n_slots} "
+            "positions; lower it."
+        )
+
+
+def _identity(plan: Plan, corpus: Corpus, calibrating: torch.Tensor | None) -> dict:
+    """What makes two runs of tuning the same one."""
+    source, recipe = plan.source, plan.recipe
+    fitted = None if calibrating is None else hashlib.sha256(calibrating.numpy().tobytes()).hexdigest()
+    return {
+        "source": source.spec,
+        "revision": source.revision,
+        "dtypes": sorted({tensor.dtype for tensor in source.layout.tensors.values()}),
+        "operations": [operation.model_dump(mode="json") for operation in recipe.operations],
+        "tune": recipe.tune.model_dump(mode="json"),
+        "text": corpus.sha256,
+        "calibration chunks": fitted,
+    }
 
 
 def tune_added(
@@ -95,7 +132,8 @@ def tune_added(
 ) -> Tuned:
     """Train slots, norms and LoRA in the processes that share the work (see `assist`)."""
     reporter.step("tune what was added")
-    broadcast_object_list([{"directory": directory, "prefix": tuple(prefix), "slots": slots, "norms": norms}])
+    parts = {"slots": _on("cpu", slots), "norms": _on("cpu", norms)}  # devices differ from process to process
+    broadcast_object_list([{"directory": directory, "prefix": tuple(prefix), **parts}])
     with reporter.bar("tuning", plan.recipe.tune.steps) as advance:
         tuned = _tune(plan, training, model, prefix, slots, norms, advance)
     record = tuned.record
@@ -110,16 +148,31 @@ def assist(plan: Plan, training: Training) -> None:
     """The part of every process but the main one: wait for what it folded and fitted, and tune along."""
     found = broadcast_object_list([None])[0]
     model = load_original(found["directory"], device=training.device)
-    _tune(plan, training, model, found["prefix"], found["slots"], found["norms"], lambda done, what: None)
+    # Smoothed weights come from the main process when training starts.
+    slots, norms = _on(training.device, found["slots"]), _on(training.device, found["norms"])
+    _tune(plan, training, model, found["prefix"], slots, norms, lambda done, what: None)
+
+
+def _on(device: str, values):
+    """Tensors in dicts and tuples, on `device`."""
+    if isinstance(values, torch.Tensor):
+        return values.to(device)
+    if isinstance(values, dict):
+        return {key: _on(device, value) for key, value in values.items()}
+    return tuple(_on(device, value) for value in values)
 
 
 def _tune(plan: Plan, training: Training, model: PreTrainedModel, prefix, slots: Slots, norms: Norms, advance) -> Tuned:
-    gate = 0.0 if plan.head_norm is None else plan.recipe.head_norm.gate
+    gate, layout = 0.0 if plan.head_norm is None else plan.recipe.head_norm.gate, plan.source.layout
+
+    def stored(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return as_stored(layout.tensors[stored_name(layout, plan.anatomy, name)], weight)
+
     with contextlib.ExitStack() as inside:
         inside.enter_context(grafted(model, plan.anatomy, prefix, slots, plan.slots_visible))
         if plan.head_norm is not None:
             inside.enter_context(normed(model, plan.anatomy, *at_gate(plan.head_norm, norms, 0.0)))
         return tune(
             model, plan.anatomy, plan.recipe.tune, training.corpus, gate=gate, accelerator=training.accelerator,
-            store=training.store, adapter=training.adapter, progress=advance,
+            store=training.store, adapter=training.adapter, stored=stored, progress=advance,
         )  # fmt: skip
