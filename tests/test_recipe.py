@@ -71,7 +71,7 @@ def test_operations_come_once_and_in_order():
     def said(*names: str) -> str:
         return refusal("surgery: 1\noperations: [" + ", ".join(f"{name}: {{}}" for name in names) + "]")
 
-    assert "has head_norm first" in said("head_norm", "attention_bias")
+    assert "has head_norm too early" in said("head_norm", "attention_bias")
     assert "write them in the order attention_bias, smoothing, head_norm" in said(
         "smoothing", "attention_bias", "head_norm"
     )
