@@ -56,7 +56,7 @@ def prepare_training(
         return None
     if adapter is not None:
         require_target(adapter, plan.source.root if plan.source.root.is_dir() else None)
-    length = fit_chunks(chunking, plan.anatomy, plan.n_slots).length
+    length = fit_chunks(chunking, plan.anatomy, max(plan.n_slots, 1)).length  # as evaluated
     text = texts.calibration if settings.dataset is None else dataset_text(settings.dataset)
     ids = tokenize(tokenizer, text)
     require_known(ids, tokenizer, vocabulary_size(plan.source.layout, plan.source.config))
