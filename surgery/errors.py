@@ -40,8 +40,8 @@ class DamagedCheckpoint(SurgeryError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out: torch has a class of its own for GPUs only, and for the CPU a text."""
+    """Whether `error` says that memory ran out: torch has a class of its own for some GPUs, else only a text."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = str(error).lower()
-    return any(text in said for text in ("can't allocate memory", "cannot allocate memory", "not enough memory"))
+    texts = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+    return any(text in str(error).lower() for text in texts)

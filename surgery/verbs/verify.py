@@ -92,7 +92,13 @@ def verify(
         return _measured(root, manifest, checks, source, directory, texts, tasks, chunking, device, reporter)
 
 
-def _require_use(against, text, calibration, tasks, revision) -> None:
+def _require_use(
+    against: str | None,
+    text: Sequence[Path],
+    calibration: Sequence[Path],
+    tasks: Path | None,
+    revision: str | None,
+) -> None:
     """SourceError for what is given and would not be used."""
     if revision is not None and against is None:
         raise SourceError(f"--revision {revision} is that of a hub id; give it with --against.")
