@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .errors import SurgeryError
+from .errors import SurgeryError, out_of_memory
 from .results import json_text, require_result_file, require_result_folder, write_result
 from .terminal.console import complain, output, show_warning
 
@@ -141,7 +141,8 @@ def run(recipe, source, out, text, calibration, no_verify, report, chunks, chunk
     ),
     _text,
     click.option(
-        "--calibration", multiple=True, type=FILE, metavar="FILE", help="Text for static scales, if gates need them."
+        "--calibration", multiple=True, type=FILE, metavar="FILE",
+        help="Text for static scales, as given to run (repeatable); else half of --text.",
     ),
     _tasks, _chunking(64, 2), _revision, _device,
     click.option("--junit", type=FILE, metavar="FILE", help="Write gates and checks as JUnit XML."),
@@ -247,7 +248,7 @@ def _judged(verdict: dict, way_out: str) -> int:
     """The exit code; where it is not 0, a sentence on standard error says what failed first."""
     failed = [(3, f"{c['name']}: {c['detail']}") for c in verdict["integrity"]["checks"] if not c["passed"]]
     failed += [
-        (1, f"the gate {g['name']} failed, {g['value']:.6g} is more than {g['limit']:.6g}")
+        (1, f"the gate {g['name']} failed, {g['value']:.6g} is not at most {g['limit']:.6g}")
         for g in verdict["gates"]
         if not g["passed"]
     ]
@@ -274,7 +275,10 @@ def _invoke() -> int:
     except SystemExit as stop:
         # A signal that `Stage` caught, or a pipe that nobody reads, for which click and rich say 1.
         return BROKEN_PIPE if stop.code == 1 else stop.code
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            complain("memory ran out; give fewer or shorter chunks (--chunks, --chunk-length), or --device auto")
+            return SurgeryError.exit_code
         traceback.print_exc()
         complain("this is a bug in surgery, not in what you gave it; please report it with the lines above")
         return BUG

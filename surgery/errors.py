@@ -30,10 +30,18 @@ class OutputError(SurgeryError):
 
 
 class NoSpace(SurgeryError):
-    """The disk cannot hold what the plan writes."""
+    """The disk cannot hold what the plan writes, or memory what is loaded."""
 
 
 class DamagedCheckpoint(SurgeryError):
     """The checkpoint's own bytes are wrong: truncated, inconsistent, tampered with, not finite."""
 
     exit_code = 3
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: torch has a class of its own for some GPUs, else only a text."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    texts = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
+    return any(text in str(error).lower() for text in texts)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from .checkpoint.source import has_tokenizer
-from .errors import DamagedCheckpoint, NoSpace, SourceError
+from .errors import DamagedCheckpoint, NoSpace, SourceError, out_of_memory
 
 
 def require_device(device: str) -> None:
@@ -42,17 +42,23 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
                 directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
                 local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise NoSpace(f"{directory} does not fit into memory; try --device auto, which also uses the disk.") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
+        require_memory(directory, error)
         raise SourceError(
             f"{directory}: transformers cannot load it ({one_line(error)}); give a complete checkpoint."
         ) from error
-    _require_fit(directory, report)
+    require_fit(directory, report)
     return model.eval()
 
 
-def _require_fit(directory: Path, report: dict) -> None:
+def require_memory(directory: Path, error: Exception) -> None:
+    """NoSpace if `error`, raised while a model was loaded, says that memory ran out."""
+    if out_of_memory(error):
+        raise NoSpace(f"{directory} does not fit into memory; try --device auto, which also uses the disk.") from error
+
+
+def require_fit(directory: Path, report: dict) -> None:
+    """DamagedCheckpoint unless transformers' `report` of a load says that each tensor found its place, and no other."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := sorted(report.get(kind, ()), key=str):
             name, *shapes = found[0] if isinstance(found[0], tuple) else (found[0],)

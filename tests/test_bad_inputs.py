@@ -181,6 +181,12 @@ def larger_tokenizer(bench: Bench) -> list:
     return bench.run(root, IDS)
 
 
+def with_adapter(bench: Bench) -> Path:
+    root = bench.source()
+    (root / "adapter_config.json").write_text("{}")
+    return root
+
+
 def as_gguf(content: bytes) -> Callable[[Bench], list]:
     return lambda bench: bench.run(bench.file("model.gguf", content))
 
@@ -212,6 +218,12 @@ SOURCES = {
     "tensor shapes other than the config's": (configured(intermediate_size=64), DAMAGED, "down_proj", "(32, 64)"),
     "tensors missing": (configured(num_hidden_layers=3), DAMAGED, "model.layers.2", "missing"),
     "tensors left over": (configured(num_hidden_layers=1), DAMAGED, "model.layers.1", "unexpected"),
+    "an adapter beside the weights": (
+        lambda bench: bench.run(with_adapter(bench)),
+        INPUT,
+        "adapter_config.json",
+        "merge",
+    ),
     "already converted": (lambda bench: bench.run(bench.place.converted), INPUT, "already converted"),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), INPUT, "no tokenizer", "--no-verify"),
     "broken tokenizer": (edited("tokenizer.json", lambda raw: b"{}"), INPUT, "no tokenizer"),
@@ -390,6 +402,20 @@ VERIFY = {
     ),
     "verify with --revision alone": (
         lambda bench: ["verify", bench.place.converted, "--revision", "main"], INPUT, "--against"
+    ),
+    "verify with --calibration alone": (
+        lambda bench: ["verify", bench.place.converted, "--calibration", bench.place.text], INPUT, "--text"
+    ),
+    "verify with --tasks and no source": (
+        lambda bench: ["verify", bench.place.converted, "--text", bench.place.text, "--tasks", bench.root],
+        INPUT, "--tasks", "--against",
+    ),
+    "verify with --tasks and no text": (
+        lambda bench: ["verify", bench.place.converted, "--against", bench.place.source, "--tasks", bench.root],
+        INPUT, "--tasks", "--text",
+    ),
+    "--tasks without proof": (
+        lambda bench: [*bench.run(text=False), "--no-verify", "--tasks", bench.root], INPUT, "--tasks", "--no-verify"
     ),
     "verify with too short a text": (
         lambda bench: ["verify", bench.place.converted, "--text", bench.file("t.txt", "A bridge.")], INPUT, "--chunks"

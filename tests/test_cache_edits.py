@@ -86,7 +86,7 @@ def test_gates_on_edited_caches(place: Place, tmp_path: Path) -> None:
     plain = place.recipe.read_text().rstrip()
     recipe.write_text(plain + "\n  cache_edits: {tokens: 8, max_ratio: 3.0}\n")
     texts = ("--text", place.text, *MEASURED)
-    ended = surgery_command("run", recipe, place.source, out, *texts, "--calibration", place.text, "--json", result)
+    ended = surgery_command("run", recipe, place.source, out, *texts, "--json", result)
     assert ended.code == 0 and "insert, middle" in ended.out, ended.err
     verdict = json.loads(result.read_text())
     found, gates = verdict["cache_edits"], {gate["name"]: gate["value"] for gate in verdict["gates"]}

@@ -13,7 +13,19 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import MEASURED, RECIPE, Place, edit_json, sha256_of_files, surgery_command, write_text
+import torch
+from safetensors.numpy import load_file, save_file
+from tiny_checkpoint import (
+    MEASURED,
+    RECIPE,
+    Place,
+    edit_json,
+    save_tokenizer,
+    sha256_of_files,
+    surgery_command,
+    write_text,
+)
+from transformers import MistralConfig, MistralForCausalLM
 
 import surgery
 from surgery import cli
@@ -108,6 +120,14 @@ def test_a_plan_for_a_search_says_how_many_slots_there_can_be(place: Place, tmp_
     assert planned["prefix_ids"] is None and planned["n_slots"] == {"max": 2}
 
 
+def test_a_tensor_whose_name_looks_like_markup_is_shown_as_it_is(place: Place, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(place.source, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, "[/x]": tensors["model.norm.weight"]}, source / "model.safetensors", {"format": "pt"})
+    ended = surgery_command("plan", place.recipe, source)
+    assert ended.code == 0 and "[/x]" in ended.out
+
+
 # ---- run and verify
 
 
@@ -171,24 +191,68 @@ def test_gates_on_quantised_models(place: Place, tmp_path: Path) -> None:
     recipe.write_text(
         place.recipe.read_text().rstrip() + "\n  quantised: {w8a8_static: {max_ratio: 3.0}, kv4: {max_ratio: 3.0}}\n"
     )
-    calibration = ("--calibration", place.text)
     texts = ("--text", place.text, *MEASURED)
-    assert surgery_command("run", recipe, place.source, out, *texts, *calibration, "--json", found).code == 0
+    assert surgery_command("run", recipe, place.source, out, *texts, "--json", found).code == 0
     verdict = results(found)
     gates = {gate["name"]: gate for gate in verdict["gates"]}
     assert list(verdict["quantised"]) == ["w8a8_static", "kv4"]
     for name, entry in verdict["quantised"].items():
         assert gates[f"quantised.{name}"]["value"] == pytest.approx(math.exp(entry["delta_nll"]["converted"]["high"]))
         assert entry["original"]["ppl"] != verdict["perplexity"]["bare"]["ppl"] != entry["converted"]["ppl"]
-    against = ("--against", place.source)
-    lacking = surgery_command("verify", out, *against, *texts)
-    assert lacking.code == 2 and "--calibration" in lacking.error
-    ended = surgery_command("verify", out, *against, *texts, *calibration, "--json", found)
-    assert ended.code == 0 and "w8a8_static" in ended.out
-    assert results(found)["quantised"] == verdict["quantised"]
+    ended = surgery_command("verify", out, "--against", place.source, *texts, "--json", found)
+    assert ended.code == 0 and "w8a8_static" in ended.out and "note" not in ended.err
+    again = results(found)
+    assert again["quantised"] == verdict["quantised"] and again["perplexity"] == verdict["perplexity"]
+    leaking = surgery_command("verify", out, *texts, "--calibration", place.text, "--json", found)
+    assert leaking.code == 0 and f"{place.text} is both --text and --calibration" in leaking.err
+    assert results(found)["perplexity"]["converted"] != verdict["perplexity"]["converted"]  # all of the text
     recipe.write_text(recipe.read_text().replace("kv4: {max_ratio: 3.0}", "kv4: {max_ratio: 0.01}"))
-    failed = surgery_command("run", recipe, place.source, tmp_path / "failed", *texts, *calibration)
+    failed = surgery_command("run", recipe, place.source, tmp_path / "failed", *texts)
     assert failed.code == 1 and "quantised.kv4" in failed.error and not (tmp_path / "failed").exists()
+
+
+def test_scales_that_come_from_no_text_want_none(place: Place, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "q.yaml", tmp_path / "out"
+    recipe.write_text(place.recipe.read_text().rstrip() + "\n  quantised: {kv4: {max_ratio: 3.0}}\n")
+    (short := tmp_path / "short.txt").write_text("A bridge.\n")
+    texts = ("--text", place.text, "--calibration", short, *MEASURED)
+    for command in (("run", recipe, place.source, out), ("verify", out, "--against", place.source)):
+        ended = surgery_command(*command, *texts)
+        assert ended.code == 0 and "kv4" in ended.out, ended.err
+
+
+def test_text_beyond_the_positions_is_cut_alike(place: Place, tmp_path: Path) -> None:
+    """By `run`, whose search may end with fewer slots than it made room for, and `verify`; `scan` has more room."""
+    recipe, out, found = tmp_path / "auto.yaml", tmp_path / "out", tmp_path / "v.json"
+    recipe.write_text(AUTO)
+    texts = ("--text", place.text, "--chunks", "2", "--chunk-length", "4000", "--json", found)
+    ended = surgery_command("run", recipe, place.source, out, *texts)
+    assert ended.code == 0 and "chunks of 254 tokens" in ended.err, ended.err
+    verdict = results(found)
+    assert verdict["perplexity"]["converted"]["tokens"] == 2 * 253
+    assert surgery_command("verify", out, "--against", place.source, *texts).code == 0
+    assert results(found)["perplexity"] == verdict["perplexity"]
+    assert surgery_command("scan", out, *texts).code == 0
+    assert results(found)["chunk_length"] == 256 - len(verdict["prefix"]["ids"])
+
+
+def test_slots_in_sight_beyond_a_window_are_not_asked_to_be_a_prefix(place: Place, tmp_path: Path) -> None:
+    recipe, source, found = tmp_path / "r.yaml", tmp_path / "source", tmp_path / "v.json"
+    torch.manual_seed(0)
+    MistralForCausalLM(
+        MistralConfig(
+            vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, sliding_window=8, bos_token_id=0, eos_token_id=1,
+        )
+    ).save_pretrained(source)  # fmt: skip
+    save_tokenizer(source, place.text)
+    for visible, asked in (("always", False), ("as_prefix", True)):
+        recipe.write_text(RECIPE.replace("verify:", f"      slots_visible: {visible}\nverify:"))
+        out, texts = tmp_path / visible, ("--text", place.text, *MEASURED, "--json", found)
+        for command in (("run", recipe, source, out), ("verify", out, "--against", source)):
+            ended = surgery_command(*command, *texts)
+            assert ended.code == 0, ended.err
+            assert ("equivalence" in {gate["name"] for gate in results(found)["gates"]}) is asked
 
 
 def test_a_gate_on_streaming(place: Place, tmp_path: Path) -> None:
@@ -196,8 +260,7 @@ def test_a_gate_on_streaming(place: Place, tmp_path: Path) -> None:
     plain = place.recipe.read_text().rstrip()
     recipe.write_text(plain + "\n  streaming: {window: 8, max_ratio: 3.0}\n")
     texts = ("--text", place.text, *MEASURED)
-    calibration = ("--calibration", place.text)  # else half of the text is kept for that
-    ended = surgery_command("run", recipe, place.source, out, *texts, *calibration, "--json", found)
+    ended = surgery_command("run", recipe, place.source, out, *texts, "--json", found)
     assert ended.code == 0 and "keeping none" in ended.out
     verdict = results(found)
     gate = next(gate for gate in verdict["gates"] if gate["name"] == "streaming")
@@ -308,6 +371,26 @@ def test_a_bug_keeps_its_traceback_and_has_an_exit_code_of_its_own(
     ended = surgery_command("plan", place.recipe, place.source)
     assert ended.code == cli.BUG and "two plus two" in ended.err and "Traceback" in ended.err
     assert "report it" in ended.error
+
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 EB"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(NO_MEMORY), MemoryError(), torch.OutOfMemoryError("CUDA out of memory")]
+)
+def test_memory_that_runs_out_is_no_bug(place: Place, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def large(*arguments, **options):
+        raise error
+
+    verifying = ("verify", place.converted, "--text", place.text, *MEASURED)
+    monkeypatch.setattr("surgery.verbs.measuring.measure", large)
+    ended = surgery_command(*verifying)
+    assert ended.code == 2 and "Traceback" not in ended.err and "--chunk-length" in ended.error
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", large)
+    for command in (verifying, ("scan", place.source, "--text", place.text, *MEASURED)):
+        ended = surgery_command(*command)
+        assert ended.code == 2 and "does not fit into memory" in ended.error
 
 
 def test_a_reader_that_goes_away_changes_nothing(place: Place, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from surgery.recipe import Recipe
 from surgery.recipe.file import parse_recipe
 from surgery.verbs.plan import plan
 from surgery.verbs.run import run
+from surgery.verification.converted import converted_anatomy
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {
@@ -116,6 +117,22 @@ def test_a_lowered_limit_changes_no_number_of_the_model(model_type):
     assert shapes[0] == shapes[1]
     for (name, a), (other, b) in zip(source.named_buffers(), emitted.named_buffers(), strict=True):
         assert name == other and torch.equal(a, b), name
+
+
+ROPES = [LINEAR, LLAMA3, YARN, {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [*((kind, {}) for kind in TINY), *(("llama", {"rope_parameters": r}) for r in ROPES)]
+)
+def test_a_converted_config_tells_all_of_the_model_that_it_was(model_type, changes, tmp_path: Path):
+    """Positions too, whether or not their limit was lowered."""
+    config = raw(model_type, **changes)
+    anatomy = examine(config)
+    entries = {"eab": eab_config(anatomy, [1, 5, 7], "as_prefix")}
+    emitted = converted_config(config, derive(model_type), entries, lowered_limits(config, anatomy, 3))
+    (tmp_path / "config.json").write_text(json.dumps(emitted))
+    assert converted_anatomy(tmp_path) == anatomy
 
 
 # ---- shards

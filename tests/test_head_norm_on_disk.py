@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from tiny import build, one_thread, tiny_text
 from tiny_checkpoint import MEASURED, Place, edit_json, rehash, save_tokenizer, surgery_command, write_text
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import surgery
 from surgery.anatomy.seam import installed, normed
@@ -296,6 +296,20 @@ def test_verify_against_the_source_with_text(gated, both, place: Place):
         assert checks >= {"norms", "kept tensors", "code"} and ("slots" in checks) == (text == BOTH)
 
 
+def test_texts_leave_room_for_the_bos_that_the_original_is_measured_behind(place: Place, tmp_path: Path):
+    """Without slots nothing else does, and a learned table ends."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    torch.manual_seed(0)
+    shape = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=1)).save_pretrained(source)
+    save_tokenizer(source, place.text)
+    texts = {"text": [place.text], "chunking": Chunking(4, 64)}
+    verdict = surgery.run(parsed(GATED), str(source), out, **texts)
+    assert verdict["passed"] and verdict["perplexity"]["bos"]["tokens"] == 4 * 62
+    again = surgery.verify(out, against=str(source), **texts)
+    assert again["passed"] and again["perplexity"] == verdict["perplexity"]
+
+
 def test_a_gate_on_perplexity_decides_where_norms_act(place: Place, tmp_path: Path):
     recipe = parsed(PURE + "verify: {massive_activations: {max: 1000000}, perplexity: {max_ratio: 1.0001}}\n")
     verdict = surgery.run(recipe, str(place.source), tmp_path / "out", text=[place.text], chunking=CHUNKS)
@@ -346,6 +360,9 @@ TAMPERED = {
     "described as gated": (lambda root: said(root, gated=True), "norms", "head_norm.gate is missing"),
     "described as shared": (lambda root: said(root, per_head=False), "norms", "(4, 8)"),
     "a site that does not attend": (lambda root: said(root, sites={"layers.1": [4, 8]}), "config", "layers.1 is not"),
+    "a site of other heads": (
+        lambda root: said(root, sites={"layers.1.self_attn": [8, 8]}), "config", "head_norm.sites.layers.1.self_attn"
+    ),
     "an eps of zero": (lambda root: said(root, eps=0.0), "config", "head_norm.eps"),
     "the type of slots alone": (
         lambda root: edit_json(root / "config.json", model_type="eab_llama"), "config", "does not go with a head_norm"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model, tiny_text
+from tiny import tiny_config, tiny_model, tiny_text
 
 from surgery.anatomy.sites import examine
 from surgery.operations.attention_bias import fold, grafted
@@ -20,7 +20,7 @@ from surgery.survey.attention import SINK_SCORE, AttentionStatistics
 from surgery.survey.likelihood import Likelihood
 from surgery.survey.massive import MassiveActivations, massive
 from surgery.survey.stream import Batch, stream
-from surgery.verification.gates import at_most, quality_gates
+from surgery.verification.gates import at_most, is_exact, quality_gates
 from surgery.verification.measure import Measurement, Original, measure, measure_original
 from surgery.verification.perplexity import Score, mean_interval, paired, student_t
 
@@ -120,7 +120,7 @@ def gates(converted: tuple[float, ...], bare=(2.0, 3.0, 4.0), control=None, mass
         None,
         Measurement(Score(converted if control is None else control, 1)),
     )
-    found = quality_gates(LIMITS, original, Measurement(Score(converted, 1), {"count": massive_count}))
+    found = quality_gates(LIMITS, original, Measurement(Score(converted, 1), {"count": massive_count}), exact=True)
     return {gate.name: gate.passed for gate in found}
 
 
@@ -140,10 +140,28 @@ def test_equivalence_is_asked_of_recipes_that_change_no_function_and_perplexity_
     def asked(gate: str) -> list[str]:
         recipe = parse_recipe(f"surgery: 1\noperations: [head_norm: {{gate: {gate}}}]\n", "test")
         measured = Measurement(Score((2.0, 3.0), 1), {"count": 0})
-        return [gate.name for gate in quality_gates(recipe, Original(measured, None, measured), measured)]
+        exact = is_exact(recipe, tiny_config("llama"), 99, 0)
+        return [gate.name for gate in quality_gates(recipe, Original(measured, None, measured), measured, exact)]
 
     assert asked("0") == ["equivalence", "perplexity", "massive_activations"]
     assert asked("0.1") == asked("1") == ["perplexity", "massive_activations"]
+
+
+WINDOWS = {"mistral": 8, "gemma2": 8, "llama4_text": 16, "llama": None, "qwen2": None}
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_slots_that_are_always_visible_are_exact_as_far_as_the_window(family: str) -> None:
+    def exact(visible: str, length: int) -> bool:
+        text = f"surgery: 1\noperations: [attention_bias: {{prefix: [5, 7], slots_visible: {visible}}}]\n"
+        return is_exact(parse_recipe(text, "test"), tiny_config(family), length, 2)
+
+    window = WINDOWS[family]
+    assert exact("as_prefix", 999)
+    if window is None:
+        assert exact("always", 999)
+    else:
+        assert exact("always", window - 2) and not exact("always", window - 1)
 
 
 def test_gates_at_their_limits() -> None:
@@ -158,12 +176,13 @@ def test_gates_at_their_limits() -> None:
 def test_no_gate_passes_on_what_is_not_a_number(value: float) -> None:
     assert at_most("x", value, 1e308).passed is False
     found = gates((value, 3.0, 4.0))
-    assert found["perplexity"] is False and found["equivalence"] is False
+    assert found == {"equivalence": False, "perplexity": False, "massive_activations": False}
 
 
 def test_without_the_original_only_what_needs_none_is_judged() -> None:
-    found = quality_gates(LIMITS, None, Measurement(Score((1.0,), 1), {"count": 0}))
-    assert [gate.name for gate in found] == ["massive_activations"]
+    for nll, passed in ((1.0, True), (math.nan, False)):
+        found = quality_gates(LIMITS, None, Measurement(Score((nll,), 1), {"count": 0}), exact=True)
+        assert [(gate.name, gate.passed) for gate in found] == [("massive_activations", passed)]
 
 
 # ---- likelihood

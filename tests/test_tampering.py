@@ -109,6 +109,37 @@ def forget_slots(root: Path) -> None:
     edit_json(root / "config.json", eab={**config["eab"], "n_slots": 1, "prefix_ids": config["eab"]["prefix_ids"][:1]})
 
 
+def describe(**changes: object) -> Tamper:
+    """Other entries of `eab` in config.json."""
+
+    def tamper(root: Path) -> None:
+        config = json.loads((root / "config.json").read_text())
+        edit_json(root / "config.json", eab={**config["eab"], **changes})
+
+    return tamper
+
+
+def rename_site(root: Path) -> None:
+    config = json.loads((root / "config.json").read_text())
+    sites = {name.replace("layers.1", "layers.2"): dims for name, dims in config["eab"]["sites"].items()}
+    edit_json(root / "config.json", eab={**config["eab"], "sites": sites})
+
+
+def lose_tensor(root: Path) -> None:
+    """Take a tensor of the source out of shard, index and manifest."""
+    tensors = load_file(root / KEPT)
+    del tensors[TENSOR]
+    save_file(tensors, root / KEPT, {"format": "pt"})
+    found = {}
+    for shard in (KEPT, SLOTS):  # the index of what is left
+        (root / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(root / shard), shard)}))
+        found |= read_layout(root).tensors
+    (root / INDEX).write_text(json.dumps(index_json(found)))
+    manifest = json.loads((root / "surgery.json").read_text())
+    del manifest["tensors"][TENSOR]
+    (root / "surgery.json").write_text(json.dumps(manifest))
+
+
 # ---- changes that the hashes show
 
 
@@ -148,6 +179,12 @@ REHASHED: dict[str, tuple[Tamper, str, str]] = {
     "NaN in a slot": (put_nan, "slots", SLOT),
     "a slot taken out": (lose_slot, "slots", "layers.1.self_attn.attention_bias.key"),
     "fewer slots in config.json": (forget_slots, "slots", "attention_bias"),
+    "a bound on lengths in config.json": (describe(max_length=8), "config", "eab.max_length"),
+    "a mask that is not the model's": (describe(whole_mask=None), "config", "eab.whole_mask"),
+    "another trunk": (describe(trunk="LlamaForCausalLM"), "config", "eab.trunk"),
+    "another format": (describe(format=2), "config", "eab.format"),
+    "a site renamed": (rename_site, "config", "eab.sites"),
+    "an adapter": (lambda root: (root / "adapter_config.json").write_text("{}"), "files", "adapter_config.json"),
     "no eab in config.json": (lambda root: edit_json(root / "config.json", eab=None), "config", "config.json"),
     "the original's model type": (
         lambda root: edit_json(root / "config.json", model_type="llama"), "config", "model_type 'llama'"
@@ -238,19 +275,33 @@ def test_a_changed_tensor_cannot_be_declared_away(place: Place, copy: Path, stat
 
 
 def test_a_tensor_of_the_source_that_is_gone_is_named(place: Place, copy: Path) -> None:
-    tensors = load_file(copy / KEPT)
-    del tensors[TENSOR]
-    save_file(tensors, copy / KEPT, {"format": "pt"})
-    found = {}
-    for shard in (KEPT, SLOTS):  # the index of what is left
-        (copy / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(copy / shard), shard)}))
-        found |= read_layout(copy).tensors
-    (copy / INDEX).write_text(json.dumps(index_json(found)))
-    manifest = json.loads((copy / "surgery.json").read_text())
-    del manifest["tensors"][TENSOR]
-    (copy / "surgery.json").write_text(json.dumps(manifest))
+    lose_tensor(copy)
     rehash(copy)
     failed(surgery_command("verify", copy, "--against", place.source), "kept tensors", TENSOR)
+
+
+def test_without_the_source_a_tensor_that_is_gone_is_found_when_it_loads(place: Place, copy: Path) -> None:
+    lose_tensor(copy)
+    rehash(copy)
+    for verb in ("verify", "scan"):
+        ended = surgery_command(verb, copy, "--text", place.text, *MEASURED)
+        assert ended.code == DAMAGED and TENSOR in ended.error and "missing" in ended.error
+
+
+def test_a_model_that_predicts_nothing_finite_does_not_pass(place: Place, copy: Path, tmp_path: Path) -> None:
+    change_tensor(copy, KEPT, TENSOR, lambda values: values.put(5, np.nan))
+    rehash(copy)
+    ended = surgery_command("verify", copy, "--text", place.text, *MEASURED, "--json", tmp_path / "v.json")
+    assert ended.code == 1 and "massive_activations" in ended.error and "nan" in ended.error
+    assert json.loads((tmp_path / "v.json").read_text())["passed"] is False
+
+
+def test_what_was_kept_though_it_failed_is_said_to_have(copy: Path) -> None:
+    assert "kept though" not in surgery_command("verify", copy).err
+    manifest = json.loads((copy / "surgery.json").read_text())
+    edit_json(copy / "surgery.json", verdict={**manifest["verdict"], "passed": False}, status="unverified")
+    ended = surgery_command("verify", copy)
+    assert ended.code == 0 and "kept though it failed" in ended.err
 
 
 def test_another_source_is_refused(place: Place, tmp_path: Path) -> None:
@@ -279,6 +330,58 @@ def test_a_gguf_is_known_by_its_content_whatever_it_is_called(tmp_path: Path) ->
     digest = sha256_of_files(tmp_path)["renamed.gguf"]
     assert _same_source(source, {"source": {"sha256": {"model.gguf": digest}}})[0]
     assert not _same_source(source, {"source": {"sha256": {"renamed.gguf": "0" * 64}}})[0]
+    assert not _same_source(source, {"source": {"sha256": {"renamed.gguf": []}}})[0]
+
+
+def test_a_manifest_whose_dtype_is_nonsense_opens_no_gguf(copy: Path, tmp_path: Path) -> None:
+    edit_json(copy / "surgery.json", source={"sha256": {"a": []}, "dtype": []})
+    (gguf := tmp_path / "model.gguf").write_bytes(b"GGUF")
+    ended = surgery_command("verify", copy, "--against", gguf)
+    assert ended.code == DAMAGED and "model.gguf" in ended.error and "Traceback" not in ended.err
+
+
+# ---- published, and fetched again
+
+
+def in_hub_cache(root: Path, cache: Path) -> Path:
+    """The snapshot of `root` as the hub's client keeps it: links to files that are named by their content."""
+    snapshot, blobs = cache / "snapshots" / "0123abcd", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name, digest in sha256_of_files(root).items():
+        shutil.copyfile(root / name, blobs / digest)
+        (snapshot / name).symlink_to(Path("../../blobs") / digest)
+    return snapshot
+
+
+def test_a_snapshot_in_the_hub_cache_verifies(place: Place, tmp_path: Path) -> None:
+    snapshot = in_hub_cache(place.converted, tmp_path / "models--owner--name")
+    (snapshot / ".gitattributes").symlink_to(snapshot / "config.json")
+    ended = surgery_command("verify", snapshot, "--against", place.source, "--text", place.text, *MEASURED)
+    assert ended.code == 0, ended.err
+    flip(snapshot, SLOT)
+    failed(surgery_command("verify", snapshot), "files", SLOTS)
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "blobs/../elsewhere", "blobs/below/elsewhere"])
+def test_a_link_out_of_the_hub_cache_is_refused(place: Place, tmp_path: Path, target: str) -> None:
+    snapshot = in_hub_cache(place.converted, tmp_path)
+    (tmp_path / "blobs" / "below").mkdir()
+    shutil.copyfile(snapshot / SLOTS, tmp_path / target)
+    (snapshot / SLOTS).unlink()
+    (snapshot / SLOTS).symlink_to(tmp_path / target)
+    failed(surgery_command("verify", snapshot), "files", SLOTS)
+
+
+def test_what_git_and_the_hub_leave_behind_is_not_of_the_checkpoint(copy: Path) -> None:
+    (copy / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    for name in (".git/HEAD", ".cache/huggingface/download/config.json.metadata"):
+        (copy / name).parent.mkdir(parents=True)
+        (copy / name).write_text("x")
+    assert surgery_command("verify", copy).code == 0
+    (copy / "more").mkdir()
+    (copy / "more" / ".gitattributes").write_text("x")
+    failed(surgery_command("verify", copy), "files", "more/.gitattributes")
 
 
 # ---- the manifest itself

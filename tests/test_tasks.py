@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_checkpoint import MEASURED, Place, surgery_command
 
-from surgery.errors import RecipeError
+from surgery.errors import RecipeError, SourceError
 from surgery.recipe.file import parse_recipe
-from surgery.verification.tasks import TaskScore, drop
+from surgery.verification.tasks import TaskScore, TaskSet, drop
 
 BASE = "surgery: 1\noperations: [attention_bias: {prefix: [5]}]\n"
 WHY = "lm-evaluation-harness is 50 packages, 600 MB, and left out of the test extra: pip install 'surgery[tasks]'"
@@ -58,6 +59,22 @@ def test_without_the_harness_the_way_out_is_named(place: Place, tmp_path: Path, 
     for arguments in (("plan", recipe, place.source), ("run", recipe, place.source, tmp_path / "out", *texts)):
         refused = surgery_command(*arguments)
         assert refused.code == 2 and "surgery[tasks]" in refused.error
+
+
+def test_texts_are_cut_alike_and_a_task_that_breaks_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for the harness: what it is asked for, and what becomes of its errors."""
+    asked, model = [], types.ModuleType("lm_eval.models.huggingface")
+    harness = types.ModuleType("lm_eval")
+    model.HFLM = lambda **options: asked.append(options["max_length"])
+    harness.evaluate = lambda **options: {}
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", model)
+    tasks = TaskSet(lambda: {"tasks": {}}, None, 254)
+    assert tasks.measure(None, None) == {} and asked == [254]
+    for error, raised in ((ValueError("no such field"), SourceError), (MemoryError(), MemoryError)):
+        harness.evaluate = lambda error=error, **options: (_ for _ in ()).throw(error)
+        with pytest.raises(raised):
+            tasks.measure(None, None)
 
 
 CHOICE = """

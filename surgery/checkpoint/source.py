@@ -17,6 +17,7 @@ from surgery.errors import SourceError
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"  # where it is, transformers loads what it names in place of the model, or on top of it
 COMPANION_PATTERNS = (
     "tokenizer*",
     "vocab*",
@@ -120,8 +121,18 @@ def open_source(spec: str, *, revision: str | None = None, dtype: str | None = N
 
 def _open_directory(spec: str, kind: str, root: Path, revision: str | None) -> Source:
     config = _read_config(root)
+    refuse_adapter(root)
     layout = read_layout(root)
     return Source(spec, kind, root, revision, config, layout, _companions(root, config))
+
+
+def refuse_adapter(root: Path) -> None:
+    """SourceError where a PEFT adapter lies beside the weights."""
+    if (root / ADAPTER).exists():
+        raise SourceError(
+            f"{root / ADAPTER} is of a PEFT adapter, which transformers would apply unasked; merge it into the model "
+            "and save that, or move the adapter's files elsewhere."
+        )
 
 
 def _read_config(root: Path) -> dict:

@@ -70,7 +70,7 @@ class Likelihood(Observer):
         self.targets = batch.tokens.shape[1] - start
         for tokens, row in zip(batch.tokens, logits, strict=True):
             losses = token_losses(row[start - 1 : -1], tokens[start:])
-            self.nll.append(losses.double().sum().item())
+            self.nll.append(losses.cpu().double().sum().item())  # some devices (MPS) have no float64
 
     @property
     def score(self) -> Score:

@@ -29,7 +29,8 @@ def show_plan(console: Console, plan: dict) -> None:
         named = [(name, entry) for name, entry in plan["tensors"].items() if entry["status"] == status]
         if named:
             name, entry = named[0]
-            statuses.add_row(status, f"{len(named):,}", name, entry["dtype"], " x ".join(map(str, entry["shape"])))
+            shape = " x ".join(map(str, entry["shape"]))
+            statuses.add_row(status, f"{len(named):,}", escape(name), entry["dtype"], shape)
     console.print(statuses)
     disk = plan["disk"]
     console.print(
@@ -49,6 +50,7 @@ def show_output(console: Console, out, verdict: dict) -> None:
     """What was written, and how to load it."""
     files = [path for path in out.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)
-    console.print(f"\n{out}: {len(files)} files, {human(total)}" + ("" if verdict["passed"] else ", unverified"))
+    state = "" if verdict["passed"] else ", unverified"
+    console.print(f"\n{out}: {len(files)} files, {human(total)}{state}", markup=False)
     console.print(f'Load it:  AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)', markup=False)
     console.print(f"Check it: surgery verify {out}", markup=False)

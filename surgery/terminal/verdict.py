@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,7 +30,7 @@ def show_verdict(console: Console, verdict: dict) -> None:
     if verdict["gates"]:
         gates = new_table("Gates", "", "value", "limit", "result")
         for gate in verdict["gates"]:
-            gates.add_row(gate["name"], _number(gate["value"]), _number(gate["limit"]), _result(gate["passed"]))
+            gates.add_row(escape(gate["name"]), _number(gate["value"]), _number(gate["limit"]), _result(gate["passed"]))
         console.print(gates, "")
     checks = new_table("Integrity", "", "found", "result")
     checks.columns[1].justify = "left"
@@ -73,7 +71,7 @@ def _perplexity_table(verdict: dict) -> Table:
     for key, label in labels.items():
         if (score := verdict["perplexity"].get(key)) is None or (key == "control" and not verdict.get("prefix")):
             continue
-        ratio = f"{math.exp(score['nll'] - bare['nll']):.4f}" if bare else ""
+        ratio = f"{exp(score['nll'] - bare['nll']):.4f}" if bare else ""
         shown = f"{exp(interval['low']):.4f} to {exp(interval['high']):.4f}" if interval and key == "converted" else ""
         table.add_row(label, f"{score['ppl']:.4f}", f"{score['nll']:.7f}", ratio, shown)
     table.caption = f"{verdict['perplexity']['converted']['tokens']:,} target tokens, float32"

@@ -15,6 +15,7 @@ from ..errors import SourceError
 from ..recipe import Verify
 from ..reporting import Reporter
 from ..verification.executed import require_int8
+from ..verification.quantised import SCHEMES
 from ..verification.streaming import KEPT
 from ..verification.tasks import TaskSet, open_tasks, require_harness
 from ..verification.text import Chunking, chunk, read_texts, split_text, tokenize
@@ -31,8 +32,10 @@ class Texts:
     evaluation: str | None
 
 
-def gather_texts(text: Sequence[Path], calibration: Sequence[Path]) -> Texts:
+def gather_texts(text: Sequence[Path], calibration: Sequence[Path], reporter: Reporter) -> Texts:
     """Read the files. Given only evaluation text, its first half calibrates and its second half evaluates."""
+    if both := {Path(path).resolve() for path in text} & {Path(path).resolve() for path in calibration}:
+        reporter.note(f"{min(both)} is both --text and --calibration: figures are then on text that was fitted to")
     evaluation = read_texts(text) if text else None
     if calibration:
         return Texts(read_texts(calibration), evaluation)
@@ -41,10 +44,18 @@ def gather_texts(text: Sequence[Path], calibration: Sequence[Path]) -> Texts:
     return Texts(*split_text(evaluation))
 
 
-def fit_chunks(chunking: Chunking, anatomy: Anatomy, n_slots: int) -> Chunking:
-    """Chunks no longer than the model's positions behind the prefix."""
-    limit = anatomy.max_positions
-    return chunking if limit is None else replace(chunking, length=min(chunking.length, limit - n_slots))
+def room_behind(anatomy: Anatomy, tokens: int) -> int | None:
+    """How many positions the model has behind so many tokens; None where there is no end of them."""
+    return None if anatomy.max_positions is None else anatomy.max_positions - tokens
+
+
+def fit_chunks(chunking: Chunking, anatomy: Anatomy, tokens: int) -> Chunking:
+    """Chunks no longer than the model's positions behind so many tokens.
+
+    Those are the slots, and where the original is measured too at least one: it is measured behind BOS as well.
+    """
+    room = room_behind(anatomy, tokens)
+    return chunking if room is None else replace(chunking, length=min(chunking.length, room))
 
 
 def cut(tokenizer, text: str, chunking: Chunking, vocab_size: int, name: str) -> torch.Tensor:
@@ -91,10 +102,15 @@ def require_tools(gates: Verify, device: str) -> None:
         require_harness()
 
 
-def gather_tasks(gates: Verify, files: Path | None) -> TaskSet | None:
-    """The tasks that the gates are on, `files` among them; None where they are on none."""
+def calibrates(gates: Verify) -> bool:
+    """Whether a gate is on a quantised model whose scales come from calibration text."""
+    return any(SCHEMES[name].calibrated for name in gates.quantised.gates())
+
+
+def gather_tasks(gates: Verify, files: Path | None, max_length: int | None) -> TaskSet | None:
+    """The tasks that the gates are on, `files` among them, cut to `max_length` tokens; None where they are on none."""
     if gates.tasks is not None:
-        return open_tasks(gates.tasks.names, gates.tasks.limit, files)
+        return open_tasks(gates.tasks.names, gates.tasks.limit, files, max_length)
     if files is not None:
         raise SourceError(f"--tasks {files}: no gate of the recipe is on tasks; name them under verify.tasks.")
     return None

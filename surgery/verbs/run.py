@@ -20,7 +20,7 @@ from ..recipe import Recipe
 from ..recipe.file import load_recipe
 from ..reporting import Reporter
 from ..verification.converted import load_converted
-from ..verification.gates import Gate, quality_gates
+from ..verification.gates import Gate, is_exact, quality_gates
 from ..verification.integrity import Check, check_integrity
 from ..verification.measure import Measurement
 from ..verification.text import CHUNKS, Chunking
@@ -30,6 +30,7 @@ from .emit import emit
 from .inputs import (
     SILENT,
     Texts,
+    calibrates,
     cut,
     cut_calibration,
     fit_chunks,
@@ -37,6 +38,7 @@ from .inputs import (
     gather_texts,
     require_length,
     require_tools,
+    room_behind,
     source_work,
     vocabulary_size,
 )
@@ -85,9 +87,9 @@ def run(
     Raises SurgeryError for what a person can mend.
     """
     require_device(device)
-    if surveys and not verify:
-        raise SourceError("a report surveys the converted model on text, which --no-verify leaves out; take one away.")
-    texts = gather_texts(text, calibration)
+    if not verify:
+        _require_unmeasured(surveys, tasks)
+    texts = gather_texts(text, calibration, reporter)
     reporter.step(f"plan {source}")
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     prepared = prepare(
@@ -100,7 +102,7 @@ def run(
         _require_elsewhere(keep_failed, Path(out), plan)
     if verify:
         require_tools(plan.recipe.verify, device)
-    harness = gather_tasks(plan.recipe.verify, tasks) if verify else None
+    harness = gather_tasks(plan.recipe.verify, tasks, room_behind(plan.anatomy, plan.n_slots)) if verify else None
     evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify, reporter)
     outputs = [Path(path) for path in (out, keep_failed) if path is not None]
     training = prepare_training(
@@ -126,6 +128,14 @@ def run(
     return {**verdict, "surveys": [operated.survey, converted.survey]} if surveys else verdict
 
 
+def _require_unmeasured(surveys: bool, tasks: Path | None) -> None:
+    """SourceError for what is asked of a model that is not measured."""
+    if surveys:
+        raise SourceError("a report surveys the converted model on text, which --no-verify leaves out; take one away.")
+    if tasks is not None:
+        raise SourceError(f"--tasks {tasks} is for gates, which --no-verify leaves out; take one away.")
+
+
 def _reads_text(recipe: Recipe) -> bool:
     """Whether the operations of `recipe` read text, verified or not."""
     searched = recipe.attention_bias is not None and recipe.attention_bias.prefix == "auto"
@@ -142,11 +152,9 @@ def _require_elsewhere(keep_failed: Path, out: Path, plan: Plan) -> None:
 
 def _cut_texts(plan: Plan, tokenizer, texts: Texts, wanted: Chunking, verify: bool, reporter: Reporter):
     """Evaluation chunks (N, T) or None, calibration chunks or None. SourceError where text is missing or too short."""
-    chunking = fit_chunks(wanted, plan.anatomy, plan.n_slots)
+    chunking = fit_chunks(wanted, plan.anatomy, max(plan.n_slots, 1))
     if chunking != wanted:
-        reporter.note(
-            f"chunks of {chunking.length} tokens: the model has no more positions behind {plan.n_slots} slots"
-        )
+        reporter.note(f"chunks of {chunking.length} tokens: the model has no more positions behind a prefix or BOS")
     evaluation = calibrating = None
     vocab_size = vocabulary_size(plan.source.layout, plan.source.config)
     if verify:
@@ -162,7 +170,7 @@ def _cut_texts(plan: Plan, tokenizer, texts: Texts, wanted: Chunking, verify: bo
         )
     if (fits := plan.recipe.fits) is not None and without_calibration:
         raise SourceError(f"{fits} on text: give --calibration FILE (or --text), and a model with a tokenizer.")
-    if plan.prefix is None or fits is not None or (verify and plan.recipe.verify.quantised.gates()):
+    if plan.prefix is None or fits is not None or (verify and calibrates(plan.recipe.verify)):
         calibrating = cut_calibration(tokenizer, texts.calibration, chunking, vocab_size)
     return evaluation, calibrating
 
@@ -183,9 +191,10 @@ def _measure_stage(job: Job, tokenizer, operated: Operated) -> Converted:
     model = load_converted(stage.path, device=job.device)
     measurement = job.measuring.converted(model, load_tokenizer(stage.path))
     found = job.survey(model, tokenizer, "the converted model", str(stage.out))
+    exact = is_exact(plan.recipe, model.config, job.evaluation.shape[1], len(operated.prefix))
     del model
     gc.collect()
-    return Converted(checks, quality_gates(plan.recipe, operated.original, measurement), measurement, found)
+    return Converted(checks, quality_gates(plan.recipe, operated.original, measurement, exact), measurement, found)
 
 
 def _finish_stage(

@@ -15,7 +15,7 @@ from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_json, read_layout
 from ..checkpoint.manifest import MANIFEST, converted_from
-from ..checkpoint.source import materialise, open_source
+from ..checkpoint.source import materialise, open_source, refuse_adapter
 from ..errors import DamagedCheckpoint, SourceError
 from ..loading import load_original, load_tokenizer, require_device
 from ..reporting import Reporter
@@ -118,6 +118,7 @@ def _is_converted(root: Path) -> bool:
 
 def _converted(root: Path) -> _Opened:
     config = read_config(root)
+    refuse_adapter(root)
     return _Opened(
         converted_anatomy(root),
         load_tokenizer(root),

@@ -75,7 +75,7 @@ def prepare_training(
     if processes > 1 and device == "auto":
         raise SourceError("each of several processes holds the whole model, on its device; give --device cuda or cpu.")
     _require_room(plan)
-    length = fit_chunks(chunking, plan.anatomy, plan.n_slots).length
+    length = fit_chunks(chunking, plan.anatomy, max(plan.n_slots, 1)).length  # as evaluated
     text = texts.calibration if settings.dataset is None else dataset_text(settings.dataset)
     ids = tokenize(tokenizer, text)
     require_known(ids, tokenizer, vocabulary_size(plan.source.layout, plan.source.config))

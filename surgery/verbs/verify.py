@@ -19,21 +19,24 @@ from ..loading import load_original, load_tokenizer, require_device
 from ..recipe import Recipe, Verify
 from ..reporting import Reporter
 from ..verification.converted import converted_anatomy, load_converted, read_config, require_converted
-from ..verification.gates import quality_gates
+from ..verification.gates import is_exact, quality_gates
 from ..verification.integrity import Check, check_integrity
 from ..verification.measure import Original
-from ..verification.text import CHUNKS, Chunking, read_texts
+from ..verification.text import CHUNKS, Chunking
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict
 from .inputs import (
     SILENT,
     Texts,
+    calibrates,
     cut,
     cut_calibration,
     fit_chunks,
     gather_tasks,
+    gather_texts,
     require_length,
     require_tools,
+    room_behind,
     vocabulary_size,
 )
 from .measuring import Measuring
@@ -56,15 +59,15 @@ def verify(
     """Check the converted `checkpoint` and return the verdict.
 
     Alone: integrity of files, tensors, slots, code, tokenizer. With `text`: also perplexity and massive activations of
-    the converted model. With `against` (its source): also every kept tensor, and with both, all gates of its recipe;
-    those on static quantisation take their scales from `calibration`.
+    the converted model. With `against` (its source): also every kept tensor, and with both, all gates of its recipe.
+    Text is cut as `run` cuts it: without `calibration`, from which static scales are taken, its first half is for that
+    and its second half is measured on.
     Python files in the checkpoint are compared with what this version writes, and never run.
     """
     root = Path(checkpoint)
     require_device(device)
-    if revision is not None and against is None:
-        raise SourceError(f"--revision {revision} is that of a hub id; give it with --against.")
-    texts = Texts(read_texts(calibration) if calibration else None, read_texts(text) if text else None)
+    _require_use(against, text, calibration, tasks, revision)
+    texts = gather_texts(text, calibration, reporter)
     words = texts.evaluation
     require_converted(root)
     try:
@@ -73,6 +76,8 @@ def verify(
         return build_verdict(Findings([Check("manifest", False, str(error))], []))
     if words is not None and not has_tokenizer(manifest["files"]):
         raise SourceError(f"{root} was converted without a tokenizer, and --text needs one; verify it without text.")
+    if (manifest["verdict"] or {}).get("passed") is False:
+        reporter.note(f"{root} was kept though it failed when it was written, as {MANIFEST} says")
     source = _open_source(against, revision, manifest) if against is not None else None
     reporter.step(f"check the files of {root}")
     with _plain_files(source, reporter) as directory:
@@ -85,6 +90,22 @@ def verify(
         if words is None or not all(check.passed for check in checks):
             return build_verdict(Findings(checks, []))
         return _measured(root, manifest, checks, source, directory, texts, tasks, chunking, device, reporter)
+
+
+def _require_use(
+    against: str | None,
+    text: Sequence[Path],
+    calibration: Sequence[Path],
+    tasks: Path | None,
+    revision: str | None,
+) -> None:
+    """SourceError for what is given and would not be used."""
+    if revision is not None and against is None:
+        raise SourceError(f"--revision {revision} is that of a hub id; give it with --against.")
+    if calibration and not text:
+        raise SourceError(f"--calibration {calibration[0]} is for what is measured on text; give it with --text.")
+    if tasks is not None and not (text and against is not None):
+        raise SourceError(f"--tasks {tasks} is for gates of the recipe; give it with --against and --text.")
 
 
 def _passed(checks: list[Check], name: str) -> bool:
@@ -108,25 +129,24 @@ def _measured(
     tokenizer = load_tokenizer(root)
     config, recipe = read_config(root), _recipe(root, manifest)
     prefix = config["eab"]["prefix_ids"]
-    fitting = fit_chunks(chunking, anatomy, len(prefix))
+    searched = recipe.attention_bias is not None and recipe.attention_bias.prefix == "auto"
+    n_slots = max(len(prefix), recipe.attention_bias.max_slots) if searched else len(prefix)  # `run` cut for as many
+    fitting = fit_chunks(chunking, anatomy, max(n_slots, 1))
     vocab_size = vocabulary_size(read_layout(root), config)
     chunks, calibrating = cut(tokenizer, texts.evaluation, fitting, vocab_size, "--text"), None
     gates = recipe.verify if source is not None else Verify()  # what is compared needs both
     require_length(gates, fitting)
     require_tools(gates, device)
-    harness = gather_tasks(gates, tasks)
-    if gates.quantised.gates():
-        if texts.calibration is None:
-            raise SourceError(
-                f"the recipe of {root} has gates on quantised models, whose scales come from other text than they are "
-                "measured on: give --calibration FILE."
-            )
+    harness = gather_tasks(gates, tasks, room_behind(anatomy, n_slots))
+    if calibrates(gates):
         calibrating = cut_calibration(tokenizer, texts.calibration, fitting, vocab_size)
     measuring = Measuring(anatomy, chunks, calibrating, gates, reporter, harness)
     original = _original(measuring, directory, tokenizer, prefix, device) if source is not None else None
     # The integrity check has compared the code.
-    converted = measuring.converted(load_converted(root, device=device), tokenizer)
-    gates = quality_gates(recipe, original, converted)
+    model = load_converted(root, device=device)
+    converted = measuring.converted(model, tokenizer)
+    exact = is_exact(recipe, model.config, chunks.shape[1], len(prefix))
+    gates = quality_gates(recipe, original, converted, exact)
     tokens = {"ids": prefix, "tokens": [tokenizer.decode([token]) for token in prefix]} if prefix else None
     return build_verdict(Findings(checks, gates, original, converted, prefix=tokens), tokenizer)
 
@@ -141,7 +161,8 @@ def _original(measuring: Measuring, directory: Path, tokenizer, prefix, device: 
 
 
 def _open_source(against: str, revision: str | None, manifest: dict) -> Source:
-    dtype = DTYPES.get(manifest["source"].get("dtype")) if str(against).endswith(".gguf") else None
+    found = manifest["source"].get("dtype")
+    dtype = DTYPES.get(found) if isinstance(found, str) and str(against).endswith(".gguf") else None
     return open_source(str(against), revision=revision, dtype=dtype)
 
 

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.layout import read_json
 from ..checkpoint.manifest import MANIFEST, converted_from
-from ..errors import DamagedCheckpoint, NoSpace, SourceError
-from ..loading import one_line, quiet
+from ..errors import DamagedCheckpoint, SourceError
+from ..loading import one_line, quiet, require_fit, require_memory
+from ..operations.attention_bias import FORMAT
+from ..operations.emission import lowered_limits
 from ..registration import register
 
 _AGAIN = "convert the source again"
@@ -90,30 +92,50 @@ def _wrong_norms(head_norm: object, attending: dict) -> str | None:
 
 
 def converted_anatomy(root: Path) -> Anatomy:
-    """The anatomy of the model that the checkpoint in `root` was converted from, read from its config.json."""
+    """The anatomy of the model that the checkpoint in `root` was converted from, read from its config.json.
+
+    DamagedCheckpoint where what config.json says of slots and norms is not what a run writes for that model.
+    """
     config = read_config(root)
     ours = ("eab", "head_norm", "auto_map", "architectures")
     base = {key: value for key, value in config.items() if key not in ours}
-    return examine({**base, "model_type": converted_from(config["model_type"])[0]})
+    base["model_type"] = converted_from(config["model_type"])[0]
+    n_slots, limit = config["eab"]["n_slots"], base.get("max_position_embeddings")
+    raised = {**base, "max_position_embeddings": limit + n_slots} if type(limit) is int else base
+    anatomy = examine(raised)
+    if raised != base and not lowered_limits(raised, anatomy, n_slots):  # then a run had left the limit as it was
+        anatomy = examine(base)
+    _require_described(root / "config.json", config, anatomy)
+    return anatomy
+
+
+def _require_described(path: Path, config: dict, anatomy: Anatomy) -> None:
+    """DamagedCheckpoint unless `eab`, and the sites of `head_norm`, are those of a model of this anatomy."""
+    eab, norms = config["eab"], config.get("head_norm") or {"sites": {}}
+    expected = {"format": FORMAT, "prefix_ids": eab["prefix_ids"], **anatomy.eab(eab["n_slots"], eab["slots_visible"])}
+    wrong = [f"eab.{key}" for key in sorted(eab.keys() ^ expected)]
+    wrong += [f"eab.{key}" for key in sorted(eab.keys() & expected) if eab[key] != expected[key]]
+    normed = {site.name: [site.heads, site.value_dim] for site in anatomy.sites}
+    wrong += [f"head_norm.sites.{name}" for name, dims in norms["sites"].items() if normed.get(name) != dims]
+    if wrong:
+        raise DamagedCheckpoint(f"{path}: {wrong[0]} is not as a run writes it for {anatomy.model_type}; {_AGAIN}.")
 
 
 def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
     """The converted model in `root`, fresh from its files, through AutoModelForCausalLM.
 
     The class is the installed one, and the Python files in `root` are never run; the integrity check says whether they
-    are the same.
+    are the same. Raises DamagedCheckpoint where tensors and config do not fit.
     """
     register()
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(
-                root,
-                dtype=dtype,
-                device_map=None if device == "cpu" else device,
-                local_files_only=True,
-                trust_remote_code=False,
-            ).eval()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise NoSpace(f"{root} does not fit into memory; try --device auto, which also uses the disk.") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                root, dtype=dtype, device_map=None if device == "cpu" else device, local_files_only=True,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
+        require_memory(root, error)
         raise DamagedCheckpoint(f"{root} does not load ({one_line(error)}); {_AGAIN}.") from error
+    require_fit(root, report)
+    return model.eval()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..anatomy.seam import Norms, normed
 from ..anatomy.sites import Anatomy
 from ..anatomy.structure import brief
-from ..errors import UnsupportedModel
+from ..errors import UnsupportedModel, out_of_memory
 from ..operations.attention_bias import Slots, grafted
 from ..operations.head_norm import at_gate
 from ..survey.stream import input_device
@@ -93,6 +93,8 @@ def compare_random_ids(
             padded = _distance(behind_padding, padded_control)
             cached = _distance(_cached(model, ids, 0), cached_control) if has_cache else None
     except Exception as error:  # the runtime refuses a call, or foreign model code breaks on it: either way, no fold
+        if out_of_memory(error):
+            raise
         raise UnsupportedModel(f"{anatomy.model_type}: the converted model does not run ({brief(error)})") from error
     found = Equivalence(plain, padded, cached, limit)
     for how, value in (("", plain), (" under left padding", padded), (" with a key/value cache", cached)):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
+
+from transformers import PreTrainedConfig
 
 from ..recipe import Recipe
 from ..survey.likelihood import perplexity
@@ -29,10 +32,23 @@ def at_most(name: str, value: float, limit: float) -> Gate:
     return Gate(name, bool(value <= limit), value, limit)
 
 
-def quality_gates(recipe: Recipe, original: Original | None, converted: Measurement) -> list[Gate]:
+def is_exact(recipe: Recipe, config: PreTrainedConfig, length: int, n_slots: int) -> bool:
+    """Whether the converted model, of `config`, is on texts of `length` tokens what the original is behind the prefix.
+
+    Slots that are always visible differ from a prefix by design, where a window or chunk does not hold all of both.
+    """
+    slots = recipe.attention_bias
+    if not recipe.exact or slots is None or slots.slots_visible != "always":
+        return recipe.exact
+    text = config.get_text_config()
+    windows = (getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
+    return not any(0 < window < length + n_slots for window in windows)
+
+
+def quality_gates(recipe: Recipe, original: Original | None, converted: Measurement, exact: bool) -> list[Gate]:
     """The recipe's gates on what was measured. Those that compare with the original need it.
 
-    Equivalence is asked of recipes that leave the function what it is; of others, perplexity is what decides.
+    Equivalence is asked where the function is to be what it was (`is_exact`); elsewhere, perplexity is what decides.
     """
     gates, limits = [], recipe.verify
     if original is not None:
@@ -40,7 +56,7 @@ def quality_gates(recipe: Recipe, original: Original | None, converted: Measurem
         against_bare = paired(converted.score, original.bare.score)
         # The interval, not the point: its far end must hold.
         furthest = max(abs(against_control.low), abs(against_control.high))
-        if recipe.exact:
+        if exact:
             gates.append(at_most("equivalence", furthest, limits.equivalence.max_delta_nll))
         gates.append(at_most("perplexity", perplexity(against_bare.high), limits.perplexity.max_ratio))
         for name, gate in limits.quantised.gates().items():
@@ -60,5 +76,7 @@ def quality_gates(recipe: Recipe, original: Original | None, converted: Measurem
         for (task, metric), score in converted.tasks.items():
             lost = drop(original.bare.tasks[task, metric], score)
             gates.append(at_most(f"tasks.{task}.{metric}", lost.high, limits.tasks.max_drop))
-    gates.append(at_most("massive_activations", converted.massive["count"], limits.massive_activations.max))
+    # A stream that is not finite has no massive activations either.
+    count = converted.massive["count"] if math.isfinite(converted.score.nll) else math.nan
+    gates.append(at_most("massive_activations", count, limits.massive_activations.max))
     return gates

@@ -15,13 +15,15 @@ from safetensors import safe_open
 from ..checkpoint.disk import sha256_of
 from ..checkpoint.layout import Layout, TensorInfo, iter_tensor_chunks, read_json, read_layout
 from ..checkpoint.manifest import MANIFEST, converted_from
-from ..checkpoint.source import Source, source_hashes
+from ..checkpoint.source import ADAPTER, Source, source_hashes
 from ..errors import SurgeryError
 from ..operations.derived import derive
 from ..operations.head_norm import norm_shapes
-from .converted import read_config
+from .converted import converted_anatomy, read_config
 
 Found = tuple[bool, str]
+# What git and the hub's client leave in a directory that was uploaded or downloaded; nothing loads from them.
+NOT_OURS = (".git", ".gitattributes", ".cache")
 CHANGING = ("smoothing",)  # operations of a recipe that change tensors of the source; no other recipe may
 
 
@@ -76,8 +78,9 @@ def _check(name: str, look: Callable[[], Found]) -> Check:
 
 def _files(root: Path, manifest: dict, progress) -> Found:
     present = {path.relative_to(root).as_posix(): path for path in root.rglob("*")}
+    present = {name: path for name, path in present.items() if name.split("/")[0] not in NOT_OURS}
     for name, path in sorted(present.items()):
-        if path.is_symlink():  # links to directories too, which a walk does not enter
+        if path.is_symlink() and not _in_hub_cache(root, path):  # links to directories too, which a walk does not enter
             return False, f"{name} is a link, and its target is not part of the checkpoint"
         if not path.is_file() and not path.is_dir():
             return False, f"{name} is not a plain file"
@@ -87,13 +90,21 @@ def _files(root: Path, manifest: dict, progress) -> Found:
         return False, f"{missing[0]} is missing ({len(missing)} of {len(expected)} files)"
     if extra := sorted(files - expected - {MANIFEST}):
         return False, f"{extra[0]} is not in {MANIFEST} ({len(extra)} files were added)"
+    if ADAPTER in files:
+        return False, f"{ADAPTER} makes transformers load what it names in place of the model, or on top of it"
     for name, entry in manifest["files"].items():
         if present[name].stat().st_size != entry["bytes"] or sha256_of(present[name], progress) != entry["sha256"]:
             return False, f"{name} is not the file that was written (SHA-256 differs)"
     return True, f"{len(expected)} files, SHA-256 as written"
 
 
+def _in_hub_cache(root: Path, link: Path) -> bool:
+    """Whether `link` is how the hub's cache keeps a file: snapshots/REVISION/name -> ../../blobs/HASH."""
+    return link.is_file() and link.resolve().parent == root.resolve().parent.parent / "blobs"
+
+
 def _config(root: Path) -> Found:
+    converted_anatomy(root)
     config = read_config(root)
     eab, head_norm = config["eab"], config.get("head_norm")
     found = f"config.json describes {eab['n_slots']} slots in each of {len(eab['sites'])} sites"
@@ -190,7 +201,7 @@ def _same_source(source: Source, manifest: dict) -> Found:
     recorded, found = manifest["source"].get("sha256"), source_hashes(source)
     recorded = recorded if isinstance(recorded, dict) else {}
     if source.kind == "gguf":  # one file, whatever it is called by now
-        same = set(found.values()) == set(recorded.values())
+        same = [*found.values()] == [*recorded.values()]
         return same, f"{source.spec} is {'' if same else 'not '}what was converted" + ("" if same else " (SHA-256)")
     for name in sorted(found.keys() | recorded.keys()):
         if recorded.get(name) != found.get(name):

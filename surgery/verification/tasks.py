@@ -18,7 +18,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..errors import SourceError
+from ..errors import SourceError, out_of_memory
 from ..loading import one_line
 from .perplexity import Interval, mean_interval
 
@@ -51,19 +51,33 @@ def drop(original: TaskScore, converted: TaskScore) -> Interval:
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Tasks that have been found and whose data is here. `load` gives them afresh: the harness writes into them."""
+    """Tasks that have been found and whose data is here. `load` gives them afresh: the harness writes into them.
+
+    `max_length`: so many tokens the harness keeps of a text for either model, whatever each could hold.
+    """
 
     load: Callable[[], dict]
     limit: int | None
+    max_length: int | None
 
     def measure(self, model: PreTrainedModel, tokenizer) -> TaskScores:
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
-        with _silent():
-            lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=BATCH)
-            loaded = self.load()
-            found = evaluate(lm=lm, task_dict=loaded, limit=self.limit)
+        try:
+            with _silent():
+                loaded = self.load()
+                lm = HFLM(
+                    pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=BATCH,
+                    max_length=self.max_length,
+                )  # fmt: skip
+                found = evaluate(lm=lm, task_dict=loaded, limit=self.limit)
+        except Exception as error:  # whatever tasks, filters and metrics of so many authors raise
+            if out_of_memory(error):
+                raise
+            raise SourceError(
+                f"verify.tasks: the tasks cannot be evaluated ({one_line(error)}); name other tasks, or mend these."
+            ) from error
         scores: TaskScores = {}
         for name, task in loaded["tasks"].items():
             for metric in _means(task):
@@ -80,8 +94,8 @@ class TaskSet:
         return scores
 
 
-def open_tasks(names: Sequence[str], limit: int | None, files: Path | None) -> TaskSet:
-    """The named tasks of the harness, or of the YAML files in directory `files`, with their data.
+def open_tasks(names: Sequence[str], limit: int | None, files: Path | None, max_length: int | None) -> TaskSet:
+    """The named tasks of the harness, or of the YAML files in directory `files`, with their data; see `TaskSet`.
 
     SourceError where the harness is not installed, a name is not one task, its data cannot be had, or nothing that it
     reports can be compared.
@@ -121,7 +135,7 @@ def open_tasks(names: Sequence[str], limit: int | None, files: Path | None) -> T
                 f"verify.tasks: {name} runs code, needs images, or reports no mean over documents, which alone can be "
                 "compared document by document; name other tasks."
             )
-    return TaskSet(load, limit)
+    return TaskSet(load, limit, max_length)
 
 
 def require_harness() -> None:
