@@ -191,7 +191,7 @@ ITEM = "      "  # indentation of a key of attention_bias; on line 5 of BASE + I
         (BASE + "    head_norm: {}", 3, ["operations[0] holds several operations", "its own dash"]),
         (BASE + "  - attention_bias: {}", 2, ["attention_bias more than once"]),
         (NORM + "  - head_norm: {}", 2, ["head_norm more than once"]),
-        (NORM + "  - attention_bias: {}", 2, ["has head_norm first", "in the order attention_bias, head_norm"]),
+        (NORM + "  - attention_bias: {}", 2, ["has head_norm too early", "in the order attention_bias, head_norm"]),
         # head norms
         (NORM.replace("{}", "{gate: 1.5}"), 3, [GATE + " is 1.5; it must be at most 1"]),
         (NORM.replace("{}", "{gate: -0.1}"), 3, [GATE + " is -0.1; it must be at least 0"]),
