@@ -102,9 +102,10 @@ def converted_anatomy(root: Path) -> Anatomy:
     base["model_type"] = converted_from(config["model_type"])[0]
     n_slots, limit = config["eab"]["n_slots"], base.get("max_position_embeddings")
     raised = {**base, "max_position_embeddings": limit + n_slots} if type(limit) is int else base
-    anatomy = examine(raised)
-    if raised != base and not lowered_limits(raised, anatomy, n_slots):  # then a run had left the limit as it was
-        anatomy = examine(base)
+    with quiet():  # the raised limit is a guess
+        anatomy = examine(raised)
+        if raised != base and not lowered_limits(raised, anatomy, n_slots):  # then a run had left the limit as it was
+            anatomy = examine(base)
     _require_described(root / "config.json", config, anatomy)
     return anatomy
 
