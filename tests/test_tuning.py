@@ -115,10 +115,14 @@ def test_gradients_through_a_whole_model_are_those_of_finite_differences(family:
             assert (up - down) / 2e-5 == pytest.approx((slot.grad * way).sum().item(), rel=1e-6)
 
 
-def test_the_model_is_left_as_it_came() -> None:
+@pytest.mark.parametrize("quantised", [None, "w8a8_static"])
+def test_the_model_is_left_as_it_came(quantised: str | None) -> None:
     model = tiny_model("llama", torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found, slots = tuned(model, settings_of(steps=12, learning_rate=1e-2, lora={"rank": 2}, objectives={"lm": 1.0}))
+    settings = settings_of(
+        steps=12, learning_rate=1e-2, lora={"rank": 2}, objectives={"lm": 1.0}, quantised=quantised
+    )  # fmt: skip
+    found, slots = tuned(model, settings)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert all(parameter.requires_grad for parameter in model.parameters())
