@@ -105,6 +105,18 @@ def test_the_gradient_passes_the_rounding_and_reaches_the_scale() -> None:
     torch.testing.assert_close(values.grad, upstream + torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64) * to_scale)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_gradient_is_that_of_the_formula_with_the_rounding_held(per_token: bool) -> None:
+    source = torch.Generator().manual_seed(0)
+    values, upstream = (torch.randn(2, 3, 5, dtype=torch.float64, generator=source) for _ in range(2))
+    found, wanted = values.clone().requires_grad_(), values.clone().requires_grad_()
+    straight_through(found, 4, per_token).backward(upstream)
+    scale = wanted.abs().amax(dim=-1 if per_token else (1, 2), keepdim=True) / 7
+    steps = wanted / scale
+    ((steps + (steps.round() - steps).detach()) * scale).backward(upstream)
+    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-12, atol=1e-12)
+
+
 def test_layers_read_rounded_inputs_only_inside_the_block() -> None:
     layer, x = torch.nn.Linear(4, 2).double(), torch.randn(2, 3, 4, dtype=torch.float64)
     plain = layer(x)

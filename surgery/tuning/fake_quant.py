@@ -22,13 +22,32 @@ def straight_through(values: torch.Tensor, bits: int, per_token: bool = False) -
     The scale is the sequence's own, not the batch's: a step must not depend on how it is cut into micro-batches. Or it
     is each token's own.
     """
-    most = 2 ** (bits - 1) - 1
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    peak = wide.abs().amax(dim=-1 if per_token else tuple(range(1, wide.ndim)), keepdim=True)
-    scale = (peak / most).clamp(min=torch.finfo(wide.dtype).tiny)
-    steps = wide / scale
-    steps = steps + (steps.round().clamp(-most, most) - steps).detach()
-    return (steps * scale).to(values.dtype)
+    rows = values.flatten(0, -2) if per_token else values.flatten(1)
+    return _Rounded.apply(rows, 2 ** (bits - 1) - 1).view(values.shape)
+
+
+class _Rounded(torch.autograd.Function):
+    """Rows (N, M), each rounded to multiples s q of s = max |x| / `most`, with |q| <= `most`.
+
+    By hand, which takes half the time of autograd: with upstream gradients u, dL/dx = u, and dL/ds = sum(u (q - x / s))
+    goes to the largest |x| alone.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, most: int) -> torch.Tensor:
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        peak, where = wide.abs().max(dim=1, keepdim=True)
+        scale = (peak / most).clamp(min=torch.finfo(wide.dtype).tiny)
+        steps = wide / scale
+        rounded = steps.round().clamp_(-most, most)
+        ctx.save_for_backward(torch.sub(rounded, steps, out=steps), where, wide.gather(1, where).sign() / most)
+        return rounded.mul_(scale).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        error, where, slope = ctx.saved_tensors
+        to_peak = (upstream.to(error.dtype) * error).sum(dim=1, keepdim=True) * slope
+        return upstream.scatter_add(1, where, to_peak.to(upstream.dtype)), None
 
 
 @contextlib.contextmanager
