@@ -230,5 +230,11 @@ def test_the_kept_state_is_marked():
     assert list(loss.lines[0].get_ydata()[:2]) == [1, 0.5] and list(held_out.lines[0].get_ydata()) == [50, 30, 25, 26]
     assert [list(axes.lines[1].get_xdata()) for axes in drawn.axes] == [[20, 20]] * 2
     assert (*held_out.lines[2].get_xdata(), *held_out.lines[2].get_ydata()) == (20, 25)
+    assert loss.get_title("left") == "Loss"
+    verdict["tuning"]["losses"] = [{"step": step, "loss": 20.0 if step == 50 else 1.0} for step in range(1, 201)]
+    with drawing():
+        loss = gain_plots.tuning(verdict).axes[0]
+    assert loss.get_title("left") == "Loss (1 step beyond the frame)"
+    assert 0.9 < loss.get_ylim()[0] < 1 < loss.get_ylim()[1] < 2
     verdict["tuning"] |= {"losses": [], "held_out": verdict["tuning"]["held_out"][:1], "best_step": 0}
     assert gain_plots.tuning(verdict) is None and gain.tuning(verdict).rows

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from .curves import legend
 from .gain_words import factor, kept_state, schemes
 from .style import LIGHT, figure
-from .words import finite, number
+from .words import count_of, finite, number
 
 FAR = 10  # times the original's perplexity: what is farther off stands at the edge, as an arrow
 COLOURS = {"original": "orange", "converted": "blue"}
@@ -73,6 +73,11 @@ def tuning(verdict: dict) -> Figure | None:
         drawn.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True
     ):
         axes.plot(*zip(*points, strict=True), color=LIGHT[colour], marker=marker)
+        values = np.array([value for _, value in points])
+        top = 1.2 * np.quantile(values, 0.99)
+        if 0 < 3 * top < values.max():  # a single step must not press all others flat
+            axes.set_ylim(values.min() - 0.05 * (top - values.min()), top)
+            title = f"{title} ({count_of(int((values > top).sum()), 'step')} beyond the frame)"
         kept = axes.axvline(best["step"], color=LIGHT["muted"], linewidth=0.9, linestyle="--", zorder=1.9)
         if marker and finite(best["ppl"]):
             axes.plot(best["step"], best["ppl"], "o", color=LIGHT["orange"], markersize=6)
