@@ -136,7 +136,9 @@ def test_nothing_is_left_where_nobody_published(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_clean_up(tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom surgery.checkpoint.stage import Stage\n"
+        "import signal, sys, time\nfrom pathlib import Path\nfrom surgery.checkpoint.stage import Stage\n"
+        # Whoever started the tests in the background has them ignored, for children too.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "with Stage(Path(sys.argv[1])) as stage:\n    stage.add_text('a', 'x' * 1000)\n"
         "    print('ready', flush=True)\n    time.sleep(60)\n"
     )
