@@ -63,8 +63,12 @@ def _stored(layout: Layout, anatomy: Anatomy, name: str) -> str | None:
 
 def stored_values(layout: Layout, anatomy: Anatomy, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Changed parameters of the causal LM by their names in the checkpoint, in the dtypes that it stores them in."""
-    named = {stored_name(layout, anatomy, name): weight for name, weight in weights.items()}
-    return {name: as_stored(layout.tensors[name], weight) for name, weight in named.items()}
+    return {stored_name(layout, anatomy, name): stored_value(layout, anatomy, name, w) for name, w in weights.items()}
+
+
+def stored_value(layout: Layout, anatomy: Anatomy, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """`weight`, of the causal LM's parameter `name`, in the dtype that the checkpoint stores it in."""
+    return as_stored(layout.tensors[stored_name(layout, anatomy, name)], weight)
 
 
 def targeted(names: Sequence[str], lora: Lora) -> list[str]:

@@ -63,6 +63,11 @@ class Recipe(Strict):
         return next((op.attention_bias for op in self.operations if op.attention_bias is not None), None)
 
     @property
+    def searches(self) -> bool:
+        """Whether the prefix is searched on calibration text."""
+        return self.attention_bias is not None and self.attention_bias.prefix == "auto"
+
+    @property
     def smoothing(self) -> Smoothing | None:
         return next((op.smoothing for op in self.operations if op.smoothing is not None), None)
 

@@ -71,6 +71,11 @@ def slot_attention(
             query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits
         )
         return out, weights if need_weights else None
+    return _concatenated(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout), None
+
+
+def _concatenated(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout):
+    """PyTorch's attention over slots and keys; causal without a mask where every slot is visible."""
     groups, extra = query.shape[1] // key.shape[1], 0
     if slot_key.shape[0]:
         if causal and slot_mask is None:
@@ -82,7 +87,7 @@ def slot_attention(
         query, _repeat(key, groups), _repeat(value, groups), attn_mask=mask, dropout_p=dropout, is_causal=causal,
         scale=scale,
     )  # fmt: skip
-    return out[:, :, extra:], None
+    return out[:, :, extra:]
 
 
 def _can_merge(query, key, value, slot_key, slot_value, mask, dropout: float) -> bool:

@@ -117,8 +117,9 @@ class Loop:
             )
         else:
             self.optimiser.step()
-            means = {name: accelerator.reduce(total.new_tensor(value), "mean").item() for name, value in parts.items()}
-            self.record.losses.append({"step": step + 1, "loss": loss, **(means if len(means) > 1 else {})})
+            shown = parts if len(parts) > 1 else {}
+            means = {name: accelerator.reduce(total.new_tensor(value), "mean").item() for name, value in shown.items()}
+            self.record.losses.append({"step": step + 1, "loss": loss, **means})
         self.optimiser.zero_grad()
         held_out = perplexity(self.record.judged[-1]["nll"])
         self.progress(1, f"loss {loss:.4f}, held-out perplexity {held_out:.2f}")

@@ -103,7 +103,8 @@ def run(
     if verify:
         require_tools(plan.recipe.verify, device)
     harness = gather_tasks(plan.recipe.verify, tasks, room_behind(plan.anatomy, plan.n_slots)) if verify else None
-    evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify, reporter)
+    chunking = _fitted(plan, chunking, reporter)
+    evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify)
     outputs = [Path(path) for path in (out, keep_failed) if path is not None]
     training = prepare_training(
         plan, tokenizer, texts, chunking, calibrating, device, tuning, adapter, outputs
@@ -138,8 +139,7 @@ def _require_unmeasured(surveys: bool, tasks: Path | None) -> None:
 
 def _reads_text(recipe: Recipe) -> bool:
     """Whether the operations of `recipe` read text, verified or not."""
-    searched = recipe.attention_bias is not None and recipe.attention_bias.prefix == "auto"
-    return searched or recipe.fits is not None or recipe.tune is not None
+    return recipe.searches or recipe.fits is not None or recipe.tune is not None
 
 
 def _require_elsewhere(keep_failed: Path, out: Path, plan: Plan) -> None:
@@ -150,11 +150,15 @@ def _require_elsewhere(keep_failed: Path, out: Path, plan: Plan) -> None:
         )
 
 
-def _cut_texts(plan: Plan, tokenizer, texts: Texts, wanted: Chunking, verify: bool, reporter: Reporter):
-    """Evaluation chunks (N, T) or None, calibration chunks or None. SourceError where text is missing or too short."""
+def _fitted(plan: Plan, wanted: Chunking, reporter: Reporter) -> Chunking:
     chunking = fit_chunks(wanted, plan.anatomy, max(plan.n_slots, 1))
     if chunking != wanted:
         reporter.note(f"chunks of {chunking.length} tokens: the model has no more positions behind a prefix or BOS")
+    return chunking
+
+
+def _cut_texts(plan: Plan, tokenizer, texts: Texts, chunking: Chunking, verify: bool):
+    """Evaluation chunks (N, T) or None, calibration chunks or None. SourceError where text is missing or too short."""
     evaluation = calibrating = None
     vocab_size = vocabulary_size(plan.source.layout, plan.source.config)
     if verify:

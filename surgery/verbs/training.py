@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -11,16 +12,15 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from transformers import PreTrainedModel
 
 from ..anatomy.seam import Norms, Slots, normed
 from ..checkpoint.disk import require_target
-from ..checkpoint.values import as_stored
 from ..errors import SourceError
 from ..loading import load_original
 from ..operations.attention_bias import grafted
-from ..operations.changed import stored_name
+from ..operations.changed import stored_value
 from ..operations.head_norm import at_gate
 from ..planning import Plan
 from ..reporting import Reporter
@@ -30,7 +30,7 @@ from ..tuning.dataset import dataset_text
 from ..tuning.store import Store
 from ..tuning.tune import Tuned, make_accelerator, require_shares, tune
 from ..verification.text import Chunking, tokenize
-from .inputs import Texts, fit_chunks, require_known, vocabulary_size
+from .inputs import Texts, require_known, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def prepare_training(
 ) -> Training | None:
     """All that can be refused before weights are read; None for a recipe that does not tune.
 
-    `calibrating`: chunks that the rest of the recipe fits on. `outputs`: where the run writes, `adapter` left out.
+    `chunking`: of what is evaluated; `calibrating`: chunks that the rest of the recipe fits on; `outputs`: where the
+    run writes, `adapter` left out.
     """
     settings, processes = plan.recipe.tune, int(os.environ.get("WORLD_SIZE", "1"))
     if settings is None:
@@ -75,11 +76,10 @@ def prepare_training(
     if processes > 1 and device == "auto":
         raise SourceError("each of several processes holds the whole model, on its device; give --device cuda or cpu.")
     _require_room(plan)
-    length = fit_chunks(chunking, plan.anatomy, max(plan.n_slots, 1)).length  # as evaluated
     text = texts.calibration if settings.dataset is None else dataset_text(settings.dataset)
     ids = tokenize(tokenizer, text)
     require_known(ids, tokenizer, vocabulary_size(plan.source.layout, plan.source.config))
-    corpus = make_corpus(ids, settings, length)
+    corpus = make_corpus(ids, settings, chunking.length)
     accelerator = make_accelerator(device)
     require_shares(settings, accelerator.num_processes)
     if processes > 1:
@@ -132,7 +132,7 @@ def tune_added(
 ) -> Tuned:
     """Train slots, norms and LoRA in the processes that share the work (see `assist`)."""
     reporter.step("tune what was added")
-    parts = {"slots": _on("cpu", slots), "norms": _on("cpu", norms)}  # devices differ from process to process
+    parts = send_to_device({"slots": slots, "norms": norms}, "cpu")  # devices differ from process to process
     broadcast_object_list([{"directory": directory, "prefix": tuple(prefix), **parts}])
     with reporter.bar("tuning", plan.recipe.tune.steps) as advance:
         tuned = _tune(plan, training, model, prefix, slots, norms, advance)
@@ -149,25 +149,13 @@ def assist(plan: Plan, training: Training) -> None:
     found = broadcast_object_list([None])[0]
     model = load_original(found["directory"], device=training.device)
     # Smoothed weights come from the main process when training starts.
-    slots, norms = _on(training.device, found["slots"]), _on(training.device, found["norms"])
+    slots, norms = send_to_device((found["slots"], found["norms"]), training.device)
     _tune(plan, training, model, found["prefix"], slots, norms, lambda done, what: None)
 
 
-def _on(device: str, values):
-    """Tensors in dicts and tuples, on `device`."""
-    if isinstance(values, torch.Tensor):
-        return values.to(device)
-    if isinstance(values, dict):
-        return {key: _on(device, value) for key, value in values.items()}
-    return tuple(_on(device, value) for value in values)
-
-
 def _tune(plan: Plan, training: Training, model: PreTrainedModel, prefix, slots: Slots, norms: Norms, advance) -> Tuned:
-    gate, layout = 0.0 if plan.head_norm is None else plan.recipe.head_norm.gate, plan.source.layout
-
-    def stored(name: str, weight: torch.Tensor) -> torch.Tensor:
-        return as_stored(layout.tensors[stored_name(layout, plan.anatomy, name)], weight)
-
+    gate = 0.0 if plan.head_norm is None else plan.recipe.head_norm.gate
+    stored = functools.partial(stored_value, plan.source.layout, plan.anatomy)
     with contextlib.ExitStack() as inside:
         inside.enter_context(grafted(model, plan.anatomy, prefix, slots, plan.slots_visible))
         if plan.head_norm is not None:

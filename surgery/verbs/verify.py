@@ -129,8 +129,7 @@ def _measured(
     tokenizer = load_tokenizer(root)
     config, recipe = read_config(root), _recipe(root, manifest)
     prefix = config["eab"]["prefix_ids"]
-    searched = recipe.attention_bias is not None and recipe.attention_bias.prefix == "auto"
-    n_slots = max(len(prefix), recipe.attention_bias.max_slots) if searched else len(prefix)  # `run` cut for as many
+    n_slots = max(len(prefix), recipe.attention_bias.max_slots) if recipe.searches else len(prefix)  # as `run` cut
     fitting = fit_chunks(chunking, anatomy, max(n_slots, 1))
     vocab_size = vocabulary_size(read_layout(root), config)
     chunks, calibrating = cut(tokenizer, texts.evaluation, fitting, vocab_size, "--text"), None
