@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from surgery.anatomy.sites import examine
+from surgery.live.likelihood import Likelihood
+from surgery.live.stream import Observer, stream
 from surgery.survey.attention import AttentionStatistics
 from surgery.survey.full import FullSurvey
-from surgery.survey.likelihood import Likelihood
 from surgery.survey.massive import MassiveActivations
-from surgery.survey.stream import Observer, stream
 
 SEQUENCES = {512: 15, 2048: 5}  # `FullSurvey` takes spectra of one in 15, and in 5
 LONGER = 4  # times as many, for memory

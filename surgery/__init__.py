@@ -37,6 +37,6 @@ def __getattr__(name: str):
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register_derived_types(module) -> None:
-    from .registration import register
+    from .converted.registration import register
 
     register()

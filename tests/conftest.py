@@ -46,7 +46,7 @@ def smollm2_gguf(material: Path) -> Path:
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory):
     """The same in float32, and its tokenizer; shared, so leave both as they are."""
     from surgery.checkpoint.source import materialise, open_source
-    from surgery.loading import load_original, load_tokenizer
+    from surgery.live.loading import load_original, load_tokenizer
 
     root = materialise(open_source(str(smollm2_gguf)), tmp_path_factory.mktemp("smollm2") / "model")
     return load_original(root), load_tokenizer(root)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny import TINY, one_thread, tiny_model, tiny_text
 
 from surgery.anatomy.sites import examine
+from surgery.live.stream import Batch, Observer, stream
 from surgery.survey.across import AutoMassive, across, alive, auto_massive, correlations, phases
 from surgery.survey.massive import MassiveActivations, massive
 from surgery.survey.spectrum import Spectrum
-from surgery.survey.stream import Batch, Observer, stream
 
 DEPTH = 12
 

@@ -8,7 +8,7 @@ from tiny import TINY, one_thread, tiny_config, tiny_model, tiny_text
 from transformers import CONFIG_MAPPING
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from surgery.anatomy.probe import observing
+from surgery.anatomy.calls import observing
 from surgery.anatomy.sites import examine
 from surgery.errors import SourceError, UnsupportedModel
 

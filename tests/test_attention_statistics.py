@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_model, tiny_text
 from torch import nn
 
-from surgery.anatomy.probe import Call, _Listening, observing
-from surgery.anatomy.seam import on_the_seam
+from surgery.anatomy.calls import Call, _Listening, observing
 from surgery.anatomy.sites import examine
+from surgery.live.graft import on_the_seam
+from surgery.live.stream import Batch, Observer, down_projections, stream
 from surgery.operations.attention_bias import fold, grafted
 from surgery.runtime.eab_runtime import Slots
 from surgery.survey.attention import AttentionStatistics, Selection, ValueVariance, spaced
 from surgery.survey.softmax import Softmax
-from surgery.survey.stream import Batch, Observer, down_projections, stream
 
 PREFIX = (5, 7)
 ALL = 10**6  # rows: look at every one
@@ -376,7 +376,7 @@ def test_selection_is_what_its_definition_says(kind: str) -> None:
 
 
 def test_selection_starts_elsewhere_in_each_batch(monkeypatch) -> None:
-    monkeypatch.setattr("surgery.survey.stream.LOGIT_BYTES", 0)  # batches of one
+    monkeypatch.setattr("surgery.live.stream.LOGIT_BYTES", 0)  # batches of one
     model, found = tiny_model("llama"), Selection(rows=2)
     observed(model, [found], tiny_text(rows=3, length=20))
     expected = sorted(int(row) + 1 for turn in range(3) for row in spaced(range(20), 2, turn))

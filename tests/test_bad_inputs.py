@@ -30,7 +30,7 @@ import surgery
 from surgery.checkpoint import stage
 from surgery.checkpoint.layout import INDEX, SINGLE, read_layout
 from surgery.errors import SurgeryError
-from surgery.verbs import operate
+from surgery.steps import operate
 
 INPUT, DAMAGED = 2, 3
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 12345678\n"

@@ -15,8 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from surgery.anatomy.sites import examine
 from surgery.operations.attention_bias import fold, grafted
-from surgery.verification.cache_edits import EDITS, edit_passes, editing, measure_edits
-from surgery.verification.streaming import KEPT
+from surgery.verification.gates.cache_edits import EDITS, edit_passes, editing, measure_edits
+from surgery.verification.gates.streaming import KEPT
 
 PREFIX = [1, 5]
 LENGTH, CONTEXT, TOKENS = 40, 20, 8

@@ -28,9 +28,9 @@ from tiny_checkpoint import (
 from transformers import MistralConfig, MistralForCausalLM
 
 import surgery
-from surgery import cli
 from surgery.checkpoint.layout import read_layout
-from surgery.verification.text import Chunking
+from surgery.cli import commands
+from surgery.live.text import Chunking
 
 AUTO = RECIPE.replace('["<s>", "\\n"]', "auto\n      max_slots: 2")
 IN_PROCESS = "from surgery.cli import main; main()"
@@ -358,7 +358,7 @@ def test_an_interrupt_is_not_a_failed_gate(place: Place, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("surgery.verbs.plan.plan", interrupted)
     ended = surgery_command("plan", place.recipe, place.source)
-    assert ended.code == cli.INTERRUPTED and ended.error.startswith("interrupted")
+    assert ended.code == commands.INTERRUPTED and ended.error.startswith("interrupted")
 
 
 def test_a_bug_keeps_its_traceback_and_has_an_exit_code_of_its_own(
@@ -369,7 +369,7 @@ def test_a_bug_keeps_its_traceback_and_has_an_exit_code_of_its_own(
 
     monkeypatch.setattr("surgery.verbs.plan.plan", broken)
     ended = surgery_command("plan", place.recipe, place.source)
-    assert ended.code == cli.BUG and "two plus two" in ended.err and "Traceback" in ended.err
+    assert ended.code == commands.BUG and "two plus two" in ended.err and "Traceback" in ended.err
     assert "report it" in ended.error
 
 
@@ -384,7 +384,7 @@ def test_memory_that_runs_out_is_no_bug(place: Place, monkeypatch: pytest.Monkey
         raise error
 
     verifying = ("verify", place.converted, "--text", place.text, *MEASURED)
-    monkeypatch.setattr("surgery.verbs.measuring.measure", large)
+    monkeypatch.setattr("surgery.steps.measuring.measure", large)
     ended = surgery_command(*verifying)
     assert ended.code == 2 and "Traceback" not in ended.err and "--chunk-length" in ended.error
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", large)

@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM
 from surgery.anatomy.sites import examine, parse_config
 from surgery.checkpoint.layout import Layout
 from surgery.checkpoint.manifest import MANIFEST, read_manifest
+from surgery.converted.derived import RUNTIME_FILES, derive
+from surgery.converted.files import converted_config, lowered_limits, shard_names
+from surgery.converted.reading import converted_anatomy
 from surgery.errors import OutputError, SourceError
 from surgery.operations.attention_bias import eab_config
-from surgery.operations.derived import RUNTIME_FILES, derive
-from surgery.operations.emission import converted_config, lowered_limits, shard_names
 from surgery.recipe import Recipe
 from surgery.recipe.file import parse_recipe
 from surgery.verbs.plan import plan
 from surgery.verbs.run import run
-from surgery.verification.converted import converted_anatomy
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {

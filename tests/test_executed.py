@@ -16,12 +16,13 @@ from tiny import one_thread, tiny_model, tiny_text
 from tiny_checkpoint import MEASURED, Place, surgery_command
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from surgery.anatomy.linears import linears
 from surgery.anatomy.sites import examine
 from surgery.errors import SourceError
-from surgery.verbs.inputs import cut
-from surgery.verification.executed import executing, require_int8
-from surgery.verification.quantised import SCHEMES, activation_ranges, linears, quantised
-from surgery.verification.text import Chunking
+from surgery.live.executed import executing, require_int8
+from surgery.live.quantised import SCHEMES, activation_ranges, quantised
+from surgery.live.text import Chunking
+from surgery.steps.inputs import cut
 
 INT8 = ("w8a8_static", "w8a8_dynamic", "w8a8_per_token")
 
@@ -131,7 +132,7 @@ def test_what_it_needs_is_said_before_the_work(place: Place, tmp_path: Path, mon
     with pytest.raises(SourceError, match="--device meta"):
         require_int8("meta")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    monkeypatch.setattr("surgery.verbs.operate.load_original", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("surgery.steps.operate.load_original", lambda *a, **k: pytest.fail("weights were read"))
     for arguments in (("plan", recipe, place.source), ("run", recipe, place.source, tmp_path / "out", *texts)):
         refused = surgery_command(*arguments)
         assert refused.code == 2 and "surgery[int8]" in refused.error

@@ -10,7 +10,7 @@ import pytest
 from tiny_checkpoint import MEASURED, Place, surgery_command
 
 import surgery
-from surgery.operations.card_results import WIDTH, tuned
+from surgery.converted.card_results import WIDTH, tuned
 from surgery.recipe import Lora, Tune
 
 RECIPE = """surgery: 1

@@ -11,10 +11,12 @@ from families import PREFIX, behind, families
 from test_families import EXACT, LENGTH, WAYS
 from tiny import build, one_thread, tiny_model, tiny_text
 
-from surgery.anatomy.probe import observing
-from surgery.anatomy.seam import Norms, installed, normed, on_the_seam
+from surgery.anatomy.calls import observing
+from surgery.anatomy.linears import linears
 from surgery.anatomy.sites import examine
 from surgery.errors import SourceError, UnsupportedModel
+from surgery.live.graft import Norms, installed, normed, on_the_seam
+from surgery.live.stream import normed_sites, stream
 from surgery.operations.attention_bias import fold, grafted
 from surgery.operations.head_norm import (
     EPS,
@@ -28,9 +30,7 @@ from surgery.operations.head_norm import (
 from surgery.recipe import HeadNorm as Recipe
 from surgery.runtime.eab_head_norm import HeadNorm
 from surgery.survey.attention import Selection, ValueVariance
-from surgery.survey.stream import normed_sites, stream
 from surgery.verification.equivalence import compare_random_ids
-from surgery.verification.quantised import linears
 
 # These compute their softmax in float32 even in a float64 model; the runtime does not.
 ROUNDED = {

@@ -18,15 +18,15 @@ from tiny_checkpoint import MEASURED, Place, edit_json, rehash, save_tokenizer, 
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import surgery
-from surgery.anatomy.seam import installed, normed
 from surgery.anatomy.sites import examine
 from surgery.checkpoint.layout import read_layout
 from surgery.checkpoint.manifest import read_manifest
+from surgery.converted.derived import NORM_FILE, RUNTIME_FILES
+from surgery.converted.reading import load_converted
 from surgery.errors import DamagedCheckpoint, SourceError
-from surgery.operations.derived import NORM_FILE, RUNTIME_FILES
+from surgery.live.graft import installed, normed
+from surgery.live.text import Chunking
 from surgery.recipe.file import parse_recipe
-from surgery.verification.converted import load_converted
-from surgery.verification.text import Chunking
 
 VERIFY = "verify: {perplexity: {max_ratio: %s}, massive_activations: {max: 1000000}}\n"
 HEAD = "surgery: 1\noperations:\n"

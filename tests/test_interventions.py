@@ -13,24 +13,16 @@ from test_neurons import DIM, LAYER, UNITS, Keep, kept, planted, planted_text
 from tiny import TINY, one_thread, tiny_config, tiny_model, tiny_text
 
 from surgery.anatomy.sites import examine
+from surgery.live.edits import TouchedNothing
+from surgery.live.likelihood import Likelihood
+from surgery.live.stream import stream
+from surgery.live.text import Chunking, chunk, tokenize
 from surgery.operations.attention_bias import fold, grafted
 from surgery.survey.attention import AttentionStatistics
-from surgery.survey.edits import (
-    TouchedNothing,
-    amplify,
-    isolate,
-    mask_first,
-    set_massive,
-    zero_largest,
-    zero_median,
-    zero_random,
-)
+from surgery.survey.edits import amplify, isolate, mask_first, set_massive, zero_largest, zero_median, zero_random
 from surgery.survey.interventions import SinkAt, audit, plan_interventions, run_interventions
-from surgery.survey.likelihood import Likelihood
 from surgery.survey.massive import MassiveActivations, MassiveMeans
 from surgery.survey.neurons import SuperNeurons
-from surgery.survey.stream import stream
-from surgery.verification.text import Chunking, chunk, tokenize
 
 DIMS = {LAYER: [DIM]}
 SPIKES = [(0, 0), (0, 9), (1, 0), (2, 0)]  # where the planted text has them

@@ -11,11 +11,11 @@ from tiny import one_thread, tiny_config, tiny_model, tiny_text
 from torch import nn
 
 from surgery.anatomy.sites import examine
+from surgery.live import stream as stream_module
+from surgery.live.stream import Batch, Observer, stream
 from surgery.survey import lens
-from surgery.survey import stream as stream_module
 from surgery.survey.attention import spaced
 from surgery.survey.lens import LogitLens, final_norm
-from surgery.survey.stream import Batch, Observer, stream
 
 EPS = 1e-5
 

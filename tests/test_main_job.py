@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import surgery
 from surgery.anatomy.sites import examine
 from surgery.checkpoint.layout import read_layout
+from surgery.live.text import Chunking, chunk, tokenize
 from surgery.operations.prefix_search import PrefixSearch
 from surgery.recipe.file import parse_recipe
-from surgery.verification.text import Chunking, chunk, tokenize
 
 CHUNKING = Chunking(16, 256)  # enough to see massive activations come and go; the demo measures on 64 x 512
 PREFIX = (" ", "\n")

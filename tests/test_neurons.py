@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from surgery.anatomy.sites import Anatomy, examine
 from surgery.errors import SurgeryError
-from surgery.survey.edits import TouchedNothing, edit_stream, silence_units, zero_mlp_write
+from surgery.live.edits import TouchedNothing, edit_stream
+from surgery.live.stream import Batch, Observer, stream
+from surgery.survey.edits import silence_units, zero_mlp_write
 from surgery.survey.massive import MassiveMeans
 from surgery.survey.neurons import SuperNeurons, hoyer
-from surgery.survey.stream import Batch, Observer, stream
 
 SPECIAL = {1: 30.0, 2: 20.0}  # tokens that the planted model makes massive, and what marks them
 LAYER, UNITS, DIM, MARK = (
@@ -90,7 +91,7 @@ def test_super_neurons_are_those_that_write_the_spike(together, monkeypatch):
     model, anatomy = planted()
     text = planted_text()
     if not together:
-        monkeypatch.setattr("surgery.survey.stream.LOGIT_BYTES", 1)  # batches of one
+        monkeypatch.setattr("surgery.live.stream.LOGIT_BYTES", 1)  # batches of one
     found = neurons(model, anatomy, text)
     keep = kept(model, anatomy, text) if together else None
     assert [(entry["layer"], entry["unit"], entry["dim"]) for entry in found] == [(LAYER, unit, DIM) for unit in UNITS]

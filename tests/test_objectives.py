@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from surgery.live.quantised import SCHEMES, Scheme
 from surgery.survey.massive import massive as by_survey
 from surgery.tuning import objectives
 from surgery.tuning.fake_quant import fake_quantised, straight_through
 from surgery.tuning.objectives import Objective, Pass
-from surgery.verification.quantised import SCHEMES, Scheme
 
 FLOATS = st.floats(-50, 50, allow_subnormal=False)
 

@@ -9,10 +9,10 @@ from tiny import build, tiny_text
 from transformers import AutoModelForCausalLM
 
 from surgery.anatomy.sites import examine
+from surgery.live.likelihood import Likelihood
+from surgery.live.stream import stream
 from surgery.operations.attention_bias import fold, grafted
-from surgery.survey.likelihood import Likelihood
 from surgery.survey.massive import MassiveActivations
-from surgery.survey.stream import stream
 from surgery.verification.equivalence import compare_random_ids
 
 PREFIX = (5, 7)

@@ -21,7 +21,7 @@ from test_tokenizer_files import write as write_tokenizer
 from tiny import TINY, one_thread, tiny_config, tiny_model, tiny_text
 from transformers import AutoTokenizer
 
-from surgery.operations.derived import RUNTIME_FILES
+from surgery.converted.derived import RUNTIME_FILES
 from surgery.recipe.file import parse_recipe
 from surgery.verbs.run import run
 

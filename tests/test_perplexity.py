@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_model, tiny_text
 
 from surgery.anatomy.sites import examine
+from surgery.live import stream as stream_module
+from surgery.live.likelihood import Likelihood
+from surgery.live.paired import Score, mean_interval, paired, student_t
+from surgery.live.stream import Batch, stream
 from surgery.operations.attention_bias import fold, grafted
 from surgery.recipe.file import parse_recipe
-from surgery.survey import stream as stream_module
 from surgery.survey.attention import SINK_SCORE, AttentionStatistics
-from surgery.survey.likelihood import Likelihood
 from surgery.survey.massive import MassiveActivations, massive
-from surgery.survey.stream import Batch, stream
-from surgery.verification.gates import at_most, is_exact, quality_gates
-from surgery.verification.measure import Measurement, Original, measure, measure_original
-from surgery.verification.perplexity import Score, mean_interval, paired, student_t
+from surgery.verification.gates.judge import at_most, is_exact, quality_gates
+from surgery.verification.gates.measure import Measurement, Original, measure, measure_original
 
 PREFIX = (5, 7)
 nlls = st.floats(0, 1e4, allow_nan=False)

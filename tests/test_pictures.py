@@ -8,9 +8,9 @@ from test_neurons import DIM, LAYER, Keep, planted, planted_text
 from tiny import one_thread, tiny_model, tiny_text
 
 from surgery.anatomy.sites import examine
+from surgery.live.stream import stream
 from surgery.operations.attention_bias import fold, grafted
 from surgery.survey.pictures import HEADS, AttentionMaps, Landscape
-from surgery.survey.stream import stream
 
 
 def test_the_landscape_is_that_of_the_layer_with_the_largest_activation() -> None:

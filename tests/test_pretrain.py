@@ -14,18 +14,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import surgery
 from surgery.errors import RecipeError, SourceError
-from surgery.pretraining import loop as loop_module
-from surgery.pretraining.loop import text_loss, train
-from surgery.pretraining.measure import measure
-from surgery.pretraining.tokenizer import SINK, SINK_ID, as_pretrained, train_tokenizer
-from surgery.pretraining.variants import Variant, base_config, build, initial_weights
+from surgery.live.text import Chunking
 from surgery.recipe import FromScratch, Pretrain, Recipe
 from surgery.recipe.file import parse_recipe
 from surgery.recipe.pretrain import VARIANTS
 from surgery.tuning.corpus import make_corpus
+from surgery.tuning.scratch import loop as loop_module
+from surgery.tuning.scratch.loop import text_loss, train
+from surgery.tuning.scratch.measure import measure
+from surgery.tuning.scratch.tokenizer import SINK, SINK_ID, as_pretrained, train_tokenizer
+from surgery.tuning.scratch.variants import Variant, base_config, build, initial_weights
 from surgery.tuning.tune import make_accelerator
 from surgery.verbs.pretrain import pretrain
-from surgery.verification.text import Chunking
 
 SMALL = {
     "steps": 4, "length": 32, "batch": 2, "vocabulary": 300, "evaluate_every": 3, "held_out": 2, "warmup": 1,

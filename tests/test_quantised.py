@@ -14,14 +14,11 @@ from hypothesis.extra import numpy as hnp
 from tiny import one_thread, tiny_model, tiny_text
 from tiny_checkpoint import surgery_command
 
-from surgery.anatomy.probe import observing
+from surgery.anatomy.calls import observing
 from surgery.anatomy.sites import examine
 from surgery.errors import UnsupportedModel
-from surgery.operations.attention_bias import fold, grafted
-from surgery.recipe import Quantised
-from surgery.survey.likelihood import Likelihood
-from surgery.survey.stream import stream
-from surgery.verification.quantised import (
+from surgery.live.likelihood import Likelihood
+from surgery.live.quantised import (
     SCHEMES,
     Scheme,
     activation_ranges,
@@ -30,6 +27,9 @@ from surgery.verification.quantised import (
     rounded_cache,
     rounded_weight,
 )
+from surgery.live.stream import stream
+from surgery.operations.attention_bias import fold, grafted
+from surgery.recipe import Quantised
 
 MATRICES = hnp.arrays(
     np.float64,

@@ -12,11 +12,11 @@ import torch
 from tiny import tiny_model, tiny_text
 
 from surgery.checkpoint.manifest import TYPE_PREFIX
-from surgery.operations.derived import RUNTIME_FILES
+from surgery.converted.derived import RUNTIME_FILES
+from surgery.converted.reading import load_converted
+from surgery.converted.registration import register
 from surgery.recipe.file import parse_recipe
-from surgery.registration import register
 from surgery.verbs.run import run
-from surgery.verification.converted import load_converted
 
 RECIPE = "surgery: 1\noperations:\n  - attention_bias: {prefix: [5, 7]}\n"
 FAMILIES = ("llama", "mixtral")  # mixtral: its experts are fused at load, by a mapping the derived type must have

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from surgery.checkpoint.results import json_text
 from surgery.errors import OutputError, SourceError
 from surgery.report import html, maps, plots, tables, words, write_plots, write_report
 from surgery.report.style import DARK, LIGHT, drawing, inline_svg
-from surgery.results import json_text
 from surgery.verification.verdict import plain_json
 
 TOKENS = ["The", " cat", "\n", " sat", " on", "."]

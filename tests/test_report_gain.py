@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from test_report import Page
 
+from surgery.checkpoint.results import json_text
 from surgery.recipe import Quantised
 from surgery.report import gain, gain_plots, gain_words, write_report
 from surgery.report.style import LIGHT, drawing
-from surgery.results import json_text
-from surgery.verification.cache_edits import EDITS
+from surgery.verification.gates.cache_edits import EDITS
 from surgery.verification.verdict import plain_json
 
 SURVEYS = [{"source": name, "layers": [{"layer": 0, "max": 1.0}]} for name in ("original", "converted")]

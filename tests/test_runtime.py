@@ -19,8 +19,8 @@ from tiny import TINY, one_thread, tiny_config, tiny_model, tiny_text
 from transformers import DynamicCache, Gemma3Config, StaticCache
 
 from surgery.anatomy.sites import examine
+from surgery.converted.derived import load_derived
 from surgery.operations.attention_bias import eab_config, fold, grafted
-from surgery.operations.derived import load_derived
 from surgery.runtime.eab_runtime import Slots, eab_attention
 
 PREFIX = [5, 7, 9]

@@ -19,11 +19,12 @@ from surgery.anatomy.sites import examine
 from surgery.checkpoint.layout import INDEX, read_layout, read_tensor_bytes
 from surgery.checkpoint.stage import Stage
 from surgery.errors import UnsupportedModel
-from surgery.loading import load_original
+from surgery.live.likelihood import Likelihood
+from surgery.live.loading import load_original
+from surgery.live.stream import stream
 from surgery.operations import smoothing
 from surgery.operations.attention_bias import fold, grafted
-from surgery.operations.smoothing import rule, scales, smooth
-from surgery.operations.smoothing_pairs import (
+from surgery.operations.pairs import (
     Pair,
     Side,
     _watched,
@@ -35,9 +36,8 @@ from surgery.operations.smoothing_pairs import (
     touches,
     without_loss,
 )
-from surgery.survey.likelihood import Likelihood
-from surgery.survey.stream import stream
-from surgery.verification.quantised_scores import measure_quantised
+from surgery.operations.smoothing import rule, scales, smooth
+from surgery.verification.gates.quantised import measure_quantised
 
 # Pairs in the first block: (source, first row) of down projections; norms with how many layers read them.
 FIRST_BLOCK = {
@@ -341,7 +341,7 @@ def test_peaks_are_those_of_the_whole_text(model_type: str, monkeypatch: pytest.
         for handle in handles:
             handle.remove()
         done: list[int] = []
-        monkeypatch.setattr("surgery.survey.stream.LOGIT_BYTES", 1)  # a batch for each row
+        monkeypatch.setattr("surgery.live.stream.LOGIT_BYTES", 1)  # a batch for each row
         found = scales(model, anatomy, pairs, text, 0.5, done.append)
     assert done == [1, 1, 1]
     for pair, exponents in zip(pairs, found, strict=True):

@@ -14,8 +14,8 @@ from tiny import one_thread, tiny_text
 
 from surgery.anatomy.sites import examine
 from surgery.errors import DamagedCheckpoint
+from surgery.live.stream import Batch, Observer, stream
 from surgery.survey.spectrum import Spectrum, entropy, lower_bound, shares, upper_bound
-from surgery.survey.stream import Batch, Observer, stream
 
 KEYS = {"p1", "entropy_bits", "entropy_normalised", "p1_bound", "entropy_bound", "spectra", "dominance", "top3"}
 

@@ -8,9 +8,9 @@ from families import any_model
 from tiny import one_thread, tiny_model, tiny_text
 
 from surgery.anatomy.sites import examine
+from surgery.live.edits import TouchedNothing
 from surgery.operations.attention_bias import fold, grafted
-from surgery.survey.edits import TouchedNothing
-from surgery.verification.streaming import KEPT, evicting, measure_streaming
+from surgery.verification.gates.streaming import KEPT, evicting, measure_streaming
 
 PREFIX = [1, 5]
 

@@ -16,9 +16,9 @@ from tiny import build, one_thread, tiny_config, tiny_model, tiny_text
 from transformers import AutoModelForCausalLM
 
 from surgery.anatomy.sites import Anatomy, examine
+from surgery.live.stream import down_projections
 from surgery.survey.full import affordable, survey
 from surgery.survey.interventions import audit, plan_interventions, run_interventions
-from surgery.survey.stream import down_projections
 from surgery.verification.verdict import plain_json
 
 EXACT = [kind for kind, family in families().items() if family.outcome == "exact"]

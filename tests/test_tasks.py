@@ -14,7 +14,7 @@ from tiny_checkpoint import MEASURED, Place, surgery_command
 
 from surgery.errors import RecipeError, SourceError
 from surgery.recipe.file import parse_recipe
-from surgery.verification.tasks import TaskScore, TaskSet, drop
+from surgery.verification.gates.tasks import TaskScore, TaskSet, drop
 
 BASE = "surgery: 1\noperations: [attention_bias: {prefix: [5]}]\n"
 WHY = "lm-evaluation-harness is 50 packages, 600 MB, and left out of the test extra: pip install 'surgery[tasks]'"
@@ -54,7 +54,7 @@ def test_without_the_harness_the_way_out_is_named(place: Place, tmp_path: Path, 
     recipe = with_tasks(place, tmp_path / "r.yaml", "{names: [own_choice], max_drop: 0.1}")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    monkeypatch.setattr("surgery.verbs.operate.load_original", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("surgery.steps.operate.load_original", lambda *a, **k: pytest.fail("weights were read"))
     texts = ("--text", place.text, *MEASURED)
     for arguments in (("plan", recipe, place.source), ("run", recipe, place.source, tmp_path / "out", *texts)):
         refused = surgery_command(*arguments)
@@ -128,8 +128,8 @@ def by_hand(place: Place, root: Path, rows: list[dict]) -> list[float]:
     """Which choice is likelier, one row at a time, without the harness."""
     from transformers import AutoModelForCausalLM
 
-    from surgery.loading import load_tokenizer
-    from surgery.registration import register
+    from surgery.converted.registration import register
+    from surgery.live.loading import load_tokenizer
 
     register()
     tokenizer, model = load_tokenizer(root), AutoModelForCausalLM.from_pretrained(root).eval()
@@ -173,7 +173,7 @@ def test_a_task_on_local_data(place: Place, own: Path, tmp_path: Path) -> None:
 def test_tasks_that_cannot_be_compared_are_refused_before_the_work(
     place, own: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("surgery.verbs.operate.load_original", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("surgery.steps.operate.load_original", lambda *a, **k: pytest.fail("weights were read"))
     texts = ("--text", place.text, *MEASURED, "--tasks", own)
     for names, said in {"[lost]": "cannot be loaded", "[own_text]": "no mean over documents"}.items():
         recipe = with_tasks(place, tmp_path / "r.yaml", f"{{names: {names}, max_drop: 0.1}}")

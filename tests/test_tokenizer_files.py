@@ -12,9 +12,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from surgery.loading import load_tokenizer
-from surgery.operations.bos import silent_processor
-from surgery.operations.emission import converted_tokenizer
+from surgery.converted.bos import silent_processor
+from surgery.converted.files import converted_tokenizer
+from surgery.live.loading import load_tokenizer
 from surgery.verification.tokens import check_tokenizer
 
 BOS, EOS = 1, 2

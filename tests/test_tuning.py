@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from tiny import one_thread, tiny_model
 
-from surgery.anatomy.seam import Slots, normed
 from surgery.anatomy.sites import examine
 from surgery.errors import SourceError
+from surgery.live.graft import Slots, normed
 from surgery.operations.attention_bias import fold, grafted
 from surgery.operations.head_norm import at_gate, norm_config
 from surgery.recipe import HeadNorm, Tune

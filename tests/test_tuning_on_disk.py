@@ -20,8 +20,8 @@ from tiny_checkpoint import MEASURED, Ended, Place, rehash, sha256_of_files, sur
 
 from surgery.checkpoint.layout import read_layout
 from surgery.checkpoint.manifest import read_manifest
+from surgery.converted.reading import load_converted
 from surgery.tuning import loop
-from surgery.verification.converted import load_converted
 
 OPERATIONS = """surgery: 1
 operations:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import Place
 
-from surgery.results import json_text
-from surgery.verification.gates import Gate
+from surgery.checkpoint.results import json_text
+from surgery.live.paired import Score
+from surgery.verification.gates.judge import Gate
+from surgery.verification.gates.measure import Measurement, Original
 from surgery.verification.integrity import Check
-from surgery.verification.measure import Measurement, Original
-from surgery.verification.perplexity import Score
 from surgery.verification.verdict import Findings, build_verdict, junit_xml, plain_json
 
 SUMMARY = {"count": 1, "worst_ratio": 2.0, "dims": [3], "layers": [4], "token_ids": [5]}

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import SourceError, UnsupportedModel
 from ..runtime.eab_families import ADAPTERS
-from .probe import Call
+from .calls import Call
 from .structure import brief, run_structure
 
 # Arguments that a site may pass on and that leave attention what it is. All others that are not None are refused.

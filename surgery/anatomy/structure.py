@@ -13,7 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..errors import UnsupportedModel
 from ..runtime.eab_families import ADAPTERS, Adapter
-from .probe import Call, observing
+from .calls import Call, observing
 
 TOKENS = 4
 _NAME = "surgery_structure_only"

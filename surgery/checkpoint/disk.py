@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from surgery.checkpoint.layout import CHUNK
-from surgery.errors import NoSpace, OutputError, SurgeryError
+from ..errors import NoSpace, OutputError, SurgeryError
+from .layout import CHUNK
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.checkpoint.disk import disk_errors
-from surgery.checkpoint.gguf_header import Header, Stored, read_header
-from surgery.checkpoint.gguf_model import derive, tokenizer_files, write_tokenizer
-from surgery.checkpoint.layout import INDEX, SINGLE, Layout, TensorInfo, index_json, plan_file
-from surgery.checkpoint.values import tensor_bytes
-from surgery.errors import DamagedCheckpoint, OutputError, SourceError, UnsupportedModel
+from ..errors import DamagedCheckpoint, OutputError, SourceError, UnsupportedModel
+from .disk import disk_errors
+from .gguf_header import Header, Stored, read_header
+from .gguf_model import derive, tokenizer_files, write_tokenizer
+from .layout import INDEX, SINGLE, Layout, TensorInfo, index_json, plan_file
+from .values import tensor_bytes
 
 if TYPE_CHECKING:
     import torch

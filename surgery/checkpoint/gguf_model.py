@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.checkpoint.disk import disk_errors
-from surgery.checkpoint.gguf_header import Header
-from surgery.errors import DamagedCheckpoint, SurgeryError, UnsupportedModel
+from ..errors import DamagedCheckpoint, SurgeryError, UnsupportedModel
+from .disk import disk_errors
+from .gguf_header import Header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.errors import DamagedCheckpoint, SourceError
+from ..errors import DamagedCheckpoint, SourceError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from surgery.checkpoint.layout import read_json
-from surgery.errors import DamagedCheckpoint
+from ..errors import DamagedCheckpoint
+from .layout import read_json
 
 MANIFEST = "surgery.json"
 TYPE_PREFIX = "eab_"  # what the model types of converted checkpoints begin with

@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint.disk import sha256_of
-from surgery.checkpoint.layout import INDEX, SINGLE, Layout, is_lfs_pointer, lfs_pointer, read_json, read_layout
-from surgery.checkpoint.manifest import MANIFEST, TYPE_PREFIX
-from surgery.errors import SourceError
+from ..errors import SourceError
+from .disk import sha256_of
+from .layout import INDEX, SINGLE, Layout, is_lfs_pointer, lfs_pointer, read_json, read_layout
+from .manifest import MANIFEST, TYPE_PREFIX
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -230,7 +230,7 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def _open_gguf(spec: str, path: Path, dtype: str) -> Source:
-    from surgery.checkpoint.gguf import plan_gguf
+    from .gguf import plan_gguf
 
     plan = plan_gguf(path, dtype)
     return Source(spec, "gguf", path, None, plan.config, plan.layout, plan.companions, plan)
@@ -258,7 +258,7 @@ def materialise(source: Source, into: Path, progress: Progress | None = None) ->
     """A directory of plain Hugging Face files to load from: the source's own, or `into`, filled from the GGUF."""
     if source.kind != "gguf":
         return source.root
-    from surgery.checkpoint.gguf import write_plan
+    from .gguf import write_plan
 
     write_plan(source.plan, into, progress)
     return Path(into)

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from surgery.checkpoint.disk import FULL, disk_errors, require_target, sha256_of, translated
-from surgery.checkpoint.layout import CHUNK, Layout, is_plain_name, plan_file
-from surgery.checkpoint.values import as_stored, dtype_code, tensor_bytes
-from surgery.errors import DamagedCheckpoint, OutputError, SourceError
+from ..errors import DamagedCheckpoint, OutputError, SourceError
+from .disk import FULL, disk_errors, require_target, sha256_of, translated
+from .layout import CHUNK, Layout, is_plain_name, plan_file
+from .values import as_stored, dtype_code, tensor_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.checkpoint.layout import Layout, TensorInfo, read_tensor_bytes
-from surgery.errors import SourceError
+from ..errors import SourceError
+from .layout import Layout, TensorInfo, read_tensor_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.probe import Call, observing
-from ..anatomy.seam import Slots, installed, on_the_seam
+from ..anatomy.calls import Call, observing
 from ..anatomy.sites import Anatomy
 from ..errors import UnsupportedModel
-from ..survey.stream import input_device
+from ..live.graft import Slots, installed, on_the_seam
+from ..live.stream import input_device
 
 FORMAT = 1
 

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..anatomy.linears import linears
 from ..anatomy.sites import Anatomy, blank_model
 from ..checkpoint.layout import Layout
 from ..checkpoint.values import as_stored
 from ..errors import SourceError, UnsupportedModel
 from ..recipe import Lora, Recipe
-from ..verification.quantised import linears
 
 
 def changeable(config: dict, anatomy: Anatomy, recipe: Recipe, layout: Layout) -> dict[str, str]:

@@ -15,12 +15,12 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.probe import Call
-from ..anatomy.seam import Norms
+from ..anatomy.calls import Call
 from ..anatomy.sites import Anatomy
 from ..errors import DamagedCheckpoint, SourceError, UnsupportedModel
+from ..live.graft import Norms
+from ..live.stream import Batch, Observer, stream
 from ..recipe import HeadNorm
-from ..survey.stream import Batch, Observer, stream
 
 FORMAT = 1
 EPS = 1e-6  # added to the mean square of a head, so that one that brings nothing back is not divided by zero

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..anatomy.sites import Anatomy
 from ..errors import SourceError
-from ..survey.likelihood import Likelihood, Score
+from ..live.likelihood import Likelihood, Score
+from ..live.stream import Observer, stream
 from ..survey.massive import MassiveActivations
-from ..survey.stream import Observer, stream
 from .attention_bias import fold, grafted
 
 OPENINGS, OPENING = 128, 32  # short texts to screen on, and their tokens

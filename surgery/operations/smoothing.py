@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.sites import Anatomy
 from ..errors import UnsupportedModel
-from ..survey.stream import stream
-from .smoothing_pairs import Pair, apply, find, random_text, sides, touches, without_loss
+from ..live.stream import stream
+from .pairs import Pair, apply, find, random_text, sides, touches, without_loss
 
 KINDS = ("down", "norm")
 STRENGTH = 0.8  # how much of what is large in activations goes over to the weights

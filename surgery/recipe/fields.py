@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainValidator, Tag
 
-from ..strict_yaml import shown
+from .strict_yaml import shown
 
 
 def _token(value: object) -> str | int:

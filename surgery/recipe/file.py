@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from ..errors import RecipeError
-from ..strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
 from .fields import Strict, known
 from .gates import (
     CacheEdits,
@@ -25,6 +24,7 @@ from .gates import (
 from .operations import AttentionBias, HeadNorm, Smoothing
 from .pretrain import FromScratch, Pretrain, Size
 from .recipe import Recipe
+from .strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
 from .tune import Dataset, Lora, Objectives, Tune
 
 R = TypeVar("R", Recipe, FromScratch)

@@ -14,8 +14,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ..strict_yaml import shown
 from .fields import AsTuple, Layers, Prefix, Strict, known
+from .strict_yaml import shown
 
 
 class AttentionBias(Strict):

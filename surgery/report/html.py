@@ -12,8 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from ..checkpoint.results import write_result
 from ..errors import OutputError, SourceError
-from ..results import write_result
 from . import gain, gain_plots, maps, plots, tables
 from .gain_words import sentences
 from .style import DARK, LIGHT, drawing, inline_svg, write_figure

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..live.stream import Batch, Observer
 from .massive import at_least, median
-from .stream import Batch, Observer
 
 AUTO_RATIO = 10.0
 FIRST_TOKEN = 10.0  # a first token that long against the others dominates; with random weights it reached 2.6

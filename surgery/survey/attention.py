@@ -13,9 +13,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..anatomy.probe import Call
+from ..anatomy.calls import Call
+from ..live.stream import Batch, Observer
 from .softmax import Rows, Softmax
-from .stream import Batch, Observer
 
 SINK_SCORE = 0.3  # a head with at least this score counts into the layer's sink rate
 HELD = 0.9  # of a row's weight is held by the places that count as selected

@@ -1,80 +1,24 @@
-"""Edits: change a few scalars or attention weights of a live model, and undo it.
+"""The edits that a survey suggests: its massive activations, super neurons and sinks, changed in the live model.
 
-Each is a context manager that yields `Touched`; what the model computes while it is open is changed. One that has
-touched nothing at its end raises TouchedNothing. Layers, dims and units come from a survey of the same model on the
-same text (`interventions`).
-
-Notation: B sequences, T tokens, d hidden size. Layer l is the stream after block l - 1, 0 the embedding output; tokens
-are counted from the first that is fed, so feed no prefix.
+Layers, dims and units come from a survey of the same model on the same text (`interventions`). Notation and undoing are
+those of `live.edits`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ..anatomy.probe import Call, rewriting
-from ..anatomy.seam import on_the_seam
 from ..anatomy.sites import Anatomy
-from ..errors import SurgeryError
+from ..live.edits import Change, Touched, edit_stream, hidden, intervention
+from ..live.stream import down_projections
 from .massive import MassiveMeans, massive
-from .stream import down_projections, on_layer, slot_count
 
 Dims = Mapping[int, Sequence[int]]  # layer -> dims in which the survey found massive activations
 AMPLIFIED = 10.0  # factor on the token that is to become a sink
-
-
-class TouchedNothing(SurgeryError):
-    """An intervention that changed nothing, and so shows nothing."""
-
-
-@dataclass
-class Touched:
-    """How many scalars (or attention weights) an intervention has changed so far."""
-
-    count: int = 0
-
-
-@contextlib.contextmanager
-def intervention(what: str) -> Iterator[tuple[Touched, contextlib.ExitStack]]:
-    """What is put on the stack is undone at the end; TouchedNothing if nothing was counted until then."""
-    touched = Touched()
-    with contextlib.ExitStack() as undo:
-        yield touched, undo
-    if not touched.count:
-        raise TouchedNothing(
-            f"the intervention ({what}) touched nothing on this model and text, so it would show nothing; take layers, "
-            "dims and units from a survey of the same model on the same text, or leave it out."
-        )
-
-
-@contextlib.contextmanager
-def edit_stream(
-    model: PreTrainedModel, anatomy: Anatomy, layers: Sequence[int], pick: Callable, what: str
-) -> Iterator[Touched]:
-    """For each sequence, at each of `layers`, what `pick(layer, states (T, d))` says: flat places and new values."""
-    trunk = model.get_submodule(anatomy.trunk)
-    with intervention(what) as (touched, undo):
-        for layer in layers:
-
-            def change(states: torch.Tensor, layer: int = layer) -> torch.Tensor:
-                changed = states.clone().flatten(1)
-                for sequence, row in enumerate(states):
-                    places, values = pick(layer, row)
-                    changed[sequence, places] = values
-                    touched.count += len(places)
-                return changed.view_as(states)
-
-            undo.callback(on_layer(trunk, anatomy.blocks, layer, change, first=True).remove)
-        yield touched
-
-
-Change = contextlib.AbstractContextManager[Touched]
 
 
 # ---- scalars of the residual stream
@@ -212,30 +156,3 @@ def isolate(model: PreTrainedModel, anatomy: Anatomy, position: int) -> Change:
         return (query == position) & (key < position)
 
     return hidden(model, anatomy, hides, f"token {position} isolated")
-
-
-@contextlib.contextmanager
-def hidden(
-    model: PreTrainedModel, anatomy: Anatomy, hides: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], what: str
-) -> Iterator[Touched]:
-    """No site sees a key at a query where `hides` says so; slots stay visible.
-
-    `hides` gets positions of queries (T, 1) and of keys (1, S), counted from the first token that is fed. It is asked
-    at each site, not where masks are made: from these, sites with ALiBi tell how much of a row is padding.
-    """
-    n = slot_count(model, anatomy)
-    with intervention(what) as (touched, undo):
-
-        def change(call: Call) -> Call:
-            queries, keys, device = call.query.shape[2], call.key.shape[2], call.key.device
-            mask, offset = call.mask, keys - queries
-            if mask is None:  # plain causal, left to the kernel
-                mask = torch.ones(queries, n + keys, dtype=torch.bool, device=device).tril(n + offset)[None, None]
-            hide = hides(torch.arange(offset, keys, device=device)[:, None], torch.arange(keys, device=device)[None])
-            hide, low = F.pad(hide, (n, 0)), 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            touched.count += int(((mask > low) & hide).sum()) * len(call.query) // len(mask)
-            return replace(call, mask=mask.masked_fill(hide, low))
-
-        undo.enter_context(on_the_seam(model, anatomy))
-        undo.enter_context(rewriting(change))
-        yield touched

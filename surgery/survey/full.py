@@ -10,15 +10,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..anatomy.sites import Anatomy
+from ..live.likelihood import Likelihood
+from ..live.stream import Observer, normed_sites, slot_count, stream
 from .across import AutoMassive, across
 from .attention import AttentionStatistics, Selection, ValueVariance
 from .lens import POSITIONS, LogitLens
-from .likelihood import Likelihood
 from .massive import MassiveActivations
 from .neurons import SuperNeurons
 from .pictures import AttentionMaps, Landscape
 from .spectrum import Spectrum
-from .stream import Observer, normed_sites, slot_count, stream
 
 SHARE = 1 / 16  # of a pass that spectra may take, and as much the lens
 SPECTRUM = 31  # one of rank r takes as long as so many times r^3 operations of the pass (CPU, r = 512 and 576)

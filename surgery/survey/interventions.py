@@ -16,13 +16,14 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.probe import Call
+from ..anatomy.calls import Call
 from ..anatomy.sites import Anatomy
-from ..verification.perplexity import paired
+from ..live.edits import Change, TouchedNothing
+from ..live.likelihood import Likelihood, Score
+from ..live.paired import paired
+from ..live.stream import Batch, Observer, down_projections, stream
 from .attention import SINK_SCORE, AttentionStatistics
 from .edits import (
-    Change,
-    TouchedNothing,
     amplify,
     isolate,
     mask_first,
@@ -33,11 +34,9 @@ from .edits import (
     zero_mlp_write,
     zero_random,
 )
-from .likelihood import Likelihood, Score
 from .massive import MassiveActivations, MassiveMeans
 from .softmax import Softmax
 from .spectrum import Spectrum
-from .stream import Batch, Observer, down_projections, stream
 
 COLLAPSE = 10.0  # the audit asks what multiplies perplexity by this
 ROWS = 128  # of attention that are written out: the last of each sequence

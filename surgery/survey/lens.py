@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy
+from ..live.likelihood import perplexity, token_losses
+from ..live.stream import Batch, Observer
 from .attention import spaced
-from .likelihood import perplexity, token_losses
-from .stream import Batch, Observer
 
 POSITIONS = 16  # per sequence, evenly spaced
 OWN = -1  # a layer of its own: what the model itself predicts

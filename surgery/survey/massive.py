@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .stream import Batch, Observer
+from ..live.stream import Batch, Observer
 
 MIN_MAGNITUDE = 100.0  # Sun et al., arXiv 2402.17762, section 2: |x| >= 100 and |x| >= 1000 x the median of the layer
 MIN_RATIO = 1000.0

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.sites import Anatomy
+from ..live.stream import Batch, Observer, down_projections
 from .massive import MIN_MAGNITUDE, MIN_RATIO, at_least, median
-from .stream import Batch, Observer, down_projections
 
 GROWTH = 0.5  # a block makes a massive activation if it adds at least this part of it
 DOMINANT = 0.1  # a unit dominates with this part of the sum of |a_u| * ||w_u|| over the units of its MLP

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..anatomy.probe import Call
+from ..anatomy.calls import Call
+from ..live.stream import Batch, Observer
 from .softmax import Softmax
-from .stream import Batch, Observer
 
 TOKENS = 48  # shown of the first sequence
 DIMS = 64  # shown of the stream: the loudest, and others evenly spaced between them

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..anatomy.probe import Call
+from ..anatomy.calls import Call
 
 BLOCK = 128  # rows at a time where logits or masks are written out
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import DamagedCheckpoint
-from .stream import Batch, Observer
+from ..live.stream import Batch, Observer
 
 TOP = 3
 _SPECTRAL = ("p1", "entropy_bits", "entropy_normalised", "p1_bound", "entropy_bound")

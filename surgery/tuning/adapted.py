@@ -18,10 +18,10 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..anatomy.linears import linears
 from ..anatomy.sites import ADDED, Anatomy
 from ..operations.changed import targeted
 from ..recipe import Tune
-from ..verification.quantised import linears
 
 ADAPTER = "default"
 Stored = Callable[[str, torch.Tensor], torch.Tensor]  # name in the causal LM, weight -> the weight, as if stored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import SourceError
-from ..loading import one_line
+from ..live.loading import one_line
 from ..recipe import Dataset
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from ..verification.quantised import Scheme
+from ..live.quantised import Scheme
 
 
 def straight_through(values: torch.Tensor, bits: int, per_token: bool = False) -> torch.Tensor:

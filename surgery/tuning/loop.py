@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ..anatomy.sites import Anatomy
+from ..live.likelihood import perplexity
+from ..live.quantised import SCHEMES
+from ..live.stream import input_device, on_layer
 from ..recipe import Tune
 from ..recipe.training import Training
-from ..survey.likelihood import perplexity
-from ..survey.stream import input_device, on_layer
-from ..verification.measure import measure
-from ..verification.quantised import SCHEMES
-from ..verification.quantised_scores import measure_quantised
+from ..verification.gates.measure import measure
+from ..verification.gates.quantised import measure_quantised
 from .adapted import Adapted
 from .corpus import Corpus
 from .fake_quant import fake_quantised

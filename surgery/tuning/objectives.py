@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ..survey.likelihood import token_losses
+from ..live.likelihood import token_losses
 from ..survey.massive import MIN_MAGNITUDE, MIN_RATIO
 
 ROWS = 32  # of logits at a time, which stay in the cache of a CPU

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
-from ..anatomy.seam import Norms, Slots
 from ..anatomy.sites import Anatomy
 from ..errors import SourceError
+from ..live.graft import Norms, Slots
 from ..recipe import Tune
 from .adapted import ADAPTER, Adapted, Stored, as_is
 from .corpus import Corpus

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ..anatomy.sites import parse_config
 from ..checkpoint.source import Source, has_tokenizer, open_source
-from ..loading import load_tokenizer
-from ..planning import Plan, make_plan
+from ..live.loading import load_tokenizer
 from ..recipe import Recipe
 from ..recipe.file import load_recipe
-from .inputs import require_tools, resolve_prefix, vocabulary_size
+from ..steps.inputs import require_tools, resolve_prefix, vocabulary_size
+from ..steps.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,23 +10,22 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from .. import __version__
 from ..checkpoint.disk import require_target
 from ..checkpoint.stage import Stage
 from ..errors import SourceError
-from ..loading import quiet
-from ..pretraining.loop import train
-from ..pretraining.tokenizer import as_pretrained, train_tokenizer
-from ..pretraining.variants import Variant, base_config, build, initial_weights
+from ..live.loading import quiet
+from ..live.text import read_texts
+from ..progress import Reporter
 from ..recipe import FromScratch, Pretrain
 from ..recipe.file import load_recipe
 from ..report.training import training_curves
-from ..reporting import Reporter
+from ..steps.inputs import SILENT
 from ..tuning.corpus import Corpus, make_corpus
+from ..tuning.scratch.loop import train
+from ..tuning.scratch.tokenizer import as_pretrained, train_tokenizer
+from ..tuning.scratch.variants import Variant, base_config, build, initial_weights
 from ..tuning.tune import make_accelerator
-from ..verification.text import read_texts
 from ..verification.verdict import plain_json
-from .inputs import SILENT
 
 CURVES = "curves"
 
@@ -68,7 +68,7 @@ def pretrain(
             _save(variant, as_pretrained(tokenizer, leading=bool(variant.lead)), stage.path / name)
         result = plain_json(
             {
-                "surgery": __version__,
+                "surgery": importlib.metadata.version("surgery"),
                 "recipe": recipe.to_dict(),
                 "vocabulary": tokenizer.get_vocab_size(),
                 "training_tokens": corpus.training.numel(),

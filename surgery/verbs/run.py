@@ -12,22 +12,16 @@ from ..checkpoint.disk import require_target
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
+from ..converted.card import Reworked, model_card
+from ..converted.reading import load_converted
 from ..errors import OutputError, SourceError
-from ..loading import load_tokenizer, require_device
-from ..operations.card import Reworked, model_card
-from ..planning import Plan
+from ..live.loading import load_tokenizer, require_device
+from ..live.text import CHUNKS, Chunking
+from ..progress import Reporter
 from ..recipe import Recipe
 from ..recipe.file import load_recipe
-from ..reporting import Reporter
-from ..verification.converted import load_converted
-from ..verification.gates import Gate, is_exact, quality_gates
-from ..verification.integrity import Check, check_integrity
-from ..verification.measure import Measurement
-from ..verification.text import CHUNKS, Chunking
-from ..verification.tokens import check_tokenizer
-from ..verification.verdict import Findings, build_verdict, plain_json
-from .emit import emit
-from .inputs import (
+from ..steps.emit import emit
+from ..steps.inputs import (
     SILENT,
     Texts,
     calibrates,
@@ -42,9 +36,15 @@ from .inputs import (
     source_work,
     vocabulary_size,
 )
-from .operate import Job, Operated, operate
+from ..steps.operate import Job, Operated, operate
+from ..steps.plan import Plan
+from ..steps.tune import assist, prepare_training
+from ..verification.gates.judge import Gate, is_exact, quality_gates
+from ..verification.gates.measure import Measurement
+from ..verification.integrity import Check, check_integrity
+from ..verification.tokens import check_tokenizer
+from ..verification.verdict import Findings, build_verdict, plain_json
 from .plan import prepare
-from .training import assist, prepare_training
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_json, read_layout
 from ..checkpoint.manifest import MANIFEST, converted_from
 from ..checkpoint.source import materialise, open_source, refuse_adapter
+from ..converted.reading import converted_anatomy, load_converted, read_config
 from ..errors import DamagedCheckpoint, SourceError
-from ..loading import load_original, load_tokenizer, require_device
-from ..reporting import Reporter
+from ..live.loading import load_original, load_tokenizer, require_device
+from ..live.text import FEW_CHUNKS, Chunking, read_texts
+from ..progress import Reporter
+from ..steps.inputs import SILENT, cut, fit_chunks, vocabulary_size
 from ..survey.full import survey
 from ..survey.interventions import audit, plan_interventions, run_interventions
-from ..verification.converted import converted_anatomy, load_converted, read_config
-from ..verification.text import FEW_CHUNKS, Chunking, read_texts
-from .inputs import SILENT, cut, fit_chunks, vocabulary_size
 from .plan import source_tokenizer
 
 

@@ -14,18 +14,13 @@ from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, read_manifest
 from ..checkpoint.source import Source, has_tokenizer, materialise, open_source
+from ..converted.reading import converted_anatomy, load_converted, read_config, require_converted
 from ..errors import DamagedCheckpoint, SourceError
-from ..loading import load_original, load_tokenizer, require_device
+from ..live.loading import load_original, load_tokenizer, require_device
+from ..live.text import CHUNKS, Chunking
+from ..progress import Reporter
 from ..recipe import Recipe, Verify
-from ..reporting import Reporter
-from ..verification.converted import converted_anatomy, load_converted, read_config, require_converted
-from ..verification.gates import is_exact, quality_gates
-from ..verification.integrity import Check, check_integrity
-from ..verification.measure import Original
-from ..verification.text import CHUNKS, Chunking
-from ..verification.tokens import check_tokenizer
-from ..verification.verdict import Findings, build_verdict
-from .inputs import (
+from ..steps.inputs import (
     SILENT,
     Texts,
     calibrates,
@@ -39,7 +34,12 @@ from .inputs import (
     room_behind,
     vocabulary_size,
 )
-from .measuring import Measuring
+from ..steps.measuring import Measuring
+from ..verification.gates.judge import is_exact, quality_gates
+from ..verification.gates.measure import Original
+from ..verification.integrity import Check, check_integrity
+from ..verification.tokens import check_tokenizer
+from ..verification.verdict import Findings, build_verdict
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

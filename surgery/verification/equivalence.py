@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.seam import Norms, normed
 from ..anatomy.sites import Anatomy
 from ..anatomy.structure import brief
 from ..errors import UnsupportedModel, out_of_memory
+from ..live.graft import Norms, normed
+from ..live.stream import input_device
 from ..operations.attention_bias import Slots, grafted
 from ..operations.head_norm import at_gate
-from ..survey.stream import input_device
 
 ROWS, TOKENS, PADDING = 2, 48, 5
 

@@ -16,10 +16,10 @@ from ..checkpoint.disk import sha256_of
 from ..checkpoint.layout import Layout, TensorInfo, iter_tensor_chunks, read_json, read_layout
 from ..checkpoint.manifest import MANIFEST, converted_from
 from ..checkpoint.source import ADAPTER, Source, source_hashes
+from ..converted.derived import derive
+from ..converted.reading import converted_anatomy, read_config
 from ..errors import SurgeryError
-from ..operations.derived import derive
 from ..operations.head_norm import norm_shapes
-from .converted import converted_anatomy, read_config
 
 Found = tuple[bool, str]
 # What git and the hub's client leave in a directory that was uploaded or downloaded; nothing loads from them.

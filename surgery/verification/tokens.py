@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SurgeryError
-from ..loading import load_tokenizer
+from ..live.loading import load_tokenizer
+from ..live.text import tokenize
 from .integrity import Check
-from .text import tokenize
 
 SAMPLE = 200_000  # characters; tokenizers differ in the first few hundred if they differ
 SENTENCE = "The quick brown fox jumps over the lazy dog."

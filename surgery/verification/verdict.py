@@ -7,15 +7,15 @@ import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 
-from ..survey.likelihood import Score
-from .cache_edits import EDITS, kept_edit
+from ..live.likelihood import Score
+from ..live.paired import paired
 from .equivalence import Equivalence
-from .gates import Gate
+from .gates.cache_edits import EDITS, kept_edit
+from .gates.judge import Gate
+from .gates.measure import Measurement, Original
+from .gates.streaming import KEPT
+from .gates.tasks import drop
 from .integrity import Check, integrity_to_dict
-from .measure import Measurement, Original
-from .perplexity import paired
-from .streaming import KEPT
-from .tasks import drop
 
 # What XML 1.0 cannot hold, escaped or not: control characters, lone surrogates, two non-characters.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -1,0 +1,93 @@
+"""Files that a command writes its result to (--json, --junit): refused before the work begins, written whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import OutputError
+
+
+def require_result_file(path: Path | None, option: str, apart_from: Iterable[Path | str] = ()) -> None:
+    """Raise OutputError unless `path` can be written and is none of `apart_from`, nor inside one of them.
+
+    An older result there is removed: until this command is done, nothing must pass for what it found.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; give a file for {option}.")
+    require_apart(path, option, apart_from)
+    if not path.parent.is_dir():
+        raise OutputError(
+            f"{path.parent}, which is to hold {path.name}, is not a directory; create it or change {option}."
+        )
+    try:
+        if _is_replaced(path):
+            path.unlink(missing_ok=True)
+            partial = _partial(path)
+            partial.open("wb").close()
+            partial.unlink()
+        else:
+            path.open("ab").close()
+    except OSError as error:
+        raise _unwritable(path, option, error) from error
+
+
+def require_apart(path: Path, option: str, apart_from: Iterable[Path | str]) -> None:
+    """Raise OutputError if `path` is one of `apart_from`, or lies in one."""
+    for other in map(Path, apart_from):
+        if other.resolve() in (path.resolve(), *path.resolve().parents):
+            raise OutputError(f"{path} would change {other}, which is not for results; give another path for {option}.")
+
+
+def require_result_folder(path: Path | None, option: str, apart_from: Iterable[Path | str] = ()) -> None:
+    """Raise OutputError unless `path` is, or can become, a directory to write to that lies in none of `apart_from`."""
+    if path is None:
+        return
+    require_apart(path, option, apart_from)
+    made = not path.exists()
+    try:
+        path.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        if made:
+            path.rmdir()
+    except OSError as error:
+        raise _unwritable(path, option, error) from error
+
+
+def write_result(path: Path | None, option: str, text: str) -> None:
+    """Write `text` to `path`, if there is one: an existing file keeps its content until the new one is complete."""
+    if path is None:
+        return
+    try:
+        if not _is_replaced(path):
+            path.write_text(text, encoding="utf-8")
+            return
+        partial = _partial(path)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise _unwritable(path, option, error) from error
+
+
+def json_text(result: dict) -> str:
+    """JSON as every reader takes it: `plain_json` has taken NaN and infinities out."""
+    return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _is_replaced(path: Path) -> bool:
+    """Whether `path` is replaced by a rename; devices and links (/dev/stdout is both) are written into instead."""
+    return not path.is_symlink() and (path.is_file() or not path.exists())
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _unwritable(path: Path, option: str, error: OSError) -> OutputError:
+    return OutputError(f"{path} cannot be written ({error.strerror}); give another path for {option}.")

@@ -1,0 +1,5 @@
+"""The command line: commands, and what the screen shows of their results; `--json` gives the same to machines."""
+
+from .commands import main
+
+__all__ = ["main"]

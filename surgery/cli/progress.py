@@ -1,0 +1,62 @@
+"""Progress on the terminal, by rich."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ..progress import Reporter
+
+LOG_SECONDS = 30
+
+
+class TerminalReporter(Reporter):
+    """Steps, bars and notes on standard error, so that standard output holds only results."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+
+    def step(self, text: str) -> None:
+        self._line(f"[bold]•[/] {escape(text)}")
+
+    def note(self, text: str) -> None:
+        self._line(f"  [yellow]note[/] {escape(text)}")
+
+    def _line(self, text: str) -> None:
+        # A log has no width: only a terminal breaks lines.
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
+
+    @contextlib.contextmanager
+    def bar(self, what: str, total: int | None) -> Iterator:
+        if not self.console.is_terminal:
+            yield self._log_lines(total)
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda count, what: progress.update(task, advance=count, description=escape(what))
+
+    def _log_lines(self, total: int | None):
+        """For logs, which cannot redraw a bar: a line every half minute."""
+        done, start, told = 0, time.monotonic(), time.monotonic()
+
+        def advance(count: int, what: str) -> None:
+            nonlocal done, told
+            done += count
+            if time.monotonic() - told >= LOG_SECONDS:
+                told = time.monotonic()
+                of = f" of {total:,}" if total is not None else ""
+                self._line(f"  {escape(what)}: {done:,}{of} after {told - start:.0f} s")
+
+        return advance

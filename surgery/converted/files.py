@@ -1,0 +1,126 @@
+"""The files of a converted checkpoint that differ from its source: config, tokenizer files, index, new tensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..anatomy.sites import Anatomy, blank_model, parse_config
+from ..checkpoint.layout import SINGLE, Layout, TensorInfo, plan_file
+from ..errors import SourceError
+from ..operations.attention_bias import slot_tensors
+from ..operations.head_norm import norm_tensors
+from .bos import silent_processor, silent_template, silent_templates
+from .derived import Derived
+
+# Rotary kinds that compute nothing from max_position_embeddings, so that lowering it lowers only the limit.
+LIMIT_ONLY_ROPE = {"default", "linear", "llama3", "proportional"}
+ADDED_SHARD = "model-attention-bias.safetensors"  # of sources in several shards; head norms lie there too
+FOREVER = 10**12  # tokenizers write "no limit" as a number above this
+
+
+def shard_names(layout: Layout) -> tuple[dict[str, str], str]:
+    """Name of each source shard in the output, and the name of the shard for what is added.
+
+    A lone model.safetensors must be renamed: loaders prefer it over an index, and would never see the other.
+    """
+    if layout.shards == (SINGLE,):
+        return {SINGLE: "model-00001-of-00002.safetensors"}, "model-00002-of-00002.safetensors"
+    if ADDED_SHARD in layout.shards:
+        raise SourceError(f"{layout.root}: already has a shard {ADDED_SHARD}, the name of one to be added; rename it")
+    return {shard: shard for shard in layout.shards}, ADDED_SHARD
+
+
+def added_tensors(anatomy: Anatomy, n_slots: int, head_norm: dict | None) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape of all that the operations add, in the order of the file; all of it is float32."""
+    norms = {} if head_norm is None else norm_tensors(anatomy, head_norm)
+    return {**slot_tensors(anatomy, n_slots), **norms}
+
+
+def added_layout(tensors: Mapping[str, tuple[int, ...]], shard: str) -> tuple[int, dict[str, TensorInfo]]:
+    """Bytes of the shard of added tensors, and where they will lie."""
+    header, infos = plan_file(shard, [(name, "F32", shape) for name, shape in tensors.items()], {"format": "pt"})
+    return len(header) + sum(info.nbytes for info in infos.values()), infos
+
+
+def converted_config(config: dict, derived: Derived, entries: Mapping[str, dict], lowered: Mapping[str, int]) -> dict:
+    """config.json of the converted checkpoint: the source's, with derived type, its code, and what was added described.
+
+    `entries` are `eab`, and `head_norm` where heads are normed.
+    """
+    emitted = copy.deepcopy(config)
+    emitted.update(lowered)
+    emitted.update(
+        model_type=derived.model_type, architectures=[derived.causal_class], auto_map=derived.auto_map, **entries
+    )
+    return emitted
+
+
+def lowered_limits(config: dict, anatomy: Anatomy, n_slots: int) -> dict[str, int]:
+    """max_position_embeddings less the positions that the prefix takes, where that number is a limit and nothing else.
+
+    A learned table is as long as this number says, and some rotary kinds compute with it: those keep it, and the
+    runtime's positions simply end n earlier.
+    """
+    limit = config.get("max_position_embeddings")
+    if not n_slots or not isinstance(limit, int) or limit <= n_slots:
+        return {}
+    lowered = {"max_position_embeddings": limit - n_slots}
+    rope = _rope(config)
+    kinds = {r.get("rope_type", "default") for r in ([v for v in rope.values() if isinstance(v, dict)] or [rope])}
+    if not kinds <= LIMIT_ONLY_ROPE:
+        return {}
+    # A rotary setting that is absent may be taken from this limit, and would change with it.
+    if rope != _rope({**config, **lowered}) or _shapes(config) != _shapes({**config, **lowered}):
+        return {}
+    return lowered
+
+
+def _parsed(config: dict):
+    return parse_config(copy.deepcopy(config))  # config classes complete the dicts inside the one they are given
+
+
+def _rope(config: dict) -> dict:
+    return getattr(_parsed(config), "rope_parameters", None) or {}
+
+
+def _shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    model = blank_model(config)
+    return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+# ---- tokenizer
+
+
+def converted_tokenizer(
+    directory: Path, files: Sequence[str], tokenizer, n_slots: int, folded_bos: str | None
+) -> dict[str, str]:
+    """File name -> new text of the tokenizer files that must change; the others are carried along as they are.
+
+    * `tokenizer_class` is written out: transformers chooses some tokenizers by model type, which is a new one now.
+    * `model_max_length` is lowered by the slots, which take positions.
+    * A folded BOS replaces the real one (`folded_bos` is its text): no flag, post-processor or chat template adds it.
+    """
+    name = "tokenizer_config.json"
+    settings = json.loads((directory / name).read_text(encoding="utf-8")) if name in files else {}
+    settings["tokenizer_class"] = type(tokenizer).__name__
+    limit = settings.get("model_max_length")
+    if isinstance(limit, int) and n_slots < limit < FOREVER:
+        settings["model_max_length"] = limit - n_slots
+    changed: dict[str, str] = {}
+    if folded_bos is not None:
+        # Beside a tokenizer.json the flag is not needed, and some versions would rebuild the post-processor from it.
+        if "add_bos_token" in settings or "tokenizer.json" not in files:
+            settings["add_bos_token"] = False
+        if "chat_template" in settings:
+            settings["chat_template"] = silent_templates(settings["chat_template"], tokenizer)
+        for template in (file for file in files if file.endswith(".jinja")):
+            changed[template] = silent_template((directory / template).read_text(encoding="utf-8"), tokenizer)
+        if "tokenizer.json" in files:
+            data = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+            data["post_processor"] = silent_processor(data.get("post_processor"), tokenizer.bos_token_id)
+            changed["tokenizer.json"] = json.dumps(data, ensure_ascii=False, indent=2)
+    changed[name] = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
+    return changed

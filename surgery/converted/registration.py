@@ -1,0 +1,53 @@
+"""Make the derived model types known to transformers' Auto classes, without importing what nobody asks for.
+
+`import surgery` calls `register` once transformers' Auto classes are there (now, or when somebody imports them). Each
+derived type is built the first time its model type is looked up.
+"""
+
+from __future__ import annotations
+
+from ..checkpoint.manifest import converted_from
+
+
+class _LazyTypes(dict):
+    """Stands in for the dict in which transformers keeps registered types; knows every `eab_` type on demand."""
+
+    def _base(self, key) -> tuple[str, bool] | None:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        found = converted_from(key)
+        base = found and found[0]
+        return found if base in CONFIG_MAPPING._mapping and base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+
+    def __contains__(self, key) -> bool:
+        return super().__contains__(key) or self._base(key) is not None
+
+    def __missing__(self, key):
+        found = self._base(key)
+        if found is None:
+            raise KeyError(key)
+        return _register_type(*found)
+
+
+def _register_type(base_type: str, head_norm: bool) -> type:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    # Only now: `register` runs while transformers is half imported.
+    from .derived import derive, load_derived
+
+    derived, module = derive(base_type, head_norm), load_derived(base_type, head_norm)
+    config = getattr(module, derived.config_class)
+    AutoConfig.register(derived.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, getattr(module, derived.causal_class), exist_ok=True)
+    if derived.base_class is not None:
+        AutoModel.register(config, getattr(module, derived.base_class), exist_ok=True)
+    return config
+
+
+def register() -> None:
+    """Teach AutoConfig, AutoModel and AutoModelForCausalLM the derived types. Safe to call twice."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(CONFIG_MAPPING._extra_content, _LazyTypes):
+        CONFIG_MAPPING._extra_content = _LazyTypes(CONFIG_MAPPING._extra_content)

@@ -1,0 +1,106 @@
+"""Load models and tokenizers from a directory, with errors that name the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ..checkpoint.source import has_tokenizer
+from ..errors import DamagedCheckpoint, NoSpace, SourceError, out_of_memory
+
+
+def require_device(device: str) -> None:
+    """SourceError unless `device` is "auto" or a torch device that this machine has."""
+    if device == "auto":
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise SourceError(f"--device {device} is no torch device; give cpu, auto or cuda:0.") from error
+    if kind == "meta":
+        raise SourceError(f"--device {device} computes nothing; give cpu, auto or cuda:0.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SourceError(f"--device {device} cannot be used ({one_line(error)}); give cpu or auto.") from error
+
+
+def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """The unchanged model, through transformers' own code only (a checkpoint's Python files are never run).
+
+    `device` is a torch device, or "auto" to let accelerate place it over GPUs, memory and disk. Raises
+    DamagedCheckpoint where tensors and config do not fit, SourceError where transformers cannot load them.
+    """
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            config._attn_implementation = None  # one that the file asks for may not be installed here
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
+                local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
+        require_memory(directory, error)
+        raise SourceError(
+            f"{directory}: transformers cannot load it ({one_line(error)}); give a complete checkpoint."
+        ) from error
+    require_fit(directory, report)
+    return model.eval()
+
+
+def require_memory(directory: Path, error: Exception) -> None:
+    """NoSpace if `error`, raised while a model was loaded, says that memory ran out."""
+    if out_of_memory(error):
+        raise NoSpace(f"{directory} does not fit into memory; try --device auto, which also uses the disk.") from error
+
+
+def require_fit(directory: Path, report: dict) -> None:
+    """DamagedCheckpoint unless transformers' `report` of a load says that each tensor found its place, and no other."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := sorted(report.get(kind, ()), key=str):
+            name, *shapes = found[0] if isinstance(found[0], tuple) else (found[0],)
+            sizes = " should be ".join(str(tuple(shape)) for shape in shapes)
+            raise DamagedCheckpoint(
+                f"{directory}: its tensors do not fit its config.json ({len(found)} {kind.replace('_', ' ')}, "
+                f"first {name}{f', {sizes}' if sizes else ''}); download or save the checkpoint again."
+            )
+
+
+def load_tokenizer(directory: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`, or in its GGUF file; SourceError if there is none that loads."""
+    way_out = "add its files, or leave text out and give the prefix as token ids (run --no-verify)"
+    if gguf_file is None and not has_tokenizer(path.name for path in directory.iterdir()):
+        raise SourceError(f"{directory} has no tokenizer files, and text needs them; {way_out}.")
+    try:
+        with quiet():
+            named = {} if gguf_file is None else {"gguf_file": gguf_file}
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **named)
+    except Exception as error:  # the tokenizers library raises plain Exception for files it cannot read
+        raise SourceError(
+            f"{directory} has no tokenizer that loads ({one_line(error)}), and text needs one; {way_out}."
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, as part of a sentence: its first line, cut short."""
+    lines = str(error).strip().splitlines()
+    first = lines[0].rstrip(" .:") if lines else ""
+    return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
+
+
+class quiet:
+    """Keep transformers' own progress bars and advice off the screen while we show ours."""
+
+    def __enter__(self) -> None:
+        self.verbosity = transformers_logging.get_verbosity()
+        self.bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *exc) -> None:
+        transformers_logging.set_verbosity(self.verbosity)
+        if self.bars:
+            transformers_logging.enable_progress_bar()

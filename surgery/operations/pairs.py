@@ -1,0 +1,280 @@
+"""Where a channel between two layers can be scaled without changing the model: found by trying, on the model itself.
+
+Linear layers read y; what makes y is linear in its own rows. Rows of the source times 1/s_j and columns of the readers
+times s_j then leave the model the function it was (cross-layer equalisation, Nagel et al. 2019, arXiv 1906.04721). With
+s_j a power of two nothing is rounded either: every product is the same, and so is every sum, bit for bit. No family is
+known by name here: a pair counts only if the block that holds it gives the same bits with random powers of two applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..anatomy.sites import Anatomy
+from ..errors import UnsupportedModel
+from ..live.stream import down_projections, input_device
+
+LINEAR = (nn.Linear, Conv1D)  # the latter is GPT-2's, with its weight transposed
+TRIED = (2, 16)  # rows and tokens of the random text that a proof runs on
+TRIED_POWERS = 3  # proofs scale by 2^-3 to 2^3
+STORED = (torch.float16, torch.bfloat16)  # what weights in memory may have been read from
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Channel j of what `readers` read is row `start` + j of `source`; names of modules in the trunk.
+
+    `kind` is "down" (the source is a linear layer, the reader its MLP's down projection) or "norm" (the source is one).
+    """
+
+    kind: str
+    source: str
+    start: int
+    width: int
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A parameter that a pair scales by 2^(sign * exponent) in channels `start` .. of dimension `dim`."""
+
+    name: str
+    tensor: nn.Parameter
+    dim: int
+    start: int
+    sign: int
+
+
+def sides(trunk: nn.Module, pair: Pair) -> list[Side]:
+    """Every parameter that the pair scales: weight and bias of the source, weights of the readers."""
+    source = trunk.get_submodule(pair.source)
+    rows = 1 if isinstance(source, Conv1D) else 0
+    found = [Side(f"{pair.source}.weight", source.weight, rows, pair.start, -1)]
+    if getattr(source, "bias", None) is not None:
+        found.append(Side(f"{pair.source}.bias", source.bias, 0, pair.start, -1))
+    for name in pair.readers:
+        reader = trunk.get_submodule(name)
+        found.append(Side(f"{name}.weight", reader.weight, 0 if isinstance(reader, Conv1D) else 1, 0, 1))
+    return found
+
+
+def scaled(side: Side, exponents: torch.Tensor) -> torch.Tensor:
+    """The side's parameter with its channels scaled; exponents (width,), whole numbers."""
+    return side.tensor.detach() * _factor(side, exponents)
+
+
+def _factor(side: Side, exponents: torch.Tensor) -> torch.Tensor:
+    tensor = side.tensor
+    factor = torch.ones(tensor.shape[side.dim], dtype=tensor.dtype, device=tensor.device)
+    powers = torch.exp2((side.sign * exponents).double()).to(factor)
+    factor[side.start : side.start + len(exponents)] = powers
+    return factor.view([-1 if dim == side.dim else 1 for dim in range(tensor.ndim)])
+
+
+def without_loss(every: Sequence[Side], exponents: torch.Tensor) -> torch.Tensor:
+    """exponents (width,), nearer to 0 where a weight would overflow or lose bits below the least normal number.
+
+    Weights that are float16 or bfloat16 numbers stay so: a checkpoint that stores them as such stores them exactly.
+    """
+    exponents = exponents.clone()
+    while True:
+        lossy = torch.zeros(len(exponents), dtype=torch.bool)
+        for side in every:
+            lossy |= _lossy(side, exponents)
+        lossy &= exponents != 0  # NaN is no number, and cannot be scaled at all
+        if not lossy.any():
+            return exponents
+        exponents[lossy] -= exponents[lossy].sign()
+
+
+def _lossy(side: Side, exponents: torch.Tensor) -> torch.Tensor:
+    """Channels (width,) whose scaling does not come out exactly."""
+    before, factor = side.tensor.detach(), _factor(side, exponents)
+    after = before * factor
+    wrong = after / factor != before
+    for dtype in STORED:
+        if torch.equal(before.to(dtype).to(before), before):
+            wrong |= after.to(dtype).to(before) != after
+    others = [dim for dim in range(before.ndim) if dim != side.dim]
+    wrong = wrong.sum(dim=others) > 0 if others else wrong
+    return wrong[side.start : side.start + len(exponents)].cpu()
+
+
+@torch.no_grad()
+def apply(every: Sequence[Side], exponents: torch.Tensor) -> None:
+    """Scale in place; `apply` of the opposite exponents takes it back, to the bit."""
+    for side in every:
+        side.tensor.copy_(scaled(side, exponents))
+
+
+def touches(side: Side, exponents: torch.Tensor) -> bool:
+    """Whether scaling changes the parameter at all: a bias of zeros it does not."""
+    channels = side.tensor.detach().narrow(side.dim, side.start, len(exponents))
+    return bool(channels.index_select(side.dim, exponents.nonzero().flatten().to(channels.device)).any())
+
+
+# ---- finding
+
+
+@torch.no_grad()
+def find(model: PreTrainedModel, anatomy: Anatomy) -> list[Pair]:
+    """Every pair of the model whose scaling was proved on it, in the order of its blocks.
+
+    Each block runs inside a forward pass of the model over a few random tokens, so that it gets what it always gets:
+    once to see who reads what, then once for each candidate. The model is left as it was.
+    """
+    trunk, found = model.get_submodule(anatomy.trunk), []
+    if any(parameter.is_meta for parameter in trunk.parameters()):
+        raise UnsupportedModel(
+            "smoothing scales weights in memory, and some of these are offloaded; give a --device that holds them all."
+        )
+    alone = _alone(model)
+    downs = down_projections(model, anatomy)
+    with contextlib.ExitStack() as undo:
+        for index, name in enumerate(anatomy.blocks):
+
+            def entering(block, args, kwargs, index=index, name=name):
+                def run():
+                    return block.forward(*_copies(args), **_copies(kwargs))
+
+                found.extend(_pairs(trunk, name, downs.get(index), run, alone))
+
+            block = trunk.get_submodule(name)
+            undo.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
+        model(input_ids=random_text(model), use_cache=False)
+    return found
+
+
+def random_text(model: PreTrainedModel) -> torch.Tensor:
+    """Random token ids `TRIED`, the same each time."""
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, TRIED, generator=torch.Generator().manual_seed(0))
+    return tokens.to(input_device(model))
+
+
+def _alone(model: PreTrainedModel) -> Callable[[Side], bool]:
+    """Whether a parameter belongs to one module under one name: shared ones must not be scaled for one of its users."""
+    users: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        users[parameter.data_ptr()] = users.get(parameter.data_ptr(), 0) + 1
+    return lambda side: users[side.tensor.data_ptr()] == 1
+
+
+def _copies(arguments):
+    """Tensors among them copied: some blocks write into what they are given."""
+    if isinstance(arguments, dict):
+        return {key: _copies([value])[0] for key, value in arguments.items()}
+    return [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+
+
+@dataclass
+class _Seen:
+    """One run of a block: what each linear layer read and each norm gave, by name, and the block's output."""
+
+    read: dict[str, list[torch.Tensor]]
+    gave: dict[str, list[torch.Tensor]]
+    output: list[torch.Tensor]
+
+
+def _watched(trunk: nn.Module, block: str, run: Callable) -> _Seen:
+    seen = _Seen({}, {}, [])
+    with contextlib.ExitStack() as undo:
+        for name, module in trunk.get_submodule(block).named_modules(prefix=block):
+            if isinstance(module, LINEAR):
+
+                def reads(_, args, name=name):
+                    seen.read.setdefault(name, []).append(args[0])
+
+                undo.callback(module.register_forward_pre_hook(reads).remove)
+            elif _is_vector(module._parameters.get("weight")):
+
+                def gives(_, args, output, name=name):
+                    seen.gave.setdefault(name, []).append(output)
+
+                undo.callback(module.register_forward_hook(gives).remove)
+        output = run()
+    outputs = output if isinstance(output, (tuple, list)) else [output]
+    seen.output = [part for part in outputs if isinstance(part, torch.Tensor)]
+    return seen
+
+
+def _is_vector(weight: torch.Tensor | None) -> bool:
+    return weight is not None and weight.ndim == 1 and weight.is_floating_point()
+
+
+def _pairs(trunk: nn.Module, block: str, down: nn.Module | None, run: Callable, alone) -> Iterator[Pair]:
+    """The proved pairs of one block."""
+    seen = _watched(trunk, block, run)
+    for candidates in (*_downs(trunk, block, down, seen), *_norms(trunk, seen)):
+        for pair in candidates:
+            if proved(trunk, block, pair, run, seen, alone):
+                yield pair
+                break
+
+
+def _downs(trunk: nn.Module, block: str, down: nn.Module | None, seen: _Seen) -> Iterator[list[Pair]]:
+    """What may make the input of the down projection: a linear layer as wide, or half of one twice as wide."""
+    names = {module: name for name, module in trunk.get_submodule(block).named_modules(prefix=block)}
+    if not isinstance(down, LINEAR) or names[down] not in seen.read:
+        return
+    reader, candidates = names[down], []
+    width = seen.read[reader][0].shape[-1]
+    for name in seen.read:
+        weight, module = trunk.get_submodule(name).weight, trunk.get_submodule(name)
+        rows = weight.shape[1 if isinstance(module, Conv1D) else 0]
+        if name != reader and rows in (width, 2 * width):
+            candidates += [Pair("down", name, start, width, (reader,)) for start in range(rows - width, -1, -width)]
+    yield candidates
+
+
+def _norms(trunk: nn.Module, seen: _Seen) -> Iterator[list[Pair]]:
+    """Each norm with the linear layers that read its very output."""
+    for name, outputs in seen.gave.items():
+        output, width = outputs[0], len(trunk.get_submodule(name).weight)
+        if len(outputs) == 1 and isinstance(output, torch.Tensor) and output.shape[-1:] == (width,):
+            readers = tuple(
+                reader
+                for reader, read in seen.read.items()
+                if any(part.data_ptr() == output.data_ptr() and part.shape[-1] == width for part in read)
+            )
+            yield [Pair("norm", name, 0, width, readers)] if readers else []
+
+
+def proved(trunk: nn.Module, block: str, pair: Pair, run: Callable, seen: _Seen, alone) -> bool:
+    """Whether random powers of two, different in each channel, change what is read by just that, and nothing after.
+
+    Equal means equal bits, in the block's whole output; `seen` is the block as it was. What reads the source's output
+    without being among the readers, a norm that scales by 1 + w, or an activation that is not homogeneous cannot pass.
+    """
+    every = sides(trunk, pair)
+    if not all(alone(side) and side.tensor.is_floating_point() for side in every):
+        return False
+    exponents = without_loss(every, _random_exponents(pair.width))
+    if not exponents.any():  # float16 weights near its least normal number cannot be scaled, and prove nothing
+        return False
+    apply(every, exponents)
+    try:
+        after = _watched(trunk, block, run)
+    finally:
+        apply(every, -exponents)
+    for name in pair.readers:
+        before, scaled_by = seen.read[name], torch.exp2(-exponents.double())
+        if len(before) != 1 or len(after.read[name]) != 1 or not before[0].any():
+            return False
+        if not torch.equal(after.read[name][0], before[0] * scaled_by.to(before[0])):
+            return False
+    same = [torch.equal(a, b) for a, b in zip(seen.output, after.output, strict=True)]
+    return bool(same) and all(same)
+
+
+def _random_exponents(width: int) -> torch.Tensor:
+    source = torch.Generator().manual_seed(1)
+    signs = 2 * torch.randint(2, (width,), generator=source) - 1
+    return signs * torch.randint(1, TRIED_POWERS + 1, (width,), generator=source)

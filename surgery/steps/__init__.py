@@ -1,0 +1,1 @@
+"""What the verbs share: plan, inputs, operate, tune, measure, emit."""

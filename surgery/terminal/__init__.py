@@ -1,1 +1,0 @@
-"""What the screen shows people; `--json` gives the same to machines."""

@@ -1,0 +1,1 @@
+"""Gates: what a recipe asks of the converted model, measured and judged; one file each."""

@@ -1,0 +1,163 @@
+"""Zero-shot tasks of lm-evaluation-harness (Gao et al., github.com/EleutherAI/lm-evaluation-harness), where installed.
+
+Original and converted model answer the same documents, each through its own tokenizer, in float32. What counts is what
+the harness reports as a mean over documents of which more is better (acc, acc_norm, exact_match, ...): only that can be
+compared document by document, and a drop so found has a far narrower interval than the two standard errors suggest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ...errors import SourceError, out_of_memory
+from ...live.loading import one_line
+from ...live.paired import Interval, mean_interval
+
+BATCH = 8
+NONE_IN = 3  # 0 of N documents differed: at 95%, up to 3/N may (the rule of three)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task: its value for each document, in the order of the task, and the harness's own error."""
+
+    values: tuple[float, ...]
+    stderr: float
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.values) / len(self.values)
+
+
+TaskScores = dict[tuple[str, str], TaskScore]  # task, metric -> score
+
+
+def drop(original: TaskScore, converted: TaskScore) -> Interval:
+    """How much is lost, paired by document, with a 95% interval."""
+    lost = [before - after for before, after in zip(original.values, converted.values, strict=True)]
+    if len(set(lost)) == 1:  # which says nothing of how much documents vary
+        return Interval(lost[0], lost[0] - NONE_IN / len(lost), lost[0] + NONE_IN / len(lost))
+    return mean_interval(lost)
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks that have been found and whose data is here. `load` gives them afresh: the harness writes into them.
+
+    `max_length`: so many tokens the harness keeps of a text for either model, whatever each could hold.
+    """
+
+    load: Callable[[], dict]
+    limit: int | None
+    max_length: int | None
+
+    def measure(self, model: PreTrainedModel, tokenizer) -> TaskScores:
+        from lm_eval import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        try:
+            with _silent():
+                loaded = self.load()
+                lm = HFLM(
+                    pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=BATCH,
+                    max_length=self.max_length,
+                )  # fmt: skip
+                found = evaluate(lm=lm, task_dict=loaded, limit=self.limit)
+        except Exception as error:  # whatever tasks, filters and metrics of so many authors raise
+            if out_of_memory(error):
+                raise
+            raise SourceError(
+                f"verify.tasks: the tasks cannot be evaluated ({one_line(error)}); name other tasks, or mend these."
+            ) from error
+        scores: TaskScores = {}
+        for name, task in loaded["tasks"].items():
+            for metric in _means(task):
+                for kept in dict.fromkeys(sample["filter"] for sample in found["samples"][name]):
+                    values = [s[metric] for s in found["samples"][name] if s["filter"] == kept and metric in s]
+                    if not values or not all(isinstance(value, (bool, numbers.Real)) for value in values):
+                        continue
+                    label = metric if kept == "none" else f"{metric}, {kept}"
+                    stderr = found["results"][name].get(f"{metric}_stderr,{kept}")
+                    error = float(stderr) if isinstance(stderr, numbers.Real) else math.nan
+                    scores[name, label] = TaskScore(tuple(map(float, values)), error)
+        if missing := set(loaded["tasks"]) - {name for name, _ in scores}:
+            raise SourceError(f"verify.tasks: {min(missing)} gave no value for each document; name other tasks.")
+        return scores
+
+
+def open_tasks(names: Sequence[str], limit: int | None, files: Path | None, max_length: int | None) -> TaskSet:
+    """The named tasks of the harness, or of the YAML files in directory `files`, with their data; see `TaskSet`.
+
+    SourceError where the harness is not installed, a name is not one task, its data cannot be had, or nothing that it
+    reports can be compared.
+    """
+    require_harness()
+    from lm_eval.tasks import TaskManager
+
+    # The harness's own are thirteen thousand files: not read where one's own suffice. Ours come second, and win.
+    manager = TaskManager(include_path=files, include_defaults=False) if files is not None else None
+    if manager is None or not set(names) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=files)
+    for name in names:
+        if name not in manager.all_subtasks:
+            kind = "a group of tasks" if name in manager.all_tasks else "no task"
+            raise SourceError(
+                f"verify.tasks: {name!r} is {kind} of lm-evaluation-harness; name single tasks, which it lists "
+                "(lm-eval ls tasks), or give the directory of your own with --tasks."
+            )
+
+    def load() -> dict:
+        loaded = manager.load(list(names))
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=0)
+        return loaded
+
+    try:
+        with _silent():
+            found = load()["tasks"]
+    except Exception as error:  # whatever the readers of so many formats raise
+        raise SourceError(
+            f"verify.tasks: {', '.join(names)} cannot be loaded ({one_line(error)}); its data must be here, or the "
+            "network."
+        ) from error
+    for name, task in found.items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False) or not _means(task):
+            raise SourceError(
+                f"verify.tasks: {name} runs code, needs images, or reports no mean over documents, which alone can be "
+                "compared document by document; name other tasks."
+            )
+    return TaskSet(load, limit, max_length)
+
+
+def require_harness() -> None:
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise SourceError(
+            "verify.tasks needs lm-evaluation-harness: pip install 'surgery[tasks]', or leave 'tasks' out of the "
+            "recipe."
+        ) from error
+
+
+def _means(task) -> list[str]:
+    """What the task reports as a mean over documents of which more is better."""
+    from lm_eval.api.metrics import mean
+
+    better = task.higher_is_better()
+    return [name for name, how in task.aggregation().items() if how is mean and better.get(name)]
+
+
+@contextlib.contextmanager
+def _silent():
+    """Its progress bars and advice are not ours."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
