@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import surgery
-from surgery.recipe.file import parse_recipe
 from surgery.runtime import eab_kernel
+from surgery.steps.recipe import parse_recipe
 
 ROUNDS = 7
 
@@ -69,7 +69,7 @@ def model_rows(gguf: Path) -> list[tuple[str, dict[str, float]]]:
     recipe = parse_recipe("surgery: 1\noperations:\n  - attention_bias: {prefix: [216, 198]}\n", "bench")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "converted"
-        surgery.run(recipe, str(gguf), out, verify=False)
+        surgery.run(recipe, str(gguf), out, surgery.RunOptions(verify=False))
         tokenizer = AutoTokenizer.from_pretrained(out)
         converted = AutoModelForCausalLM.from_pretrained(out).eval()
         original = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()

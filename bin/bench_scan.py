@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from surgery.anatomy.sites import examine
 from surgery.live.likelihood import Likelihood
+from surgery.live.model import Live
 from surgery.live.stream import Observer, stream
 from surgery.survey.attention import AttentionStatistics
 from surgery.survey.full import FullSurvey
@@ -40,7 +41,7 @@ class Bench:
     def __init__(self, gguf: Path, text: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        self.anatomy = examine(self.model.config.to_dict())
+        self.live = Live(self.model, examine(self.model.config.to_dict()))
         words = text.read_text(encoding="utf-8")[:400_000]
         self.ids = torch.tensor(tokenizer(words)["input_ids"])
 
@@ -55,12 +56,12 @@ class Bench:
             "the same and perplexity": self.streamed(
                 [MassiveActivations(), AttentionStatistics(every=4), Likelihood()]
             ),
-            "everything": self.streamed(FullSurvey(self.model, self.anatomy, length).observers),
+            "everything": self.streamed(FullSurvey(self.live, length).observers),
             "naive": self.naive,
         }
 
     def streamed(self, observers: list[Observer]) -> Callable[[torch.Tensor], None]:
-        return lambda ids: stream(self.model, self.anatomy, ids, observers)
+        return lambda ids: stream(self.live, ids, observers)
 
     def forward(self, ids: torch.Tensor) -> None:
         self.model(input_ids=ids, use_cache=False)

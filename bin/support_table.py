@@ -1,25 +1,21 @@
 #!/usr/bin/env python3
-"""Write the README's table of supported families from tests/families.yaml, the data that the tests hold surgery to.
+"""Write which model families are supported, from the data that the tests hold surgery to (families.yaml).
 
     bin/support_table.py [--check]
 
-With --check nothing is written: exit 1 if the README says something else than the data.
+The sum goes into README.md, tables into surgery/README.md. With --check nothing is written: exit 1 if one of them says
+something else than the data.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from pathlib import Path
 
+from marked import ROOT, update
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-BEGIN, END = "<!-- families: written by bin/support_table.py -->", "<!-- end of families -->"
-
-
-# The order in which a row of the table names them; tests/families.yaml may name no others.
+# The order in which a row of the table names them; tests/helpers/families.yaml may name no others.
 TERMS = (
     "grouped", "multi-query", "latent", "window", "chunked", "mixed layers", "shared keys/values", "q/k norm",
     "clipped q/k/v", "softcap", "sink logits", "temperature by position", "per-head gate", "output gate",
@@ -27,19 +23,28 @@ TERMS = (
 )  # fmt: skip
 
 
-def table() -> str:
-    data = YAML(typ="safe").load((ROOT / "tests" / "families.yaml").read_text(encoding="utf-8"))
-    rows = data["families"]
-    by_outcome = {
-        outcome: {kind: row for kind, row in rows.items() if row["outcome"] == outcome}
-        for outcome in ("exact", "refused", "not a fit")
-    }
-    exact, refused, unfit = by_outcome.values()
+def families() -> tuple[str, list[dict]]:
+    """The version of transformers, and its model types with what is known of each: exact, refused, not a fit."""
+    data = YAML(typ="safe").load((ROOT / "tests" / "helpers" / "families.yaml").read_text(encoding="utf-8"))
+    rows = data["families"].items()
+    outcomes = ("exact", "refused", "not a fit")
+    return data["transformers"], [{kind: row for kind, row in rows if row["outcome"] == wanted} for wanted in outcomes]
+
+
+def summary() -> str:
+    version, (exact, refused, unfit) = families()
+    return (
+        f"Of the {len(exact) + len(refused) + len(unfit)} causal language model types in transformers {version}, "
+        f"**{len(exact)} are exact**. {len(refused)} are refused with the reason. {len(unfit)} are not a fit: they "
+        "have no causal softmax attention over their own tokens alone."
+    )
+
+
+def tables() -> str:
+    _, (exact, refused, unfit) = families()
     return "\n".join(
         [
-            f"Of the {len(rows)} causal language model types in transformers {data['transformers']}, **{len(exact)} "
-            f"are exact**, {len(refused)} are refused with the reason, and {len(unfit)} are not a fit: they have no "
-            "causal softmax attention over their own tokens alone.",
+            summary(),
             "",
             *_folded(f"Exact ({len(exact)})", ["positions", "attention", "model types"], _by_kind(exact)),
             *_folded(f"Refused ({len(refused)})", ["reason", "model types"], _by_reason(refused)),
@@ -68,16 +73,6 @@ def _folded(title: str, header: list[str], rows: list[list[str]]) -> list[str]:
     return ["<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>", ""]
 
 
-def main(arguments: list[str]) -> int:
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    wanted = f"{before}{BEGIN}\n{table()}{END}{after}"
-    if arguments == ["--check"]:
-        return int(text != wanted)
-    README.write_text(wanted, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parts = (("README.md", "families", summary()), ("surgery/README.md", "families", tables()))
+    sys.exit(update("bin/support_table.py", parts, sys.argv[1:]))

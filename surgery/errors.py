@@ -45,3 +45,9 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     texts = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
     return any(text in str(error).lower() for text in texts)
+
+
+def brief(error: BaseException) -> str:
+    """What an error of foreign code says, as part of a sentence: its type and its first sentence, cut short."""
+    said = " ".join(str(error).split()).split(". ")[0][:160].rstrip(" .:")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -26,3 +26,6 @@ class Reporter:
 
     def note(self, text: str) -> None:
         """Something a person should know."""
+
+
+SILENT = Reporter()

@@ -11,11 +11,19 @@ from hypothesis import settings
 # Before any test module imports torch or transformers; child processes inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "2"  # what torch.get_num_threads() starts from
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ["OMP_NUM_THREADS"] = "2" if WORKERS == 1 else "1"  # what torch.get_num_threads() starts from
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`real` follows from what a test asks for: nobody has to think of it."""
+    for item in items:
+        if "material" in getattr(item, "fixturenames", ()):
+            item.add_marker("real")
 
 
 def _material_root() -> Path:
@@ -48,7 +56,8 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory):
     from surgery.checkpoint.source import materialise, open_source
     from surgery.live.loading import load_original, load_tokenizer
 
-    root = materialise(open_source(str(smollm2_gguf)), tmp_path_factory.mktemp("smollm2") / "model")
+    with pytest.warns(UserWarning, match="pre-tokenizer 'smollm'"):
+        root = materialise(open_source(str(smollm2_gguf)), tmp_path_factory.mktemp("smollm2") / "model")
     return load_original(root), load_tokenizer(root)
 
 
@@ -67,6 +76,14 @@ def wikipedia_evaluation(material: Path) -> Path:
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory):
     """A tiny llama with tokenizer, texts, recipe and converted checkpoint; shared, so copy before you change it."""
-    from tiny_checkpoint import build_place
+    from helpers.tiny_checkpoint import build_place
 
     return build_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture
+def bench(place, tmp_path: Path):
+    """Copies of `place` that a test may damage."""
+    from helpers.bench import Bench
+
+    return Bench(place, tmp_path)

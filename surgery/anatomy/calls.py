@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +78,7 @@ def observing(
 
 
 @contextlib.contextmanager
-def _before_norm(site: nn.Module) -> Iterator[list[torch.Tensor]]:
+def _before_norm(site: Any) -> Iterator[list[torch.Tensor]]:
     """Holds what enters the head norm of `site` meanwhile; stays empty where it has none."""
     entered: list[torch.Tensor] = []
     with contextlib.ExitStack() as undo:
@@ -118,15 +119,16 @@ def _interposed(wrap: Callable[[Callable], Callable]) -> Iterator[None]:
             attend = wrap(attend)
         return attend
 
-    interface.wraps = wraps
-    ALL_ATTENTION_FUNCTIONS.get_interface = interface
+    functions: Any = ALL_ATTENTION_FUNCTIONS
+    functions.get_interface = interface
+    functions.get_interface.wraps = wraps
     try:
         yield
     finally:
         if before is None:
-            del ALL_ATTENTION_FUNCTIONS.get_interface  # the instance attribute; the class's method is back
+            del functions.get_interface  # the instance attribute; the class's method is back
         else:
-            ALL_ATTENTION_FUNCTIONS.get_interface = before
+            functions.get_interface = before
 
 
 class _Listening(TorchDispatchMode):

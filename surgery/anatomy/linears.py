@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModel
 from .sites import ADDED, Anatomy
+
+LINEAR = (nn.Linear, Conv1D)  # the latter is GPT-2's, whose weight is (in, out)
+
+
+def row_dim(module: nn.Module) -> int:
+    """The dimension of a linear layer's weight that counts its outputs."""
+    return 1 if isinstance(module, Conv1D) else 0
+
+
+def as_rows(module: Any) -> torch.Tensor:
+    """The weight of a linear layer of any kind as (out, in)."""
+    weight: torch.Tensor = module.weight
+    return weight.transpose(0, row_dim(module))
+
+
+def widths(module: nn.Module) -> tuple[int, int | None]:
+    """What a linear layer of any kind maps from and to; (0, None) for any other module."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return getattr(module, "in_features", 0), getattr(module, "out_features", None)
 
 
 def linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
@@ -16,10 +39,11 @@ def linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
     UnsupportedModel where blocks hold matrices in other modules (experts fused into one tensor): a figure of a model
     quantised in part would look like one of the whole.
     """
-    trunk, found, left = model.get_submodule(anatomy.trunk), {}, []
+    trunk, left = model.get_submodule(anatomy.trunk), []
+    found: dict[str, nn.Module] = {}
     for block in anatomy.blocks:
         for name, module in trunk.get_submodule(block).named_modules(prefix=block):
-            if isinstance(module, (nn.Linear, Conv1D)):
+            if isinstance(module, LINEAR):
                 found[name] = module
             elif any(part in ADDED for part in name.split(".")):
                 continue

@@ -5,18 +5,19 @@ from __future__ import annotations
 import collections
 import copy
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, cast
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..errors import SourceError, UnsupportedModel
+from ..errors import SourceError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS
 from .calls import Call
-from .structure import brief, run_structure
+from .limits import max_length, max_positions
+from .structure import run_structure
 
 # Arguments that a site may pass on and that leave attention what it is. All others that are not None are refused.
 KNOWN_ARGUMENTS = {
@@ -48,7 +49,10 @@ class Site:
 class Anatomy:
     """What a config says about a model: classes, the trunk's name within the causal LM, its blocks and sites.
 
+    Made once for a source, since it takes a parse of the config and a model on the meta device; both are kept, as
+    `config` and `blank`. The blank model has modules and shapes and no weights, and nothing is changed on it.
     `max_positions` is how many positions the model has, `max_length` how many the fold is exact on, if that is bounded.
+    `vocab_size` is how many token ids the config gives embeddings to, None where it does not say.
     """
 
     model_type: str
@@ -59,7 +63,10 @@ class Anatomy:
     blocks: tuple[str, ...]
     sites: tuple[Site, ...]
     max_positions: int | None
-    max_length: int | None = None
+    max_length: int | None
+    vocab_size: int | None
+    config: PreTrainedConfig = field(repr=False, compare=False)
+    blank: PreTrainedModel = field(repr=False, compare=False)
 
     @property
     def lead(self) -> str:
@@ -79,9 +86,9 @@ class Anatomy:
         }
 
 
-def parse_config(config: dict):
+def parse_config(config: dict) -> PreTrainedConfig:
     """The transformers config object of a raw config.json; UnsupportedModel where it has no causal language model."""
-    model_type = config.get("model_type")
+    model_type: Any = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} is not an architecture of the installed transformers; "
@@ -98,26 +105,22 @@ def parse_config(config: dict):
     return parsed
 
 
-def blank_model(config: dict) -> PreTrainedModel:
-    """The causal language model of a raw config.json on the meta device: its modules and shapes, no weights."""
-    with torch.device("meta"):  # config classes complete the dicts inside the one they are given
-        return AutoModelForCausalLM.from_config(parse_config(copy.deepcopy(config)), dtype=torch.bfloat16)
-
-
-def examine(config: dict) -> Anatomy:
+def examine(config: dict, blank: PreTrainedModel | None = None) -> Anatomy:
     """Probe the model that `config` (a raw config.json) describes, on the meta device, without weights.
 
+    `blank` is the model of that config, where somebody has built it on the meta device already.
     Raises UnsupportedModel, with the reason, for whatever slots would not be exact on.
     """
-    parsed = parse_config(config)
+    parsed = parse_config(config) if blank is None else blank.config
     _refuse_config(parsed)
-    model, calls = run_structure(parsed)
+    # Building a model writes its dtype into the config, and may complete the dicts inside.
+    model, calls = run_structure(copy.deepcopy(parsed), blank)
     if type(model.config) is not type(parsed):
         raise UnsupportedModel(
             f"{parsed.model_type}: AutoModelForCausalLM builds only the {model.config.model_type} inside it, and the "
             "rest of the checkpoint would be lost; load and save that by itself, and convert the result"
         )
-    return _describe(model, calls)
+    return _describe(parsed, model, calls)
 
 
 def _refuse_config(config) -> None:
@@ -133,27 +136,8 @@ def _refuse_config(config) -> None:
         )
 
 
-def _max_length(config) -> int | None:
-    """Positions below which rotary frequencies do not depend on the length of the text; None if they never do.
-
-    Dynamic NTK stretches them, and LongRoPE changes to another set, for a text longer than the model was trained on.
-    Below that length, and only there, the keys of a prefix are constant.
-    """
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    limits = []
-    for kind in [value for value in rope.values() if isinstance(value, dict)] or [rope]:
-        name = kind.get("rope_type", kind.get("type"))
-        if name == "dynamic":
-            limits.append(config.max_position_embeddings)
-        elif name == "longrope":
-            otherwise = getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
-            limits.append(kind.get("original_max_position_embeddings") or otherwise)
-    return min(limits, default=None)
-
-
-def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
-    kind = model.config.model_type
+def _describe(config: PreTrainedConfig, model: PreTrainedModel, calls: list[Call]) -> Anatomy:
+    kind = config.model_type
     names = {module: name for name, module in model.named_modules()}
     for module, count in collections.Counter(call.module for call in calls).items():
         if count != 1:
@@ -178,7 +162,7 @@ def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
     trunk_name, trunk = _innermost(model, [names[call.module] for call in calls])
     if kind not in ADAPTERS and "position_ids" not in inspect.signature(trunk.forward).parameters:
         raise UnsupportedModel(
-            f"{kind}: {type(trunk).__name__} takes no position_ids, so its text cannot be shifted behind the prefix"
+            f"{kind}: {type(trunk).__name__} takes no position_ids, so its text cannot be shifted to after the prefix"
         )
     if any(hasattr(part, "create_position_ids_from_input_ids") for part in trunk.modules()):
         raise UnsupportedModel(
@@ -194,13 +178,13 @@ def _describe(model: PreTrainedModel, calls: list[Call]) -> Anatomy:
         )
         for call in calls
     )  # fmt: skip
-    max_length = _max_length(model.config)
-    names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
-    limits = (*(getattr(model.config.get_text_config(), name, None) for name in names), max_length)
-    limit = min((limit for limit in limits if limit is not None), default=None)
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
     return Anatomy(
-        kind, type(model), type(model.config), trunk_name, type(trunk).__name__, blocks, sites, limit, max_length
-    )
+        model_type=kind, model_class=type(model), config_class=type(config), trunk=trunk_name,
+        trunk_class=type(trunk).__name__, blocks=blocks, sites=sites, max_positions=max_positions(config),
+        max_length=max_length(config), vocab_size=vocab_size if isinstance(vocab_size, int) else None, config=config,
+        blank=model,
+    )  # fmt: skip
 
 
 def _innermost(model: PreTrainedModel, sites: list[str]) -> tuple[str, PreTrainedModel]:
@@ -225,7 +209,7 @@ def _blocks(kind: str, trunk: nn.Module, sites: list[str]) -> tuple[tuple[str, .
         if depth is None:
             raise UnsupportedModel(f"{kind}: {site} does not sit in a list of blocks, so its layer is unknown")
         stack = ".".join(parts[:depth])
-        stacks[stack] = len(trunk.get_submodule(stack))
+        stacks[stack] = len(cast(nn.ModuleList, trunk.get_submodule(stack)))
         owner[site] = f"{stack}.{parts[depth]}"
     blocks = tuple(f"{stack}.{i}" for stack, length in stacks.items() for i in range(length))
     held = collections.Counter(owner.values())

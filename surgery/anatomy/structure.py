@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..errors import UnsupportedModel
+from ..errors import UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS, Adapter
 from .calls import Call, observing
 
@@ -19,9 +20,10 @@ TOKENS = 4
 _NAME = "surgery_structure_only"
 
 
-def run_structure(config) -> tuple[PreTrainedModel, list[Call]]:
+def run_structure(config: PreTrainedConfig, blank: PreTrainedModel | None = None) -> tuple[PreTrainedModel, list[Call]]:
     """The model of a transformers config on the meta device, and the attention calls of one forward pass.
 
+    The model is `blank`, where that is given, and as it was when this is done.
     Raises UnsupportedModel where attention does not go through transformers' AttentionInterface, or where the model
     cannot run without values.
     """
@@ -33,7 +35,8 @@ def run_structure(config) -> tuple[PreTrainedModel, list[Call]]:
         with contextlib.ExitStack() as stack:
             for context in (_registered(with_mask=adapter is not None), *without_values):
                 stack.enter_context(context)
-            model = _built(config, adapter)
+            model = _built(config, adapter) if blank is None else blank.eval()
+            stack.enter_context(_asking(model, adapter))
             with observing(calls.append, compute=False):
                 model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
     except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
@@ -46,18 +49,30 @@ def run_structure(config) -> tuple[PreTrainedModel, list[Call]]:
     return model, calls
 
 
-def _built(config, adapter: Adapter | None) -> PreTrainedModel:
-    """The model, asking for attention by our name."""
+def _built(config: PreTrainedConfig, adapter: Adapter | None) -> PreTrainedModel:
     # Families with adapters choose attention classes by this name while they are built, and know only their own.
     config._attn_implementation = _NAME if adapter is None else "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    if adapter is not None:
-        adapter.bring_onto_seam(model)
-        config._attn_implementation = model.config._attn_implementation_internal = _NAME
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):  # a warning would look at token ids
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+@contextlib.contextmanager
+def _asking(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[None]:
+    """`model`, which asks for attention by our name meanwhile, and for none afterwards."""
+    parts: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    held = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values()
+    with contextlib.nullcontext() if adapter is None else adapter.bring_onto_seam(model):
+        for config in configs:
+            config._attn_implementation = _NAME
+        for part in parts:  # a warning would look at token ids
             part.warn_if_padding_and_no_attention_mask = lambda *args, **kwargs: None
-    return model
+        try:
+            yield
+        finally:
+            for part in parts:
+                del part.warn_if_padding_and_no_attention_mask
+            for config in configs:
+                config._attn_implementation = None
 
 
 def off_the_seam(model_type: str) -> UnsupportedModel:
@@ -65,12 +80,6 @@ def off_the_seam(model_type: str) -> UnsupportedModel:
         f"{model_type}: its attention does not go through transformers' AttentionInterface, so slots cannot reach it; "
         f"surgery/runtime/eab_families.py says how to write an adapter, to be entered there under {model_type!r}"
     )
-
-
-def brief(error: Exception) -> str:
-    """An error of foreign code on one line: its type and the first sentence of what it says."""
-    said = " ".join(str(error).split()).split(". ")[0][:160].rstrip(". ")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -6,11 +6,12 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import NoSpace, OutputError, SurgeryError
+from ..progress import Advance, unseen
 from .layout import CHUNK
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,6 +59,22 @@ def require_target(out: Path, source_root: Path | None = None) -> None:
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden file beside `path` to write to, which takes the place of `path` once the block ends without an error.
+
+    Until then `path` keeps its content. Errors are the operating system's own.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
     """Turn the operating system's errors of writing below `where` into NoSpace or OutputError."""
     try:
@@ -76,12 +93,11 @@ def translated(error: OSError, where: Path) -> SurgeryError:
     return OutputError(f"{where} cannot be written ({error.strerror or error}); check the path and its permissions.")
 
 
-def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file in hexadecimal, read a chunk at a time; `progress` is called with the bytes of each chunk."""
+def sha256_of(path: Path, advance: Advance = unseen) -> str:
+    """SHA-256 of a file in hexadecimal, read a chunk at a time; `advance` is told of bytes, and of its name."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-            if progress is not None:
-                progress(len(chunk))
+            advance(len(chunk), Path(path).name)
     return digest.hexdigest()

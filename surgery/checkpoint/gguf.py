@@ -6,12 +6,12 @@ transformers loads GGUF files whole and cannot save them. The result here is bit
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedCheckpoint, OutputError, SourceError, UnsupportedModel
+from ..progress import Advance, unseen
 from .disk import disk_errors
 from .gguf_header import Header, Stored, read_header
 from .gguf_model import derive, tokenizer_files, write_tokenizer
@@ -20,6 +20,7 @@ from .values import tensor_bytes
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 MAX_SHARD = 2_000_000_000  # bytes of tensors in one file
@@ -28,19 +29,23 @@ METADATA = {"format": "pt"}  # transformers refuses files without it
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """What a GGUF becomes. `reads` pairs each stored tensor with its place in `layout`, in the order of writing."""
+    """What a GGUF becomes. `reads` pairs each stored tensor with its place in `layout`, in the order of writing.
+
+    `blank` is its model on the meta device, which names and shapes were read from.
+    """
 
     header: Header
-    config: dict
+    config: dict[str, Any]
     dtype: str
-    generation_config: dict
+    generation_config: dict[str, Any]
     layout: Layout
     companions: tuple[str, ...]
     reads: tuple[tuple[Stored, TensorInfo], ...]
     processor: Any
+    blank: PreTrainedModel = field(repr=False, compare=False)
 
 
-def gguf_config(path: Path) -> dict:
+def gguf_config(path: Path) -> dict[str, Any]:
     """config.json for the file, as transformers derives it, with dtype float32. Errors as `plan_gguf`."""
     return plan_gguf(path).config
 
@@ -65,10 +70,13 @@ def plan_gguf(path: Path, dtype: str = "float32", max_shard: int = MAX_SHARD) ->
     ]
     layout = _plan_shards(header.path, entries, max_shard)
     reads = tuple((stored, layout.tensors[model.names[stored.name]]) for stored in header.tensors)
-    model.config.dtype = dtype
+    parsed = model.blank.config
+    parsed.dtype = dtype
     companions = tuple(sorted(("generation_config.json", *tokenizer_files(header))))
-    config = json.loads(model.config.to_json_string())
-    return GgufPlan(header, config, dtype, model.generation_config, layout, companions, reads, model.processor)
+    config = json.loads(parsed.to_json_string())
+    return GgufPlan(
+        header, config, dtype, model.generation_config, layout, companions, reads, model.processor, model.blank
+    )  # fmt: skip
 
 
 def _plan_shards(path: Path, entries: list[tuple[str, str, tuple[int, ...]]], max_shard: int) -> Layout:
@@ -98,17 +106,17 @@ def stream_gguf(
     path: Path,
     into: Path,
     dtype: str = "float32",
-    progress: Callable[[int, int], None] | None = None,
+    advance: Advance = unseen,
     max_shard: int = MAX_SHARD,
 ) -> None:
     """Plan and write in one: the GGUF `path` to the directory `into`. Errors as `plan_gguf` and `write_plan`."""
-    write_plan(plan_gguf(path, dtype, max_shard), into, progress)
+    write_plan(plan_gguf(path, dtype, max_shard), into, advance)
 
 
-def write_plan(plan: GgufPlan, into: Path, progress: Callable[[int, int], None] | None = None) -> None:
+def write_plan(plan: GgufPlan, into: Path, advance: Advance = unseen) -> None:
     """Write shards, index, configs and tokenizer files to `into`, a new or empty directory.
 
-    The memory needed is a few times the largest tensor. `progress` gets (tensor bytes written, in all). What was
+    The memory needed is a few times the largest tensor. `advance` is told of tensor bytes, and of the tensor. What was
     written before an error stays in `into`: its owner removes it. Raises OutputError, NoSpace, DamagedCheckpoint (NaN
     or Inf among the weights) and SourceError (values beyond the dtype).
     """
@@ -121,18 +129,16 @@ def write_plan(plan: GgufPlan, into: Path, progress: Callable[[int, int], None] 
         _write_json(into / "generation_config.json", plan.generation_config)
         if len(plan.layout.shards) > 1:
             _write_json(into / INDEX, index_json(plan.layout.tensors))
-        _write_weights(plan, into, progress)
+        _write_weights(plan, into, advance)
     if "tokenizer.json" in plan.companions:
         write_tokenizer(plan.header, into)
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_weights(plan: GgufPlan, into: Path, progress: Callable[[int, int], None] | None) -> None:
-    total = sum(info.nbytes for info in plan.layout.tensors.values())
-    done = 0
+def _write_weights(plan: GgufPlan, into: Path, advance: Advance) -> None:
     for shard in plan.layout.shards:
         reads = [(stored, info) for stored, info in plan.reads if info.shard == shard]
         header, _ = plan_file(shard, [(info.name, info.dtype, info.shape) for _, info in reads], METADATA)
@@ -140,9 +146,7 @@ def _write_weights(plan: GgufPlan, into: Path, progress: Callable[[int, int], No
             file.write(header)
             for stored, info in reads:
                 file.write(tensor_bytes(_read_tensor(plan, stored, info)))
-                done += info.nbytes
-                if progress is not None:
-                    progress(done, total)
+                advance(info.nbytes, info.name)
 
 
 def _read_tensor(plan: GgufPlan, stored: Stored, info: TensorInfo) -> torch.Tensor:
@@ -159,7 +163,7 @@ def _read_tensor(plan: GgufPlan, stored: Stored, info: TensorInfo) -> torch.Tens
     values = dequantize(raw.reshape(quant_shape_to_byte_shape(stored.shape, stored.kind)), stored.kind)
     if not np.isfinite(values).all():
         raise DamagedCheckpoint(f'Tensor "{stored.name}" of {path} holds NaN or Inf; download the file again.')
-    placed: dict[str, dict] = {"tensors": {}}  # where some processors put a tensor by themselves
+    placed: dict[str, dict[str, Any]] = {"tensors": {}}  # where some processors put a tensor by themselves
     result = plan.processor.process(
         weights=values, name=stored.name, tensor_key_mapping={stored.name: info.name}, parsed_parameters=placed
     )
@@ -172,7 +176,7 @@ def _read_tensor(plan: GgufPlan, stored: Stored, info: TensorInfo) -> torch.Tens
             f'Tensor "{stored.name}" of {path} does not become "{info.name}" of shape {info.shape} '
             "one to one; give the original safetensors checkpoint instead."
         )
-    cast = whole.to(getattr(torch, plan.dtype))
+    cast: torch.Tensor = whole.to(getattr(torch, plan.dtype))
     if not torch.isfinite(cast).all():
         raise SourceError(f'Tensor "{stored.name}" of {path} has values beyond {plan.dtype}; ask for float32.')
     return cast

@@ -46,7 +46,8 @@ class Header:
 
     @property
     def architecture(self) -> str:
-        return self.metadata["general.architecture"]
+        name: str = self.metadata["general.architecture"]
+        return name
 
 
 def read_header(path: Path) -> Header:

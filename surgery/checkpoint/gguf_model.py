@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DamagedCheckpoint, SurgeryError, UnsupportedModel
+from ..errors import DamagedCheckpoint, SurgeryError, UnsupportedModel, brief
 from .disk import disk_errors
 from .gguf_header import Header
 
@@ -32,17 +32,20 @@ _INSTEAD = "give the original safetensors checkpoint instead"
 
 @dataclass(frozen=True)
 class Derived:
-    """The model of a GGUF: `names` maps each stored tensor to its parameter, `shapes` are the parameters' shapes."""
+    """The model of a GGUF: `names` maps each stored tensor to its parameter, `shapes` are the parameters' shapes.
 
-    config: PreTrainedConfig
-    generation_config: dict
+    `blank` is the model itself, on the meta device.
+    """
+
+    blank: PreTrainedModel
+    generation_config: dict[str, Any]
     names: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     processor: Any  # transformers' TensorProcessor of the architecture: undoes llama.cpp's permutations
 
 
 def derive(header: Header) -> Derived:
-    """The model behind `header`, built on the meta device; UnsupportedModel where anything would not be read."""
+    """The model of which `header` is, built on the meta device; UnsupportedModel where anything would not be read."""
     missing = [key for key in _NEEDED if f"{header.architecture}.{key}" not in header.metadata]
     if missing:
         raise DamagedCheckpoint(f"{header.path} lacks the key {header.architecture}.{missing[0]}; download it again.")
@@ -60,7 +63,7 @@ def derive(header: Header) -> Derived:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         names = _names(header, model, processor, shapes)
     config.architectures = [type(model).__name__]
-    return Derived(config, model.generation_config.to_diff_dict(), names, shapes, processor)
+    return Derived(model, model.generation_config.to_diff_dict(), names, shapes, processor)
 
 
 @contextmanager
@@ -71,9 +74,8 @@ def deriving(header: Header) -> Iterator[None]:
     except SurgeryError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UnsupportedModel(
-            f"transformers cannot read {header.path} (architecture {header.architecture}: {reason}); {_INSTEAD}."
+            f"transformers cannot read {header.path} (architecture {header.architecture}: {brief(error)}); {_INSTEAD}."
         ) from error
 
 
@@ -107,9 +109,9 @@ def _config(header: Header) -> tuple[Any, PreTrainedConfig]:
             f"while loading and surgery cannot stream; {_INSTEAD}."
         )
     raw = load_gguf_checkpoint(str(header.path), return_tensors=False)["config"]
-    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=raw)
+    kind: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
     config = {key: value for key, value in raw.items() if key != "_model_name_or_path"}  # a title, not a path
-    return processor, CONFIG_MAPPING[raw["model_type"]].from_dict(config)
+    return kind(config=raw), CONFIG_MAPPING[raw["model_type"]].from_dict(config)
 
 
 def _packed_architectures() -> frozenset[str]:
@@ -125,7 +127,8 @@ def _check_config(header: Header, config: PreTrainedConfig) -> None:
     """Every key of the architecture was read into the config, agrees with it, or does not matter."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-    mapping = GGUF_CONFIG_MAPPING.get(header.architecture) or GGUF_CONFIG_MAPPING.get(config.model_type) or {}
+    mappings: Any = GGUF_CONFIG_MAPPING
+    mapping = mappings.get(header.architecture) or mappings.get(config.model_type) or {}
     expected = _expected(config)
     prefix = f"{header.architecture}."
     for key, value in header.metadata.items():
@@ -165,15 +168,17 @@ def _expected(config: PreTrainedConfig) -> dict[str, Any]:
 def _agree(stated: Any, computed: Any) -> bool:
     if isinstance(stated, float) and isinstance(computed, (int, float)):
         return math.isclose(stated, computed, rel_tol=1e-6)  # the file holds float32
-    return stated == computed
+    return bool(stated == computed)
 
 
 def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    config._attn_implementation = "eager"  # which all families know; what reads the structure asks in its own way
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def _names(

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import DamagedCheckpoint, SourceError
 
@@ -22,6 +23,8 @@ INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's reference implementation
 CHUNK = 8 << 20  # bytes read at a time when a whole tensor need not be in memory
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+NO_LIMIT = 2**31  # of token ids, where nothing says how many there are
 _LFS = b"version https://git-lfs"
 _AGAIN = "download or save the checkpoint again"
 
@@ -60,6 +63,22 @@ class Layout:
     @property
     def total_bytes(self) -> int:
         return sum(self.sizes.values())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor to be written: its safetensors dtype code and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def vocabulary_size(layout: Layout, otherwise: int | None) -> int:
+    """How many token ids the model has embeddings for, from headers; `otherwise`: what its config says, if anything."""
+    for info in layout.tensors.values():
+        if info.name.endswith(EMBEDDINGS) and info.shape:
+            return info.shape[0]
+    return NO_LIMIT if otherwise is None else otherwise
 
 
 def read_layout(root: Path) -> Layout:
@@ -164,7 +183,7 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obj
     return result
 
 
-def _parse_object(raw: bytes, where: str) -> dict:
+def _parse_object(raw: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # lone surrogates would break every message later
@@ -175,7 +194,7 @@ def _parse_object(raw: bytes, where: str) -> dict:
     return value
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; DamagedCheckpoint for anything else, duplicate keys and Git-LFS pointers included."""
     try:
         raw = Path(path).read_bytes()
@@ -296,7 +315,7 @@ def plan_file(
     return len(text).to_bytes(8, "little") + text, infos
 
 
-def index_json(tensors: Mapping[str, TensorInfo]) -> dict:
+def index_json(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """The content of model.safetensors.index.json for these tensors (`total_size`: tensor bytes, no headers)."""
     weight_map = {name: tensors[name].shard for name in sorted(tensors)}
     return {"metadata": {"total_size": sum(info.nbytes for info in tensors.values())}, "weight_map": weight_map}

@@ -2,76 +2,133 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
 
 from ..errors import DamagedCheckpoint
 from .layout import read_json
 
 MANIFEST = "surgery.json"
 TYPE_PREFIX = "eab_"  # what the model types of converted checkpoints begin with
-NORM_PREFIX = "eab_norm_"  # those of checkpoints with head norms: what knows slots alone must not load them
 FORMAT = 1
-TENSOR_STATUS = ("kept", "changed", "added")
-_REQUIRED = {
-    "format": int,
-    "status": str,
-    "source": dict,
-    "recipe": dict,
-    "versions": dict,
-    "tensors": dict,
-    "files": dict,
-}
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def converted_from(model_type: object) -> tuple[str, bool] | None:
-    """The model type that a converted one was made from, and whether it has head norms; None if it is no such type."""
-    if not isinstance(model_type, str):
-        return None
-    for prefix in (NORM_PREFIX, TYPE_PREFIX):
-        if model_type.startswith(prefix):
-            return model_type[len(prefix) :], prefix == NORM_PREFIX
-    return None
+def _relative(name: str) -> str:
+    """The name of a file that is safe to open below a directory: relative, and without a way up."""
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name or name == MANIFEST:
+        raise ValueError("is no name of a file in the checkpoint")
+    return name
+
+
+Count = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, AfterValidator(_relative)]
+Shape = Annotated[
+    tuple[Count, ...],
+    BeforeValidator(lambda shape: tuple(shape) if isinstance(shape, list) else shape),
+    PlainSerializer(list),
+]
+
+
+class _Entry(BaseModel):
+    """Keys of later versions are passed over."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+
+class TensorEntry(_Entry):
+    """What became of one tensor, and where it lies."""
+
+    status: Literal["kept", "changed", "added"]
+    shard: str
+    dtype: str
+    shape: Shape
+
+
+class FileEntry(_Entry):
+    """One file as it was written."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Count
+
+
+class Manifest(_Entry):
+    """The content of surgery.json, in the order of the file.
+
+    `source`: spec, kind, revision, dtype and hashes; `recipe`: as parsed; `versions`: package name to version;
+    `files`: every file in the directory, surgery.json itself left out; `verdict`: what verification found. The status
+    is "verified" only where a verdict says it passed.
+    """
+
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    status: Literal["verified", "unverified"]
+    source: dict[str, Any]
+    recipe: dict[str, Any]
+    versions: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+    files: dict[FileName, FileEntry]
+    verdict: dict[str, Any] | None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint was kept though its verdict was that it failed."""
+        return self.verdict is not None and self.verdict.get("passed") is False
+
+    def with_files(self, files: Mapping[str, Mapping[str, Any]]) -> Manifest:
+        """The same of a directory that holds these files: name -> sha256 and bytes."""
+        return Manifest.model_validate({**self.to_dict(), "files": files})
+
+    def concluded(self, verdict: dict[str, Any] | None) -> Manifest:
+        """The same with what verification found."""
+        return Manifest.model_validate({**self.to_dict(), "status": _status(verdict), "verdict": verdict})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return self.model_dump()
 
 
 def build_manifest(
     *,
-    source: dict,
-    recipe: dict,
-    versions: dict,
-    tensors: dict[str, dict],
-    files: dict[str, dict],
-    verdict: dict | None,
-) -> dict:
-    """The content of surgery.json.
+    source: dict[str, Any],
+    recipe: dict[str, Any],
+    versions: dict[str, Any],
+    tensors: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, Mapping[str, Any]],
+    verdict: dict[str, Any] | None,
+) -> Manifest:
+    """The manifest of these parts, tensors and files sorted by name.
 
-    source: id, revision and hashes; recipe: as parsed; versions: package name to version;
-    tensors: {name: {"status": kept|changed|added, "shard", "dtype", "shape"}};
-    files: {name: {"sha256", "bytes"}} of every file in the directory, surgery.json itself left out;
-    verdict: what verification found. The status is "verified" only where a verdict says it passed.
+    tensors: {name: {"status": kept|changed|added, "shard", "dtype", "shape"}}; files: {name: {"sha256", "bytes"}}.
     Raises ValueError for a tensor or file described otherwise: that is a bug of the caller.
     """
-    for name, entry in tensors.items():
-        if not _is_tensor_entry(entry):
-            raise ValueError(f"tensor {name!r} needs status ({', '.join(TENSOR_STATUS)}), shard, dtype, shape: {entry}")
-    for name, entry in files.items():
-        if not _is_file_entry(name, entry):
-            raise ValueError(f"file {name!r} needs a relative name, sha256 and bytes: {entry}")
-    passed = verdict is not None and verdict.get("passed") is True
-    return {
-        "format": FORMAT,
-        "status": "verified" if passed else "unverified",
-        "source": source,
-        "recipe": recipe,
-        "versions": versions,
-        "tensors": {name: {**tensors[name], "shape": list(tensors[name]["shape"])} for name in sorted(tensors)},
-        "files": {name: files[name] for name in sorted(files) if name != MANIFEST},
-        "verdict": verdict,
-    }
+    return Manifest(
+        format=FORMAT,
+        status=_status(verdict),
+        source=source,
+        recipe=recipe,
+        versions=versions,
+        tensors={name: TensorEntry.model_validate(tensors[name]) for name in sorted(tensors)},
+        files={name: FileEntry.model_validate(files[name]) for name in sorted(files) if name != MANIFEST},
+        verdict=verdict,
+    )
 
 
-def read_manifest(root: Path) -> dict:
+def _status(verdict: dict[str, Any] | None) -> Literal["verified", "unverified"]:
+    return "verified" if verdict is not None and verdict.get("passed") is True else "unverified"
+
+
+def read_manifest(root: Path) -> Manifest:
     """The manifest of the directory `root`, its structure checked; DamagedCheckpoint where it is missing or invalid.
 
     File names in it are safe to open below `root`: relative, and without a way up.
@@ -79,48 +136,22 @@ def read_manifest(root: Path) -> dict:
     path = Path(root) / MANIFEST
     if not path.is_file():
         raise DamagedCheckpoint(f"{path} is missing, so nothing says what belongs here; convert the source again.")
-    manifest = read_json(path)
-
-    def invalid(what: str) -> DamagedCheckpoint:
-        return DamagedCheckpoint(f"{path} is not a valid manifest: {what}; convert the source again.")
-
-    for key, kind in _REQUIRED.items():
-        if type(manifest.get(key)) is not kind:
-            raise invalid(f'"{key}" is missing or of the wrong type')
-    if manifest["format"] != FORMAT:
-        raise invalid(f'"format" is {manifest["format"]}, this version of surgery reads {FORMAT}')
-    if manifest["status"] not in ("verified", "unverified"):
-        raise invalid(f'"status" is {manifest["status"]!r}')
-    if "verdict" not in manifest or not isinstance(manifest["verdict"], (dict, type(None))):
-        raise invalid('"verdict" is missing or of the wrong type')
-    for name, entry in manifest["tensors"].items():
-        if not _is_tensor_entry(entry):
-            raise invalid(f'tensor "{name}" is not described by status, shard, dtype and shape')
-    for name, entry in manifest["files"].items():
-        if name == MANIFEST or not _is_file_entry(name, entry):
-            raise invalid(f'file "{name}" is not a relative name with sha256 and bytes')
-    return manifest
+    try:
+        return Manifest.model_validate(read_json(path))
+    except ValidationError as error:
+        what = _what(error.errors(include_url=False)[0])
+        raise DamagedCheckpoint(f"{path} is not a valid manifest: {what}; convert the source again.") from error
 
 
-def _is_tensor_entry(entry: object) -> bool:
-    return (
-        isinstance(entry, dict)
-        and entry.get("status") in TENSOR_STATUS
-        and isinstance(entry.get("shard"), str)
-        and isinstance(entry.get("dtype"), str)
-        and isinstance(entry.get("shape"), (list, tuple))
-        and all(type(n) is int and n >= 0 for n in entry["shape"])
-    )
-
-
-def _is_file_entry(name: str, entry: object) -> bool:
-    parts = name.split("/")
-    safe = all(part not in ("", ".", "..") for part in parts) and "\\" not in name and "\0" not in name
-    return (
-        safe
-        and isinstance(entry, dict)
-        and type(entry.get("bytes")) is int
-        and entry["bytes"] >= 0
-        and isinstance(entry.get("sha256"), str)
-        and _SHA256.fullmatch(entry["sha256"]) is not None
-    )
+def _what(error: ErrorDetails) -> str:
+    """What pydantic found, in words."""
+    key, *inside = error["loc"]
+    if inside and key == "tensors":
+        return f'tensor "{inside[0]}" is not described by status, shard, dtype and shape'
+    if inside and key == "files":
+        return f'file "{inside[0]}" is not a relative name with sha256 and bytes'
+    if key == "format" and type(error["input"]) is int:
+        return f'"format" is {error["input"]}, this version of surgery reads {FORMAT}'
+    if key == "status" and isinstance(error["input"], str):
+        return f'"status" is {error["input"]!r}'
+    return f'"{key}" is missing or of the wrong type'

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..errors import OutputError
+from .disk import replacing
 
 
 def require_result_file(path: Path | None, option: str, apart_from: Iterable[Path | str] = ()) -> None:
@@ -28,9 +29,9 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
     try:
         if _is_replaced(path):
             path.unlink(missing_ok=True)
-            partial = _partial(path)
-            partial.open("wb").close()
-            partial.unlink()
+            with replacing(path) as partial:
+                partial.touch()
+            path.unlink()
         else:
             path.open("ab").close()
     except OSError as error:
@@ -68,14 +69,13 @@ def write_result(path: Path | None, option: str, text: str) -> None:
         if not _is_replaced(path):
             path.write_text(text, encoding="utf-8")
             return
-        partial = _partial(path)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, option, error) from error
 
 
-def json_text(result: dict) -> str:
+def json_text(result: dict[str, Any]) -> str:
     """JSON as every reader takes it: `plain_json` has taken NaN and infinities out."""
     return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -83,10 +83,6 @@ def json_text(result: dict) -> str:
 def _is_replaced(path: Path) -> bool:
     """Whether `path` is replaced by a rename; devices and links (/dev/stdout is both) are written into instead."""
     return not path.is_symlink() and (path.is_file() or not path.exists())
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def _unwritable(path: Path, option: str, error: OSError) -> OutputError:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import SourceError
+from ..errors import SourceError, brief
+from ..progress import Advance, unseen
 from .disk import sha256_of
 from .layout import INDEX, SINGLE, Layout, is_lfs_pointer, lfs_pointer, read_json, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
 
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # where it is, transformers loads what it names in place of the model, or on top of it
@@ -79,10 +81,15 @@ class Source:
     kind: str
     root: Path
     revision: str | None
-    config: dict
+    config: dict[str, Any]
     layout: Layout
     companions: tuple[str, ...]
     plan: Any = field(default=None, repr=False, compare=False)  # a GGUF's GgufPlan, derived once
+
+    @property
+    def blank(self) -> PreTrainedModel | None:
+        """The model on the meta device, where opening the source has built it: for a GGUF."""
+        return None if self.plan is None else self.plan.blank
 
 
 def open_source(spec: str, *, revision: str | None = None, dtype: str | None = None) -> Source:
@@ -135,7 +142,7 @@ def refuse_adapter(root: Path) -> None:
         )
 
 
-def _read_config(root: Path) -> dict:
+def _read_config(root: Path) -> dict[str, Any]:
     path = root / CONFIG
     if not path.is_file():
         ggufs = sorted(entry.name for entry in root.glob("*.gguf"))
@@ -157,7 +164,7 @@ def _read_config(root: Path) -> dict:
     return {key: value for key, value in config.items() if key not in NOT_CARRIED}
 
 
-def _companions(root: Path, config: dict) -> tuple[str, ...]:
+def _companions(root: Path, config: dict[str, Any]) -> tuple[str, ...]:
     """Plain names of the files in `root` that go with the weights."""
     code = _code_files(config)
     if (root / "tokenizer_config.json").is_file():
@@ -183,7 +190,7 @@ def has_tokenizer(names: Iterable[str]) -> bool:
     )
 
 
-def _code_files(config: dict) -> set[str]:
+def _code_files(config: dict[str, Any]) -> set[str]:
     """The Python files that `auto_map` names ("file.Class", one or a list of them), other repositories' left out."""
     auto_map = config.get("auto_map")
     values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
@@ -225,8 +232,7 @@ def _download(repo: str, revision: str | None) -> Path:
             "unset HF_HUB_OFFLINE, or give a directory."
         ) from error
     except (hub.HTTPError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise SourceError(f"{at} could not be downloaded ({reason}); try again or give a directory.") from error
+        raise SourceError(f"{at} could not be downloaded ({brief(error)}); try again or give a directory.") from error
 
 
 def _open_gguf(spec: str, path: Path, dtype: str) -> Source:
@@ -236,29 +242,20 @@ def _open_gguf(spec: str, path: Path, dtype: str) -> Source:
     return Source(spec, "gguf", path, None, plan.config, plan.layout, plan.companions, plan)
 
 
-def source_hashes(source: Source, progress: Progress | None = None) -> dict[str, str]:
+def source_hashes(source: Source, advance: Advance = unseen) -> dict[str, str]:
     """SHA-256 in hexadecimal of every weight file and config.json, by name; of the one file where it is a GGUF."""
     if source.kind == "gguf":
         files = [source.root]
     else:
         files = [source.root / name for name in (*source.layout.shards, CONFIG)]
-    total = sum(file.stat().st_size for file in files)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
     return {file.name: sha256_of(file, advance) for file in files}
 
 
-def materialise(source: Source, into: Path, progress: Progress | None = None) -> Path:
+def materialise(source: Source, into: Path, advance: Advance = unseen) -> Path:
     """A directory of plain Hugging Face files to load from: the source's own, or `into`, filled from the GGUF."""
     if source.kind != "gguf":
         return source.root
     from .gguf import write_plan
 
-    write_plan(source.plan, into, progress)
+    write_plan(source.plan, into, advance)
     return Path(into)

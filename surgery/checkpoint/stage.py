@@ -45,6 +45,11 @@ class Stage:
             raise RuntimeError("the stage is not open")
         return self._path
 
+    @property
+    def scratch(self) -> Path:
+        """Where a source may be written out as plain files; to be removed before the stage is hashed."""
+        return self.path / ".source"
+
     def __enter__(self) -> Stage:
         require_target(self.out)
         parent = self.out.parent.resolve()
@@ -95,6 +100,13 @@ class Stage:
                 digest.update(chunk)
                 file.write(chunk)
         self._remember(name, digest.hexdigest())
+
+    def adopt(self, src: Path, name: str) -> None:
+        """Take `src`, a file that lies in `scratch`, as `name`: linked where the filesystem has links, else copied."""
+        try:
+            os.link(src, self._new(name))
+        except OSError:
+            self.add_file(src, name)
 
     def add_tensors(
         self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None

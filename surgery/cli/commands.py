@@ -17,6 +17,7 @@ import click
 
 from ..checkpoint.results import json_text, require_result_file, require_result_folder, write_result
 from ..errors import SurgeryError, out_of_memory
+from ..words import asked, reached
 from .console import complain, output, show_warning
 
 FILE = click.Path(path_type=Path)
@@ -100,25 +101,27 @@ def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
     click.option("--adapter", type=FILE, metavar="DIR", help="Also write what was tuned as a PEFT adapter."),
     _tasks, _chunking(64, 2), _link, _dtype, _revision, _device, _json,
 )  # fmt: skip
-def run(recipe, source, out, text, calibration, no_verify, report, chunks, chunk_length, json_file, **options) -> int:
+def run(recipe, source, out, no_verify, report, chunks, chunk_length, json_file, **given) -> int:
     """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified."""
     first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
     if first:
-        given = _given(recipe, source, out, *text, *calibration, *(options[key] for key in ("keep_failed", "adapter")))
-        require_result_file(json_file, "--json", [*given, *_given(report)])
-        require_result_file(report, "--report", given)
+        texts = (*given["text"], *given["calibration"])
+        paths = _given(recipe, source, out, *texts, given["keep_failed"], given["adapter"])
+        require_result_file(json_file, "--json", [*paths, *_given(report)])
+        require_result_file(report, "--report", paths)
     from ..live.text import Chunking
-    from ..progress import Reporter
+    from ..progress import SILENT
+    from ..steps.options import RunOptions
     from ..verbs.run import run as verb
     from ..verification.verdict import plain_json
     from .plan import show_output
     from .progress import TerminalReporter
     from .verdict import show_verdict
 
-    verdict = verb(
-        recipe, source, out, text=text, calibration=calibration, verify=not no_verify, surveys=report is not None,
-        chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter() if first else Reporter(), **options,
+    options = RunOptions(
+        verify=not no_verify, surveys=report is not None, chunking=Chunking(chunks, chunk_length), **given
     )  # fmt: skip
+    verdict = verb(recipe, source, out, options, TerminalReporter() if first else SILENT)
     if verdict is None:  # this process has helped to tune
         return 0
     write_result(json_file, "--json", json_text(plain_json(verdict)))
@@ -129,7 +132,7 @@ def run(recipe, source, out, text, calibration, no_verify, report, chunks, chunk
         write_report(verdict["surveys"], report, verdict)
     if verdict["passed"] is not False:
         show_output(output(), out, verdict)
-    kept = options["keep_failed"]
+    kept = options.keep_failed
     return _judged(verdict, f"what was written is in {kept}" if kept else f"{out} was not created")
 
 
@@ -148,24 +151,19 @@ def run(recipe, source, out, text, calibration, no_verify, report, chunks, chunk
     click.option("--junit", type=FILE, metavar="FILE", help="Write gates and checks as JUnit XML."),
     _json,
 )  # fmt: skip
-def verify(
-    checkpoint, against, text, calibration, tasks, chunks, chunk_length, revision, device, junit, json_file
-) -> int:  # fmt: skip
+def verify(checkpoint, chunks, chunk_length, junit, json_file, **given) -> int:
     """Check the converted CHECKPOINT: files and tensors; with --text also quality; with --against also the source."""
-    inputs = _given(checkpoint, against, *text, *calibration)
+    inputs = _given(checkpoint, given["against"], *given["text"], *given["calibration"])
     require_result_file(json_file, "--json", _given(*inputs, junit))
     require_result_file(junit, "--junit", inputs)
     from ..live.text import Chunking
+    from ..steps.options import VerifyOptions
     from ..verbs.verify import verify as verb
     from ..verification.verdict import junit_xml, plain_json
     from .progress import TerminalReporter
     from .verdict import show_verdict
 
-    verdict = verb(
-        checkpoint, against=against, text=text, calibration=calibration, tasks=tasks, revision=revision,
-        device=device,
-        chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
-    )  # fmt: skip
+    verdict = verb(checkpoint, VerifyOptions(chunking=Chunking(chunks, chunk_length), **given), TerminalReporter())
     write_result(json_file, "--json", json_text(plain_json(verdict)))
     write_result(junit, "--junit", junit_xml(verdict))
     show_verdict(output(), verdict)
@@ -248,9 +246,7 @@ def _judged(verdict: dict, way_out: str) -> int:
     """The exit code; where it is not 0, a sentence on standard error says what failed first."""
     failed = [(3, f"{c['name']}: {c['detail']}") for c in verdict["integrity"]["checks"] if not c["passed"]]
     failed += [
-        (1, f"the gate {g['name']} failed, {g['value']:.6g} is not at most {g['limit']:.6g}")
-        for g in verdict["gates"]
-        if not g["passed"]
+        (1, f"the gate {g['name']} failed, {reached(g)} is not {asked(g)}") for g in verdict["gates"] if not g["passed"]
     ]
     if not failed:
         return 0
@@ -259,7 +255,7 @@ def _judged(verdict: dict, way_out: str) -> int:
     return code
 
 
-def _invoke() -> int:
+def _invoke() -> int | str | None:
     """Run the command; every way it can end as an exit code."""
     try:
         return cli.main(standalone_mode=False) or 0

@@ -10,14 +10,11 @@ from .tables import new_table
 
 
 def show_plan(console: Console, plan: dict) -> None:
-    kind, slots = plan["model_type"], plan["n_slots"]
-    count = f"up to {slots['max']}" if isinstance(slots, dict) else str(slots)
+    kind = plan["model_type"]
     console.print(f"[bold]{escape(plan['source']['spec'])}[/]")
-    added = [f"{count} slots in each of {plan['sites']} attention sites"] if slots else []
-    added += [f"norms of the heads in {plan['normed_sites']} of {plan['sites']}"] if plan["normed_sites"] else []
-    console.print(f"{kind['from']} to {kind['to']}, {', '.join(added)}")
+    console.print(f"{kind['from']} to {kind['to']}, {', '.join(plan['adds'])}")
     if plan["tune"] is not None:
-        console.print(_trained(plan["tune"], count))
+        console.print(_trained(plan["tune"], plan["trains"]))
     console.print()
     files = new_table("Files", "name", "action", "bytes")
     for file in plan["files"]:
@@ -38,9 +35,8 @@ def show_plan(console: Console, plan: dict) -> None:
     )
 
 
-def _trained(tune: dict, slots: str) -> str:
-    parts = [f"{slots} slots at each site"] if tune["slots"] else []
-    parts += [f"norms of the heads at {tune['normed_sites']} sites"] if tune["normed_sites"] else []
+def _trained(tune: dict, trains: list[str]) -> str:
+    parts = list(trains)
     if lora := tune["lora"]:
         parts.append(f"LoRA of rank {lora['rank']} on {lora['layers']:,} linear layers, merged into them")
     return f"then tuned, up to {tune['steps']:,} steps: {'; '.join(parts)}"

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .tables import exp, new_table
+from ..words import factor
+from .tables import new_table
 
 
 def show_survey(console: Console, survey: dict) -> None:
@@ -74,8 +75,8 @@ def _interventions(rows: list[dict]) -> Table:
             continue
         change = row["delta_nll"]
         table.add_row(
-            row["name"], where, f"{row['touched']:,}", f"{row['ppl']:,.4g}", f"{exp(change['mean']):.4g}",
-            f"{exp(change['low']):.4g} to {exp(change['high']):.4g}", _share(row["sink_rate"]),
+            row["name"], where, f"{row['touched']:,}", f"{row['ppl']:,.4g}", f"{factor(change['mean']):.4g}",
+            f"{factor(change['low']):.4g} to {factor(change['high']):.4g}", _share(row["sink_rate"]),
             _share(row["entropy_bits"]), f"{row['massive']:,}",
         )  # fmt: skip
     return table

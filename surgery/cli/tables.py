@@ -1,29 +1,28 @@
-"""How every table on the terminal looks, and how numbers in them are written."""
+"""How every table on the terminal looks."""
 
 from __future__ import annotations
 
-import math
+from rich.markup import escape
+from rich.table import Table as RichTable
 
-from rich.table import Table
+from ..table import FAILED, PASSED, Table
+
+COLOURS = {PASSED: "green", FAILED: "red"}
 
 
-def new_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="", box=None, pad_edge=False)
+def new_table(title: str, *columns: str, words: int = 1) -> RichTable:
+    """`words`: how many columns hold words, and stand left."""
+    table = RichTable(title=title, title_justify="left", title_style="bold", header_style="", box=None, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if i < words else "right", overflow="fold")
     return table
 
 
-def ranges(layers: list[int]) -> str:
-    """[3, 4, 5, 9] -> "3-5, 9"."""
-    spans: list[list[int]] = []
-    for layer in sorted(layers):
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "-"
-
-
-def exp(value: float) -> float:
-    return math.inf if value >= 700 else math.exp(value)
+def placed(table: Table) -> RichTable:
+    """A table as rich shows it, its note below; without the text, which is for readers new to it."""
+    shown = new_table(escape(table.title), *map(escape, table.head), words=table.words)
+    for row in table.rows:
+        shown.add_row(*(f"[{COLOURS[cell]}]{cell}[/]" if cell in COLOURS else escape(cell) for cell in row))
+    if table.note:
+        shown.caption, shown.caption_justify = escape(table.note), "left"
+    return shown

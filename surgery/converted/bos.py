@@ -1,7 +1,7 @@
 """A folded BOS is in the slots: neither post-processor nor chat template may put it in front of the text again.
 
 Token ids are then the original's less the BOS, with one exception: SentencePiece-like tokenizers that mark the first
-word of a text (prepend_scheme "first") mark that of a chat too, which stood unmarked behind the BOS of its template.
+word of a text (prepend_scheme "first") mark that of a chat too, which stood unmarked after the BOS of its template.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _equals_less_bos(candidate: str, template: str, tokenizer: PreTrainedTokeniz
     for conversation in _CONVERSATIONS:
         for prompt in (True, False):
 
-            def render(source: str, conversation=conversation, prompt=prompt) -> str:
+            def render(source: str, conversation=conversation, prompt=prompt):
                 return tokenizer.apply_chat_template(
                     conversation, chat_template=source, tokenize=False, add_generation_prompt=prompt
                 )

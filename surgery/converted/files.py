@@ -7,16 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..anatomy.sites import Anatomy, blank_model, parse_config
-from ..checkpoint.layout import SINGLE, Layout, TensorInfo, plan_file
+from ..anatomy.limits import LIMIT, is_only_a_limit
+from ..anatomy.sites import Anatomy
+from ..checkpoint.layout import SINGLE, Layout, Stored, TensorInfo, plan_file
 from ..errors import SourceError
-from ..operations.attention_bias import slot_tensors
-from ..operations.head_norm import norm_tensors
 from .bos import silent_processor, silent_template, silent_templates
 from .derived import Derived
 
-# Rotary kinds that compute nothing from max_position_embeddings, so that lowering it lowers only the limit.
-LIMIT_ONLY_ROPE = {"default", "linear", "llama3", "proportional"}
 ADDED_SHARD = "model-attention-bias.safetensors"  # of sources in several shards; head norms lie there too
 FOREVER = 10**12  # tokenizers write "no limit" as a number above this
 
@@ -33,22 +30,16 @@ def shard_names(layout: Layout) -> tuple[dict[str, str], str]:
     return {shard: shard for shard in layout.shards}, ADDED_SHARD
 
 
-def added_tensors(anatomy: Anatomy, n_slots: int, head_norm: dict | None) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of all that the operations add, in the order of the file; all of it is float32."""
-    norms = {} if head_norm is None else norm_tensors(anatomy, head_norm)
-    return {**slot_tensors(anatomy, n_slots), **norms}
-
-
-def added_layout(tensors: Mapping[str, tuple[int, ...]], shard: str) -> tuple[int, dict[str, TensorInfo]]:
+def added_layout(tensors: Mapping[str, Stored], shard: str) -> tuple[int, dict[str, TensorInfo]]:
     """Bytes of the shard of added tensors, and where they will lie."""
-    header, infos = plan_file(shard, [(name, "F32", shape) for name, shape in tensors.items()], {"format": "pt"})
+    header, infos = plan_file(shard, [(name, t.dtype, t.shape) for name, t in tensors.items()], {"format": "pt"})
     return len(header) + sum(info.nbytes for info in infos.values()), infos
 
 
 def converted_config(config: dict, derived: Derived, entries: Mapping[str, dict], lowered: Mapping[str, int]) -> dict:
     """config.json of the converted checkpoint: the source's, with derived type, its code, and what was added described.
 
-    `entries` are `eab`, and `head_norm` where heads are normed.
+    `entries` are those of the operations.
     """
     emitted = copy.deepcopy(config)
     emitted.update(lowered)
@@ -62,33 +53,12 @@ def lowered_limits(config: dict, anatomy: Anatomy, n_slots: int) -> dict[str, in
     """max_position_embeddings less the positions that the prefix takes, where that number is a limit and nothing else.
 
     A learned table is as long as this number says, and some rotary kinds compute with it: those keep it, and the
-    runtime's positions simply end n earlier.
+    runtime's positions simply end n earlier. `config` is the raw config.json that `anatomy` was made of.
     """
-    limit = config.get("max_position_embeddings")
+    limit = config.get(LIMIT)
     if not n_slots or not isinstance(limit, int) or limit <= n_slots:
         return {}
-    lowered = {"max_position_embeddings": limit - n_slots}
-    rope = _rope(config)
-    kinds = {r.get("rope_type", "default") for r in ([v for v in rope.values() if isinstance(v, dict)] or [rope])}
-    if not kinds <= LIMIT_ONLY_ROPE:
-        return {}
-    # A rotary setting that is absent may be taken from this limit, and would change with it.
-    if rope != _rope({**config, **lowered}) or _shapes(config) != _shapes({**config, **lowered}):
-        return {}
-    return lowered
-
-
-def _parsed(config: dict):
-    return parse_config(copy.deepcopy(config))  # config classes complete the dicts inside the one they are given
-
-
-def _rope(config: dict) -> dict:
-    return getattr(_parsed(config), "rope_parameters", None) or {}
-
-
-def _shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    model = blank_model(config)
-    return {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    return {LIMIT: limit - n_slots} if is_only_a_limit(config, anatomy.config, anatomy.blank) else {}
 
 
 # ---- tokenizer

@@ -6,37 +6,37 @@ derived type is built the first time its model type is looked up.
 
 from __future__ import annotations
 
-from ..checkpoint.manifest import converted_from
+from .parts import Converted, converted_from
 
 
 class _LazyTypes(dict):
     """Stands in for the dict in which transformers keeps registered types; knows every `eab_` type on demand."""
 
-    def _base(self, key) -> tuple[str, bool] | None:
+    def _known(self, key) -> Converted | None:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         found = converted_from(key)
-        base = found and found[0]
+        base = found and found.base
         return found if base in CONFIG_MAPPING._mapping and base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
     def __contains__(self, key) -> bool:
-        return super().__contains__(key) or self._base(key) is not None
+        return super().__contains__(key) or self._known(key) is not None
 
     def __missing__(self, key):
-        found = self._base(key)
+        found = self._known(key)
         if found is None:
             raise KeyError(key)
-        return _register_type(*found)
+        return _register_type(found)
 
 
-def _register_type(base_type: str, head_norm: bool) -> type:
+def _register_type(converted: Converted) -> type:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     # Only now: `register` runs while transformers is half imported.
     from .derived import derive, load_derived
 
-    derived, module = derive(base_type, head_norm), load_derived(base_type, head_norm)
+    derived, module = derive(*converted), load_derived(*converted)
     config = getattr(module, derived.config_class)
     AutoConfig.register(derived.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, getattr(module, derived.causal_class), exist_ok=True)

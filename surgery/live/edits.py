@@ -10,17 +10,16 @@ are counted from the first that is fed, so feed no prefix.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from ..anatomy.calls import Call, rewriting
-from ..anatomy.sites import Anatomy
 from ..errors import SurgeryError
 from .graft import on_the_seam
+from .model import Live
 from .stream import on_layer, slot_count
 
 
@@ -49,11 +48,8 @@ def intervention(what: str) -> Iterator[tuple[Touched, contextlib.ExitStack]]:
 
 
 @contextlib.contextmanager
-def edit_stream(
-    model: PreTrainedModel, anatomy: Anatomy, layers: Sequence[int], pick: Callable, what: str
-) -> Iterator[Touched]:
+def edit_stream(live: Live, layers: Iterable[int], pick: Callable, what: str) -> Iterator[Touched]:
     """For each sequence, at each of `layers`, what `pick(layer, states (T, d))` says: flat places and new values."""
-    trunk = model.get_submodule(anatomy.trunk)
     with intervention(what) as (touched, undo):
         for layer in layers:
 
@@ -65,7 +61,7 @@ def edit_stream(
                     touched.count += len(places)
                 return changed.view_as(states)
 
-            undo.callback(on_layer(trunk, anatomy.blocks, layer, change, first=True).remove)
+            undo.callback(on_layer(live, layer, change, first=True).remove)
         yield touched
 
 
@@ -73,15 +69,13 @@ Change = contextlib.AbstractContextManager[Touched]
 
 
 @contextlib.contextmanager
-def hidden(
-    model: PreTrainedModel, anatomy: Anatomy, hides: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], what: str
-) -> Iterator[Touched]:
+def hidden(live: Live, hides: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], what: str) -> Iterator[Touched]:
     """No site sees a key at a query where `hides` says so; slots stay visible.
 
     `hides` gets positions of queries (T, 1) and of keys (1, S), counted from the first token that is fed. It is asked
     at each site, not where masks are made: from these, sites with ALiBi tell how much of a row is padding.
     """
-    n = slot_count(model, anatomy)
+    n = slot_count(live)
     with intervention(what) as (touched, undo):
 
         def change(call: Call) -> Call:
@@ -94,6 +88,6 @@ def hidden(
             touched.count += int(((mask > low) & hide).sum()) * len(call.query) // len(mask)
             return replace(call, mask=mask.masked_fill(hide, low))
 
-        undo.enter_context(on_the_seam(model, anatomy))
+        undo.enter_context(on_the_seam(live))
         undo.enter_context(rewriting(change))
         yield touched

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..anatomy.sites import Anatomy
+from ..anatomy.linears import as_rows
 from ..errors import SourceError
+from .model import Live
 from .quantised import Scheme, loaded_linears
 
 MOST = 127
@@ -54,27 +53,24 @@ def _torchao():
 
 
 @contextlib.contextmanager
-def executing(
-    model: PreTrainedModel, anatomy: Anatomy, scheme: Scheme, ranges: dict[str, torch.Tensor] | None = None
-) -> Iterator[None]:
-    """The linear layers in the blocks of `model` (on the CPU) compute in int8; at the end as they did before.
+def executing(live: Live, scheme: Scheme, ranges: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
+    """The linear layers in the blocks of the model (on the CPU) compute in int8; at the end as they did before.
 
     `scheme` has 8 bits of weights and of activations; `ranges` as for `quantised`.
     """
     if scheme.calibrated and ranges is None:
         raise ValueError("static scales need the ranges of calibration text")
     with contextlib.ExitStack() as undo:
-        for name, module in loaded_linears(model, anatomy).items():
-            module.forward = _forward(module, scheme, ranges.get(name) if scheme.calibrated else None)
+        for name, module in loaded_linears(live).items():
+            module.forward = _forward(module, scheme, (ranges or {}).get(name) if scheme.calibrated else None)
             undo.callback(delattr, module, "forward")  # the instance attribute; the class's method is back
         yield
 
 
-def _forward(module: nn.Module, scheme: Scheme, peak: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+def _forward(module: Any, scheme: Scheme, peak: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """`module.forward` in int8. `peak`: the largest |input| of calibration, for static scales."""
     Int8Tensor, PerRow, PerTensor, Activations = _torchao()
-    weight = module.weight.detach()
-    weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight  # GPT-2's are (in, out)
+    weight = as_rows(module).detach().contiguous()
     static = scheme.ranges == "static"
     least = torch.finfo(weight.dtype).tiny  # what is zero throughout, or was never calibrated, stays (about) zero
     integers = Int8Tensor.from_hp(

@@ -1,34 +1,99 @@
-"""Put slots and norms into a live model and take them out again; bring families that are off the seam onto it."""
+"""What a live model is given besides its weights: slots of a folded prefix, and norms of its heads.
+
+They are put in place and taken out again here, and what `config.json` says of them is defined here. Families that are
+off the seam are brought onto it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from ..anatomy.calls import Call, observing
 from ..anatomy.sites import Anatomy
+from ..errors import UnsupportedModel
 from ..runtime.eab_families import ADAPTERS
 from ..runtime.eab_head_norm import install_norms
 from ..runtime.eab_runtime import install, require_added
+from .model import Live
 
 Slots = dict[str, tuple[torch.Tensor, torch.Tensor]]  # site name -> key (n, H, D), value (n, H, E)
 Norms = dict[str, dict[str, torch.Tensor]]  # site name -> weight (E,) or (Hq, E), and gate (Hq,) unless it is pure
 
+EAB_FORMAT = 1
+HEAD_NORM_FORMAT = 1
+EPS = 1e-6  # added to the mean square of a head, so that one that brings nothing back is not divided by zero
+
+
+# ---- slots
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A prefix (token ids) as slots, visible "as_prefix" or "always". Of an empty prefix there are none."""
+
+    prefix: tuple[int, ...]
+    slots: Slots
+    visible: str
+
+
+def eab_config(anatomy: Anatomy, prefix: Sequence[int], visible: str) -> dict:
+    """`config.eab` of a model in which `prefix` is folded."""
+    return {"format": EAB_FORMAT, "prefix_ids": list(prefix), **anatomy.eab(len(prefix), visible)}
+
+
+@torch.no_grad()
+def fold(live: Live, prefix: Sequence[int], visible: str) -> Fold:
+    """Keys and values of `prefix` (token ids) at every site of the original model, in the dtype it runs in.
+
+    An empty prefix gives an empty fold. UnsupportedModel where attention runs elsewhere than in the sites.
+    """
+    if not prefix:
+        return Fold((), {}, visible)
+    kind, sites = live.anatomy.model_type, live.anatomy.sites
+    names = {live.trunk.get_submodule(site.name): site.name for site in sites}
+    slots: Slots = {}
+
+    def keep(call: Call) -> None:
+        name = names.get(call.module)
+        if name is None or name in slots:
+            raise UnsupportedModel(
+                f"{kind}: attention ran outside of the sites found at plan ({name or type(call.module).__name__})"
+            )
+        slots[name] = (call.key[0].transpose(0, 1).contiguous(), call.value[0].transpose(0, 1).contiguous())
+
+    tokens = torch.tensor([list(prefix)], device=live.device)
+    with on_the_seam(live), observing(keep):
+        try:
+            live.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        except ValueError as refusal:  # what the runtime says to a call that it cannot serve
+            raise UnsupportedModel(f"{kind}: {refusal}") from refusal
+    if missing := [site.name for site in sites if site.name not in slots]:
+        raise UnsupportedModel(f"{kind}: {missing[0]} did not attend while the prefix ran")
+    return Fold(tuple(prefix), slots, visible)
+
+
+def grafted(live: Live, fold: Fold) -> contextlib.AbstractContextManager[None]:
+    """The original model with the slots of `fold` in place, within a `with` block."""
+    return installed(live, eab_config(live.anatomy, fold.prefix, fold.visible), fold.slots)
+
 
 @contextlib.contextmanager
-def installed(model: PreTrainedModel, anatomy: Anatomy, eab: dict, slots: Slots) -> Iterator[PreTrainedModel]:
-    """`model` with `slots` in place, described by `eab`; taken out again at the end, weights untouched.
+def installed(live: Live, eab: dict, slots: Slots) -> Iterator[None]:
+    """The model with `slots` in place, described by `eab`; taken out again at the end, weights untouched.
 
     The slots keep their own dtype, so that a float64 model can be compared exactly.
     """
-    trunk = model.get_submodule(anatomy.trunk)
-    configs = {id(m.config): m.config for m in (model, trunk)}.values()
+    trunk = live.trunk
+    configs = {id(m.config): m.config for m in (live.model, trunk)}.values()
     before = [(config, config._attn_implementation_internal) for config in configs]
-    with install(model, eab, ADAPTERS.get(anatomy.model_type)):
+    with install(live.model, eab, ADAPTERS.get(live.anatomy.model_type)):
         for name, (key, value) in slots.items():
-            module = trunk.get_submodule(name).attention_bias
+            module: Any = trunk.get_submodule(name).attention_bias
             module.key = torch.nn.Parameter(key, requires_grad=False)
             module.value = torch.nn.Parameter(value, requires_grad=False)
         for name in () if slots else eab["sites"]:  # of no slots, but several processes compare what a model holds
@@ -39,34 +104,71 @@ def installed(model: PreTrainedModel, anatomy: Anatomy, eab: dict, slots: Slots)
         try:
             for config, _ in before:
                 config._attn_implementation_internal = "eab"
-            yield model
+            yield
         finally:
             for config, implementation in before:
                 config._attn_implementation_internal = implementation
 
 
+# ---- norms
+
+
+def head_norm_config(anatomy: Anatomy, layers: Collection[int], per_head: bool, gated: bool) -> dict:
+    """`config.head_norm` of a model whose heads are normed in `layers`, counted from 0."""
+    return {
+        "format": HEAD_NORM_FORMAT,
+        "sites": {site.name: [site.heads, site.value_dim] for site in anatomy.sites if site.block in layers},
+        "per_head": per_head,
+        "gated": gated,
+        "eps": EPS,
+    }
+
+
+def norm_shapes(head_norm: dict) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Site name -> the shape of each of its parameters."""
+    return {
+        site: {
+            "weight": (heads, dim) if head_norm["per_head"] else (dim,),
+            **({"gate": (heads,)} if head_norm["gated"] else {}),
+        }
+        for site, (heads, dim) in head_norm["sites"].items()
+    }
+
+
+def at_gate(head_norm: dict, norms: Norms, gate: float) -> tuple[dict, Norms]:
+    """The same norms, gated, with `gate` in every head."""
+    gated = {}
+    for site, values in norms.items():
+        weight, (heads, _) = values["weight"], head_norm["sites"][site]
+        gated[site] = {"weight": weight, "gate": weight.new_full((heads,), gate)}
+    return {**head_norm, "gated": True}, gated
+
+
 @contextlib.contextmanager
-def normed(model: PreTrainedModel, anatomy: Anatomy, head_norm: dict, norms: Norms) -> Iterator[PreTrainedModel]:
-    """`model`, in which slots are `installed` (none will do), with `norms` in place, described by `head_norm`.
+def normed(live: Live, head_norm: dict, norms: Norms) -> Iterator[None]:
+    """The model, in which slots are `installed` (none will do), with `norms` in place, described by `head_norm`.
 
     Taken out again at the end. The norms keep their own dtype.
     """
-    trunk = model.get_submodule(anatomy.trunk)
+    trunk = live.trunk
     with install_norms(trunk, head_norm):
         for name, values in norms.items():
             module = trunk.get_submodule(name).head_norm
             for part, value in values.items():
                 setattr(module, part, torch.nn.Parameter(value, requires_grad=False))
         require_added(trunk)
-        yield model
+        yield
+
+
+# ---- the seam
 
 
 @contextlib.contextmanager
-def on_the_seam(model: PreTrainedModel, anatomy: Anatomy) -> Iterator[None]:
+def on_the_seam(live: Live) -> Iterator[None]:
     """The original model so that `observing` sees its attention: with no slots, where its family needs an adapter."""
-    trunk = model.get_submodule(anatomy.trunk)
-    if anatomy.model_type not in ADAPTERS or getattr(trunk.config, "eab", None) is not None:
+    trunk = live.trunk
+    if live.anatomy.model_type not in ADAPTERS or getattr(trunk.config, "eab", None) is not None:
         yield
         return
-    with installed(model, anatomy, anatomy.eab(0, "as_prefix"), {}):
+    with installed(live, live.anatomy.eab(0, "as_prefix"), {}):
         yield

@@ -1,45 +1,18 @@
-"""Negative log-likelihood of text, per chunk, in nats, and the perplexity that follows from it."""
+"""The negative log-likelihood of text, per chunk, in nats."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from .stream import Batch, Observer
+from ..progress import Advance, unseen
+from .model import Live
+from .score import Score
+from .stream import Batch, Observer, stream
 
 ROWS = 32  # of logits at a time
-
-
-def perplexity(nll: float) -> float:
-    """exp of a mean NLL, or of a difference of two (then a ratio); infinite where a float cannot hold it."""
-    return math.inf if nll >= 700 else math.exp(nll)
-
-
-@dataclass(frozen=True)
-class Score:
-    """NLL of one variant: `chunks` holds each chunk's sum over its `targets` tokens, in nats, float64."""
-
-    chunks: tuple[float, ...]
-    targets: int
-
-    @property
-    def tokens(self) -> int:
-        return len(self.chunks) * self.targets
-
-    @property
-    def nll(self) -> float:
-        """Mean NLL per token."""
-        return math.fsum(self.chunks) / self.tokens
-
-    @property
-    def ppl(self) -> float:
-        return perplexity(self.nll)
-
-    def to_dict(self) -> dict:
-        return {"ppl": self.ppl, "nll": self.nll, "tokens": self.tokens}
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -75,3 +48,19 @@ class Likelihood(Observer):
     @property
     def score(self) -> Score:
         return Score(tuple(self.nll), self.targets)
+
+
+def scored(
+    live: Live,
+    chunks: torch.Tensor,
+    *,
+    first: int = 1,
+    prefix: Sequence[int] = (),
+    observers: Sequence[Observer] = (),
+    advance: Advance = unseen,
+    what: str = "",
+) -> Score:
+    """The score of tokens first..T-1 of `chunks` (N, T), each after `prefix`; `observers` look at the same pass."""
+    likelihood = Likelihood(first)
+    stream(live, chunks, [likelihood, *observers], prefix=prefix, advance=advance, what=what)
+    return likelihood.score

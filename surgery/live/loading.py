@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.source import has_tokenizer
-from ..errors import DamagedCheckpoint, NoSpace, SourceError, out_of_memory
+from ..errors import DamagedCheckpoint, NoSpace, SourceError, brief, out_of_memory
 
 
 def require_device(device: str) -> None:
@@ -25,7 +26,7 @@ def require_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SourceError(f"--device {device} cannot be used ({one_line(error)}); give cpu or auto.") from error
+        raise SourceError(f"--device {device} cannot be used ({brief(error)}); give cpu or auto.") from error
 
 
 def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -38,17 +39,25 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
         with quiet():
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             config._attn_implementation = None  # one that the file asks for may not be installed here
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
                 local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
         require_memory(directory, error)
         raise SourceError(
-            f"{directory}: transformers cannot load it ({one_line(error)}); give a complete checkpoint."
+            f"{directory}: transformers cannot load it ({brief(error)}); give a complete checkpoint."
         ) from error
+    model, report = loaded
     require_fit(directory, report)
     return model.eval()
+
+
+def require_in_memory(model: PreTrainedModel, what: str) -> None:
+    """SourceError for a model that accelerate keeps elsewhere in part: what is offloaded has no gradients to give, and
+    cannot be changed in place."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SourceError(f"{what} needs all of the model in memory, and part is offloaded; give another --device.")
 
 
 def require_memory(directory: Path, error: Exception) -> None:
@@ -80,15 +89,8 @@ def load_tokenizer(directory: Path, gguf_file: str | None = None) -> PreTrainedT
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **named)
     except Exception as error:  # the tokenizers library raises plain Exception for files it cannot read
         raise SourceError(
-            f"{directory} has no tokenizer that loads ({one_line(error)}), and text needs one; {way_out}."
+            f"{directory} has no tokenizer that loads ({brief(error)}), and text needs one; {way_out}."
         ) from error
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, as part of a sentence: its first line, cut short."""
-    lines = str(error).strip().splitlines()
-    first = lines[0].rstrip(" .:") if lines else ""
-    return f"{type(error).__name__}: {first[:160]}" if first else type(error).__name__
 
 
 class quiet:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy
@@ -19,12 +19,12 @@ class Live:
     anatomy: Anatomy
 
     @property
-    def trunk(self) -> nn.Module:
+    def trunk(self) -> PreTrainedModel:
         """The innermost model that contains all sites."""
-        return self.model.get_submodule(self.anatomy.trunk)
+        return cast(PreTrainedModel, self.model.get_submodule(self.anatomy.trunk))
 
     @property
     def device(self) -> torch.device:
         """Where token ids go: to the embedding, or to the CPU where that is offloaded and accelerate moves them on."""
-        device = self.model.get_input_embeddings().weight.device
+        device = next(self.model.get_input_embeddings().parameters()).device
         return torch.device("cpu") if device.type == "meta" else device

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from .likelihood import Score
+from .score import Score
 
 CONFIDENCE = 0.95
 

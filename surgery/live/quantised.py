@@ -11,21 +11,21 @@ Embeddings and the output layer stay as they are, and so do slots and norms: few
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.calls import Call, rewriting
-from ..anatomy.linears import linears
-from ..anatomy.sites import Anatomy
+from ..anatomy.linears import linears, row_dim
 from ..errors import UnsupportedModel
+from ..progress import Advance, unseen
 from .graft import on_the_seam
+from .model import Live
 from .stream import stream
 
 Ranges = Literal["static", "dynamic", "per_token"]
@@ -65,9 +65,9 @@ SCHEMES = {
 }
 
 
-def loaded_linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
+def loaded_linears(live: Live) -> dict[str, nn.Module]:
     """`linears` of a model with weights; UnsupportedModel where accelerate keeps some of them elsewhere."""
-    found = linears(model, anatomy)
+    found = linears(live.model, live.anatomy)
     if any(module.weight.is_meta for module in found.values()):
         raise UnsupportedModel(
             "quantised verification rounds weights in memory, and some of these are offloaded; give a --device that "
@@ -100,9 +100,7 @@ def rounded_cache(states: torch.Tensor, bits: int) -> torch.Tensor:
     return ((states - low) / torch.where(step > 0, step, 1.0)).round() * step + low
 
 
-def activation_ranges(
-    model: PreTrainedModel, anatomy: Anatomy, chunks: torch.Tensor, progress: Callable[[int], None]
-) -> dict[str, torch.Tensor]:
+def activation_ranges(live: Live, chunks: torch.Tensor, advance: Advance = unseen) -> dict[str, torch.Tensor]:
     """Linear layer -> the largest |input| on calibration text `chunks` (N, T), a scalar."""
     found: dict[str, torch.Tensor] = {}
 
@@ -115,57 +113,55 @@ def activation_ranges(
         return hook
 
     with contextlib.ExitStack() as undo:
-        for name, module in loaded_linears(model, anatomy).items():
+        for name, module in loaded_linears(live).items():
             undo.callback(module.register_forward_pre_hook(watch(name)).remove)
-        stream(model, anatomy, chunks, [], progress=progress)
+        stream(live, chunks, [], advance=advance, what="calibration")
     return found
 
 
 @contextlib.contextmanager
-def quantised(
-    model: PreTrainedModel, anatomy: Anatomy, scheme: Scheme, ranges: dict[str, torch.Tensor] | None = None
-) -> Iterator[None]:
-    """`model` computes as if quantised by `scheme`; its own weights are back at the end.
+def quantised(live: Live, scheme: Scheme, ranges: dict[str, torch.Tensor] | None = None) -> Iterator[None]:
+    """The model computes as if quantised by `scheme`; its own weights are back at the end.
 
     `ranges` are those of `activation_ranges`, needed for static scales.
     """
     if scheme.calibrated and ranges is None:
         raise ValueError("static scales need the ranges of calibration text")
     with contextlib.ExitStack() as undo:
-        layers = loaded_linears(model, anatomy) if scheme.in_layers else {}
+        layers = loaded_linears(live) if scheme.in_layers else {}
         for name, module in layers.items():
             if scheme.weights is not None:
-                parametrize.register_parametrization(module, "weight", _Rounded(module, scheme))
+                rounded = _Rounded(module, scheme.weights, scheme.group)
+                parametrize.register_parametrization(module, "weight", rounded)
                 undo.callback(parametrize.remove_parametrizations, module, "weight", leave_parametrized=False)
             if scheme.activations is not None:
-                peak = ranges.get(name) if scheme.calibrated else None
-                hook = _rounding(scheme, peak)
+                peak = ranges.get(name) if scheme.calibrated and ranges is not None else None
+                hook = _rounding(scheme, scheme.activations, peak)
                 undo.callback(module.register_forward_pre_hook(hook).remove)
         if scheme.cache is not None:
-            undo.enter_context(on_the_seam(model, anatomy))
-            undo.enter_context(rewriting(lambda call: _cached(call, scheme.cache)))
+            undo.enter_context(on_the_seam(live))
+            undo.enter_context(rewriting(functools.partial(_cached, scheme.cache)))
         yield
 
 
-def _cached(call: Call, bits: int) -> Call:
+def _cached(bits: int, call: Call) -> Call:
     return replace(call, key=rounded_cache(call.key, bits), value=rounded_cache(call.value, bits))
 
 
 class _Rounded(nn.Module):
     """Rounds a weight whenever it is read: one layer's at a time is in memory twice."""
 
-    def __init__(self, module: nn.Module, scheme: Scheme) -> None:
+    def __init__(self, module: nn.Module, bits: int, group: int | None) -> None:
         super().__init__()
-        self.transposed, self.scheme = isinstance(module, Conv1D), scheme  # GPT-2's are (in, out)
+        self.rows, self.bits, self.group = row_dim(module), bits, group
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.T if self.transposed else weight
-        weight = rounded_weight(weight, self.scheme.weights, self.scheme.group)
-        return weight.T if self.transposed else weight
+        by_rows = weight.transpose(0, self.rows)  # (out, in)
+        return rounded_weight(by_rows, self.bits, self.group).transpose(0, self.rows)
 
 
-def _rounding(scheme: Scheme, peak: torch.Tensor | None):
-    most = 2 ** (scheme.activations - 1) - 1
+def _rounding(scheme: Scheme, bits: int, peak: torch.Tensor | None):
+    most = 2 ** (bits - 1) - 1
 
     def hook(module, args):
         values = args[0]

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..anatomy.calls import Call, observing
-from ..anatomy.sites import Anatomy
+from ..anatomy.linears import widths
+from ..progress import Advance, unseen
 from .graft import on_the_seam
+from .model import Live
 
 # Logits are the largest tensor of a pass; this bounds a batch of them, and with it the batch size.
 LOGIT_BYTES = 256 * 2**20
@@ -58,24 +58,29 @@ class Observer:
     def logits(self, logits: torch.Tensor, batch: Batch) -> None:
         """logits (B, T, V)."""
 
+    def rows(self) -> dict[int, dict]:
+        """What was found of each layer, as plain data; for observers that join in a survey."""
+        return {}
+
     @classmethod
     def wants(cls, method: str) -> bool:
         return getattr(cls, method) is not getattr(Observer, method)
 
 
 def stream(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
+    live: Live,
     chunks: torch.Tensor,
     observers: Sequence[Observer],
     *,
     prefix: Sequence[int] = (),
-    progress: Callable[[int], None] = lambda done: None,
+    advance: Advance = unseen,
+    what: str = "",
 ) -> None:
-    """Feed `chunks` (N, T), each behind `prefix`, to the model once; `progress` is told how many sequences are done."""
+    """Feed `chunks` (N, T), each after `prefix`, to the model once; `advance` is told of sequences and of `what`."""
+    model = live.model
     size = max(1, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size * (chunks.shape[1] + len(prefix))))
     lead = torch.tensor(list(prefix), dtype=torch.long).expand(chunks.shape[0], -1)
-    device = input_device(model)
+    device = live.device
     keep = {}
     if (
         not any(o.wants("logits") for o in observers)
@@ -87,67 +92,55 @@ def stream(
         keep = {"logits_to_keep": torch.tensor([chunks.shape[1] + len(prefix) - 1], device=device)}
     for rows in torch.cat([lead, chunks], dim=1).split(size):
         batch = Batch(rows.to(device), len(prefix))
-        with torch.inference_mode(), _watching(model, anatomy, batch, observers):
+        with torch.inference_mode(), _watching(live, batch, observers):
             out = model(input_ids=batch.tokens, use_cache=False, **keep)
             for observer in observers:
                 observer.logits(out.logits, batch)
-        progress(len(rows))
+        advance(len(rows), what)
 
 
-def down_projections(model: PreTrainedModel, anatomy: Anatomy) -> dict[int, nn.Module]:
+def down_projections(live: Live) -> dict[int, nn.Module]:
     """Block -> the module that projects its MLP's activations down to the residual stream.
 
     By shape and place: inside the block, outside of its attention sites, from a wider space to the hidden size. A block
     with none or with several (two MLPs), or with experts, whatever stands beside them, is left out: which unit is meant
     would not be known.
     """
-    trunk = model.get_submodule(anatomy.trunk)
+    trunk = live.trunk
     width = trunk.config.get_text_config().hidden_size
-    sites = tuple(f"{site.name}." for site in anatomy.sites)
+    sites = tuple(f"{site.name}." for site in live.anatomy.sites)
     found = {}
-    for index, name in enumerate(anatomy.blocks):
+    for index, name in enumerate(live.anatomy.blocks):
         outside = [
             (path, module)
             for path, module in trunk.get_submodule(name).named_modules(prefix=name)
             if not f"{path}.".startswith(sites)
         ]
-        inside = [module for _, module in outside if _widths(module)[1] == width and _widths(module)[0] > width]
+        inside = [module for _, module in outside if widths(module)[1] == width and widths(module)[0] > width]
         if len(inside) == 1 and not any(path.endswith(".experts") for path, _ in outside):
             found[index] = inside[0]
     return found
 
 
-def _widths(module: nn.Module) -> tuple[int, int | None]:
-    """What a linear layer of any kind maps from and to; (0, None) for any other module."""
-    if isinstance(module, Conv1D):  # GPT-2's, with its weight transposed
-        return module.nx, module.nf
-    return getattr(module, "in_features", 0), getattr(module, "out_features", None)
-
-
-def slot_count(model: PreTrainedModel, anatomy: Anatomy) -> int:
+def slot_count(live: Live) -> int:
     """How many slots each site has; 0 in an unchanged model."""
-    return (getattr(model.get_submodule(anatomy.trunk).config, "eab", None) or {}).get("n_slots", 0)
+    return (getattr(live.trunk.config, "eab", None) or {}).get("n_slots", 0)
 
 
-def normed_sites(model: PreTrainedModel, anatomy: Anatomy) -> int:
-    """How many sites norm what their heads bring back."""
-    trunk = model.get_submodule(anatomy.trunk)
-    return sum(hasattr(trunk.get_submodule(site.name), "head_norm") for site in anatomy.sites)
+def normed_sites(live: Live) -> int:
+    """How many sites norm their heads' outputs."""
+    return sum(hasattr(live.trunk.get_submodule(site.name), "head_norm") for site in live.anatomy.sites)
 
 
 def on_layer(
-    trunk: nn.Module,
-    blocks: Sequence[str],
-    layer: int,
-    look: Callable[[torch.Tensor], torch.Tensor | None],
-    *,
-    first: bool = False,
+    live: Live, layer: int, look: Callable[[torch.Tensor], torch.Tensor | None], *, first: bool = False
 ) -> RemovableHandle:
     """Show `look` the stream (B, T, d) at `layer` whenever it passes; what it returns, if anything, goes on instead.
 
     With `first`, in front of whatever already looks there. Gemma 3n carries several streams side by side, (K, B, T, d):
     shown is the one that its blocks read.
     """
+    trunk, blocks = live.trunk, live.anatomy.blocks
     active = getattr(trunk.config.get_text_config(), "altup_active_idx", None)
 
     def shown(states: torch.Tensor) -> torch.Tensor | None:
@@ -174,26 +167,19 @@ def on_layer(
     return trunk.get_submodule(blocks[0]).register_forward_pre_hook(entering, with_kwargs=True, prepend=first)
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go: to the embedding, or to the CPU where that is offloaded and accelerate moves them on."""
-    device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
 @contextlib.contextmanager
-def _watching(model, anatomy: Anatomy, batch: Batch, observers: Sequence[Observer]) -> Iterator[None]:
-    trunk = model.get_submodule(anatomy.trunk)
+def _watching(live: Live, batch: Batch, observers: Sequence[Observer]) -> Iterator[None]:
     hidden, units, attention, attended = (
         [o for o in observers if o.wants(method)] for method in ("hidden", "units", "attention", "attended")
     )
     with contextlib.ExitStack() as stack:
         if hidden:
-            for layer in range(len(anatomy.blocks) + 1):
-                stack.callback(on_layer(trunk, anatomy.blocks, layer, _look(layer, hidden, batch)).remove)
-        for index, projection in down_projections(model, anatomy).items() if units else ():
+            for layer in range(len(live.anatomy.blocks) + 1):
+                stack.callback(on_layer(live, layer, _look(layer, hidden, batch)).remove)
+        for index, projection in down_projections(live).items() if units else ():
             stack.callback(projection.register_forward_hook(_projected(index, units, batch)).remove)
         if attention or attended:
-            block_of = {trunk.get_submodule(site.name): site.block for site in anatomy.sites}
+            block_of = {live.trunk.get_submodule(site.name): site.block for site in live.anatomy.sites}
 
             def before(call: Call) -> None:
                 for observer in attention:
@@ -203,7 +189,7 @@ def _watching(model, anatomy: Anatomy, batch: Batch, observers: Sequence[Observe
                 for observer in attended:
                     observer.attended(block_of[call.module], call, output, batch)
 
-            stack.enter_context(on_the_seam(model, anatomy))
+            stack.enter_context(on_the_seam(live))
             stack.enter_context(observing(before, after if attended else None))
         yield
 

@@ -1,1 +1,11 @@
-"""The kinds of change: one file each. An operation says what it will add (plan), computes it, and checks it live."""
+"""The operations, in the order in which a recipe may name them. Each is one file; a new one is a line here."""
+
+from __future__ import annotations
+
+from .attention_bias import AttentionBias
+from .base import Operation
+from .head_norm import HeadNorm
+from .smoothing import Smoothing
+
+# Each is fitted to what those before it leave.
+OPERATIONS: tuple[type[Operation], ...] = (AttentionBias, Smoothing, HeadNorm)

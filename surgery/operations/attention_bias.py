@@ -8,23 +8,212 @@ slots. Exact.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from transformers import PreTrainedModel
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..anatomy.calls import Call, observing
 from ..anatomy.sites import Anatomy
-from ..errors import UnsupportedModel
-from ..live.graft import Slots, installed, on_the_seam
-from ..live.stream import input_device
+from ..checkpoint.layout import Stored
+from ..converted.card import Section
+from ..converted.described import Described
+from ..errors import SourceError
+from ..live.graft import Fold, eab_config, fold, grafted
+from ..live.model import Live
+from ..recipe.fields import Prefix
+from ..words import listing, quoted
+from .base import Changes, Exact, Fitting, Operation, Stand, Target, Trained
+from .prefix_search import PrefixSearch
 
-FORMAT = 1
+VISIBLE = {
+    "as_prefix": "In exact arithmetic the model computes what the original computes after that prefix, and the tokens "
+    "that carried massive activations are never computed.",
+    "always": "Every query sees them, also where a layer's window would have hidden the prefix: there the model "
+    "differs from the original on purpose.",
+}
 
 
-def eab_config(anatomy: Anatomy, prefix: Sequence[int], slots_visible: str) -> dict:
-    """`config.eab` of the converted model."""
-    return {"format": FORMAT, "prefix_ids": list(prefix), **anatomy.eab(len(prefix), slots_visible)}
+@dataclass(frozen=True)
+class Folded:
+    """The prefix with its slots, and what was tried to find it, if the recipe left that to a search."""
+
+    fold: Fold
+    search: dict[str, Any] | None = None
+
+
+class AttentionBias(Operation):
+    """Fold a token prefix into learnable key/value slots k', v' at every attention site.
+
+    `prefix`: "auto" searches for the tokens, at most `max_slots` of them; otherwise the tokens in order, each the text
+    of one token or its id. `slots_visible`: "as_prefix" shows a slot to a query exactly where the model's own mask
+    would have shown the prefix token; "always" shows it to every query, which is not exact for windowed layers.
+    """
+
+    name: ClassVar[str] = "attention_bias"
+    example: ClassVar[str] = "{prefix: auto}"
+    adds: ClassVar[bool] = True
+
+    prefix: Annotated[Prefix, Field(description="the tokens to fold, each a text or an id; auto searches for them")] = (
+        "auto"
+    )
+    max_slots: Annotated[int, Field(ge=1, le=16, description="how many tokens the search may take")] = 4
+    slots_visible: Annotated[
+        Literal["as_prefix", "always"],
+        Field(description="to which queries: those that would have seen the prefix, or always, as streaming wants"),
+    ] = "as_prefix"
+
+    @field_validator("max_slots")
+    @classmethod
+    def _only_for_a_search(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("prefix", "auto") != "auto":
+            raise ValueError("bounds the search that 'prefix: auto' makes, but the prefix is given; remove one of them")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = plain(self)
+        if self.prefix != "auto":
+            del fields["max_slots"]
+        return fields
+
+    @property
+    def exact(self) -> Exact:
+        return "rounding"
+
+    def exact_on(self, config: PreTrainedConfig, length: int) -> bool:
+        """Slots that are always visible differ from a prefix where a window or chunk does not hold all of both."""
+        if self.slots_visible != "always":
+            return True
+        text = config.get_text_config()
+        windows = (getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size"))
+        return not any(0 < window < length for window in windows)
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        return self.prefix != "auto" and any(isinstance(token, str) for token in self.prefix)
+
+    @property
+    def most_positions(self) -> int:
+        return self.max_slots if self.searches else len(self.prefix)
+
+    @property
+    def searches(self) -> bool:
+        return self.prefix == "auto"
+
+    def plan(self, target: Target, parts: Folded | None = None) -> Changes:
+        prefix = self._prefix(target) if parts is None else parts.fold.prefix
+        n = self.max_slots if prefix is None else len(prefix)
+        told, count = (n, f"{n}") if prefix is not None else ({"max": n}, f"up to {n}")
+        anatomy = target.anatomy
+        return Changes(
+            added={name: Stored("F32", shape) for name, shape in slot_tensors(anatomy, n).items()},
+            config={"eab": eab_config(anatomy, prefix or (), self.slots_visible)},
+            parts=frozenset({"slots"}),
+            prefix=prefix,
+            positions=n,
+            told={"n_slots": told},
+            words=(f"{count} slots in each of {len(anatomy.sites)} attention sites",),
+            trains=(Trained("slots", told, f"{count} slots at each site", "the slots"),),
+        )
+
+    def _prefix(self, target: Target) -> tuple[int, ...] | None:
+        """Token ids of the recipe's prefix; None where they are to be searched."""
+        if self.prefix == "auto":
+            return None
+        size, tokenizer = target.vocab_size, target.tokenizer
+        ids = tuple(one_token(token, tokenizer) if isinstance(token, str) else token for token in self.prefix)
+        if beyond := [token for token in ids if token >= size]:
+            raise SourceError(
+                f"attention_bias.prefix: token id {beyond[0]} is not in the vocabulary of {size}; give a smaller id."
+            )
+        return ids
+
+    def fit(self, live: Live, text: Fitting) -> Folded:
+        prefix, search = text.planned.prefix, None
+        if prefix is None:
+            prefix, search = self._search(live, text)
+        text.reporter.step("fold the prefix")
+        return Folded(fold(live, prefix, self.slots_visible), search)
+
+    def _search(self, live: Live, text: Fitting) -> tuple[tuple[int, ...], dict[str, Any]]:
+        assert text.target.tokenizer is not None  # or the recipe has been refused
+        text.reporter.step(f"search for a prefix of up to {self.max_slots} tokens")
+        with text.reporter.bar("search", None) as advance:
+            searching = PrefixSearch(live, text.target.tokenizer, text.chunks, self.slots_visible, advance)
+            best = searching.run(self.max_slots)
+        text.reporter.note(
+            f"prefix {searching.shown(best.prefix)} leaves {best.massive} massive activations on the calibration text"
+        )
+        return best.prefix, searching.to_dict()
+
+    def graft(self, live: Live, parts: Folded) -> contextlib.AbstractContextManager[object]:
+        return grafted(live, parts.fold)
+
+    def held(self, live: Live, parts: Folded) -> Folded:
+        slots = {}
+        for site in live.anatomy.sites:
+            key, value = live.trunk.get_submodule(f"{site.name}.attention_bias")()
+            slots[site.name] = key.detach().clone(), value.detach().clone()
+        return Folded(Fold(parts.fold.prefix, slots, parts.fold.visible), parts.search)
+
+    def tensors(self, live: Live, parts: Folded) -> Mapping[str, torch.Tensor]:
+        slots = parts.fold.slots
+        return {
+            name: slots[site][part].to("cpu", torch.float32).contiguous()
+            for name, (site, part) in slot_names(live.anatomy).items()
+        }
+
+    def asks(self, described: Described) -> Mapping[str, Mapping[str, Stored]]:
+        eab = described.eab
+        return {
+            "slots": {
+                f"{site}.attention_bias.{part}": Stored("F32", (eab.n_slots, kv_heads, dim))
+                for site, (kv_heads, key_dim, value_dim) in eab.sites.items()
+                for part, dim in (("key", key_dim), ("value", value_dim))
+            }
+        }
+
+    def found(self, parts: Folded, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+        ids = parts.fold.prefix
+        tokens = None if tokenizer is None else [tokenizer.decode([token]) for token in ids]
+        search = {} if parts.search is None else {"prefix_search": parts.search}
+        return {"prefix": {"ids": list(ids), "tokens": tokens}, **search}
+
+    @classmethod
+    def sentence(cls, verdict: Mapping[str, Any]) -> str | None:
+        if not (prefix := verdict.get("prefix")):
+            return None
+        if tokens := prefix.get("tokens"):
+            ids = f"{'id' if len(tokens) == 1 else 'ids'} {listing(prefix['ids'], 16)}"
+            return (
+                f"Folded into the slots: the {'token' if len(tokens) == 1 else 'tokens'} {quoted(tokens, 16)} ({ids})."
+            )
+        return f"Folded into the slots: the token ids {listing(prefix['ids'], 16)}."
+
+    def says(self, parts: Folded, target: Target, recipe: Stand) -> Section:
+        ids, n, tokenizer = parts.fold.prefix, len(parts.fold.prefix), target.tokenizer
+        named = f"with ids {list(ids)}"
+        if tokenizer is not None:
+            named = ", ".join(f"`{json.dumps(tokenizer.decode([token]))}`" for token in ids)
+        visible = VISIBLE[self.slots_visible]
+        if not recipe.exact and self.slots_visible == "as_prefix":
+            visible = "Without what follows, the model would compute what the original computes after that prefix."
+        places = f"Positions 0 to {n - 1} belong to the prefix, so the longest text is {n} tokens shorter."
+        if tokenizer is not None and tokenizer.bos_token_id in ids:
+            places += " The BOS token is among the slots; the tokenizer no longer adds it."
+        return Section(
+            tag="attention-bias",
+            title="explicit attention bias",
+            adds="slots",
+            text=f"an **explicit attention bias**: {n} constant key/value pair(s) k', v' in each of "
+            f"{len(target.anatomy.sites)} attention sites, folded from the token prefix {named}. {visible}",
+            loading="Do not put the prefix in front of the text: it is inside.",
+            limits=places,
+        )
 
 
 def slot_names(anatomy: Anatomy) -> dict[str, tuple[str, int]]:
@@ -44,43 +233,20 @@ def slot_tensors(anatomy: Anatomy, n_slots: int) -> dict[str, tuple[int, ...]]:
     return {name: (n_slots, dims[site][0], dims[site][1][part]) for name, (site, part) in names.items()}
 
 
-def slot_values(anatomy: Anatomy, slots: Slots) -> dict[str, torch.Tensor]:
-    """Tensor name -> float32 value, ready to be written."""
-    return {
-        name: slots[site][part].to("cpu", torch.float32).contiguous()
-        for name, (site, part) in (slot_names(anatomy) if slots else {}).items()
-    }
-
-
-@torch.no_grad()
-def fold(model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int]) -> Slots:
-    """Keys and values of `prefix` (token ids) at every site of the original model, in the dtype it runs in."""
-    trunk = model.get_submodule(anatomy.trunk)
-    names = {trunk.get_submodule(site.name): site.name for site in anatomy.sites}
-    slots: Slots = {}
-
-    def keep(call: Call) -> None:
-        name = names.get(call.module)
-        if name is None or name in slots:
-            raise UnsupportedModel(
-                f"{anatomy.model_type}: attention ran outside of the sites found at plan "
-                f"({name or type(call.module).__name__})"
-            )
-        slots[name] = (call.key[0].transpose(0, 1).contiguous(), call.value[0].transpose(0, 1).contiguous())
-
-    tokens = torch.tensor([list(prefix)], device=input_device(model))
-    with on_the_seam(model, anatomy), observing(keep):
-        try:
-            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        except ValueError as refusal:  # what the runtime says to a call that it cannot serve
-            raise UnsupportedModel(f"{anatomy.model_type}: {refusal}") from refusal
-    if missing := [site.name for site in anatomy.sites if site.name not in slots]:
-        raise UnsupportedModel(f"{anatomy.model_type}: {missing[0]} did not attend while the prefix ran")
-    return slots
-
-
-def grafted(
-    model: PreTrainedModel, anatomy: Anatomy, prefix: Sequence[int], slots: Slots, visible: str
-) -> contextlib.AbstractContextManager[PreTrainedModel]:
-    """The original model with the slots of `prefix` in place, within a `with` block."""
-    return installed(model, anatomy, eab_config(anatomy, prefix, visible), slots)
+def one_token(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """The id of a text that is exactly one token; SourceError for any other."""
+    assert tokenizer is not None  # `needs_tokenizer`
+    vocabulary = tokenizer.get_vocab()
+    if text in vocabulary:
+        return vocabulary[text]
+    ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if ids == [tokenizer.unk_token_id]:
+        raise SourceError(
+            f"attention_bias.prefix: {text!r} is not in the vocabulary; give another token, or a token id."
+        )
+    if len(ids) != 1:
+        raise SourceError(
+            f"attention_bias.prefix: {text!r} is not one token of the vocabulary but {len(ids)} ({ids[:8]}); "
+            "list its tokens one by one, or give token ids."
+        )
+    return ids[0]

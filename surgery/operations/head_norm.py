@@ -10,88 +10,188 @@ the least squares of sum_t (o_ti - u_ti weight_i)^2; where heads share a weight,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from transformers import PreTrainedModel
+from pydantic import Field, field_validator
 
 from ..anatomy.calls import Call
 from ..anatomy.sites import Anatomy
+from ..checkpoint.layout import Stored
+from ..converted.card import Section
+from ..converted.described import Described
 from ..errors import DamagedCheckpoint, SourceError, UnsupportedModel
-from ..live.graft import Norms
+from ..live.graft import Fold, Norms, at_gate, grafted, head_norm_config, norm_shapes, normed
+from ..live.model import Live
 from ..live.stream import Batch, Observer, stream
-from ..recipe import HeadNorm
+from ..progress import Advance, unseen
+from ..recipe.fields import Layers
+from .base import Changes, Exact, Fitting, Operation, Stand, Target, Trained
 
-FORMAT = 1
-EPS = 1e-6  # added to the mean square of a head, so that one that brings nothing back is not divided by zero
 UNCHANGED = 1e-9  # share of the heads' energy that a norm must at least change
 
 
-def norm_config(anatomy: Anatomy, operation: HeadNorm) -> dict:
-    """`config.head_norm` of the converted model. SourceError for a layer that it does not have."""
-    layers = range(len(anatomy.blocks)) if operation.layers == "all" else operation.layers
-    if beyond := [layer for layer in layers if layer >= len(anatomy.blocks)]:
-        raise SourceError(
-            f"head_norm.layers: there is no layer {beyond[0]}, the last of {len(anatomy.blocks)} is "
-            f"{len(anatomy.blocks) - 1}; they are counted from 0."
+class HeadNorm(Operation):
+    """Norm the output of each head before the output projection: o + gate (norm(o) - o).
+
+    `per_head`: each head has a weight of its own; otherwise the heads of a site share one. `gate`: 0 leaves the model
+    the function that it is, 1 is the pure norm, emitted without a gate. `layers`: which blocks, counted from 0 as in
+    the names of tensors.
+    """
+
+    name: ClassVar[str] = "head_norm"
+    rests: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+
+    per_head: Annotated[bool, Field(description="a weight for each head; otherwise the heads of a layer share one")] = (
+        False
+    )
+    gate: Annotated[
+        float, Field(ge=0, le=1, allow_inf_nan=False, description="0 leaves the function as it is, 1 is the pure norm")
+    ] = 0.0
+    layers: Annotated[Layers, Field(description="all, or a list of layers, counted from 0")] = "all"
+
+    @field_validator("layers")
+    @classmethod
+    def _each_layer_once(cls, value: Literal["all"] | tuple[int, ...]) -> Literal["all"] | tuple[int, ...]:
+        if value != "all" and len(set(value)) != len(value):
+            raise ValueError("names a layer more than once")
+        return value
+
+    @property
+    def exact(self) -> Exact:
+        return "bits" if self.gate == 0 else "no"
+
+    @property
+    def opens(self) -> float:
+        return self.gate
+
+    @property
+    def inexact(self) -> str:
+        return "head_norm with a gate above 0"
+
+    @property
+    def reads(self) -> str | None:
+        return "head_norm is fitted"
+
+    def described(self, anatomy: Anatomy) -> dict[str, Any]:
+        """`config.head_norm` of the converted model. SourceError for a layer that it does not have."""
+        layers = range(len(anatomy.blocks)) if self.layers == "all" else self.layers
+        if beyond := [layer for layer in layers if layer >= len(anatomy.blocks)]:
+            raise SourceError(
+                f"head_norm.layers: there is no layer {beyond[0]}, the last of {len(anatomy.blocks)} is "
+                f"{len(anatomy.blocks) - 1}; they are counted from 0."
+            )
+        return head_norm_config(anatomy, layers, self.per_head, gated=self.gate < 1)
+
+    def plan(self, target: Target, parts: Norms | None = None) -> Changes:
+        anatomy, described = target.anatomy, self.described(target.anatomy)
+        sites = len(described["sites"])
+        return Changes(
+            added={f"{anatomy.lead}{name}": Stored("F32", shape) for name, shape in norm_tensors(described).items()},
+            config={"head_norm": described},
+            parts=frozenset({"norms"}),
+            told={"normed_sites": sites},
+            words=(f"norms of the heads in {sites} of {len(anatomy.sites)}",),
+            trains=(Trained("normed_sites", sites, f"norms of the heads at {sites} sites", "the norms of the heads"),),
         )
-    return {
-        "format": FORMAT,
-        "sites": {site.name: [site.heads, site.value_dim] for site in anatomy.sites if site.block in layers},
-        "per_head": operation.per_head,
-        "gated": operation.gate < 1,
-        "eps": EPS,
-    }
 
+    def fit(self, live: Live, text: Fitting) -> Norms:
+        text.reporter.step("fit the norms of the heads")
+        with text.reporter.bar("fit", len(text.chunks)) as advance, _with_slots(live):
+            norms, residual = fit_norms(live, self.described(live.anatomy), self.gate, text.chunks, advance)
+        text.reporter.note(f"the norms give back all but {residual:.1%} of the energy of the heads' outputs")
+        if self.gate == 0:
+            text.reporter.note(
+                "head_norm at gate 0: the norms are in place and fitted, and the model computes what it did before; "
+                "train the gate, or raise it in the recipe, for norms that act"
+            )
+        return norms
 
-def norm_shapes(head_norm: dict) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Site name -> the shape of each of its parameters."""
-    return {
-        site: {
-            "weight": (heads, dim) if head_norm["per_head"] else (dim,),
-            **({"gate": (heads,)} if head_norm["gated"] else {}),
+    @contextlib.contextmanager
+    def graft(self, live: Live, parts: Norms) -> Iterator[None]:
+        """In place at gate 0, where the norms leave the model what it was."""
+        with _with_slots(live), normed(live, *at_gate(self.described(live.anatomy), parts, 0.0)):
+            yield
+
+    def held(self, live: Live, parts: Norms) -> Norms:
+        norms = {site: live.trunk.get_submodule(f"{site}.head_norm") for site in parts}
+        return {
+            site: {part: value.detach().clone() for part, value in norm.named_parameters()}
+            for site, norm in norms.items()
         }
-        for site, (heads, dim) in head_norm["sites"].items()
-    }
+
+    def tensors(self, live: Live, parts: Norms) -> Mapping[str, torch.Tensor]:
+        return {
+            f"{live.anatomy.lead}{name}": value.detach().to("cpu", torch.float32).contiguous()
+            for name, value in norm_values(self.described(live.anatomy), parts).items()
+        }
+
+    def asks(self, described: Described) -> Mapping[str, Mapping[str, Stored]]:
+        if described.head_norm is None:
+            return {}
+        shapes = norm_tensors(described.head_norm.to_dict())
+        return {"norms": {name: Stored("F32", shape) for name, shape in shapes.items()}}
+
+    def says(self, parts: Norms, target: Target, recipe: Stand) -> Section:
+        described, attending = self.described(target.anatomy), len(target.anatomy.sites)
+        if not recipe.tuned and self.gate == 0:
+            gate = (
+                "Its gates are 0: the model computes what it would without the norms, exactly, until they are trained."
+            )
+        elif described["gated"]:
+            gate = "A gate for each head mixes it in: o + g (norm(o) - o)."
+        else:
+            gate = "It has no gate."
+        share = "differ from head to head" if self.per_head else "are shared by the heads of a site"
+        return Section(
+            tag="head-norm",
+            title="head-wise RMSNorm",
+            adds="norms",
+            text=f"a **head-wise RMSNorm** in {len(described['sites'])} of {attending} attention sites: the output of "
+            f"each head is normed before the output projection, with weights that {share}. {gate}",
+        )
 
 
-def norm_tensors(anatomy: Anatomy, head_norm: dict) -> dict[str, tuple[int, ...]]:
-    """Tensor name in the checkpoint -> shape of every norm tensor, in the order of the file."""
+@contextlib.contextmanager
+def _with_slots(live: Live) -> Iterator[None]:
+    """Norms live where attention with slots runs; where no operation has put slots there, none will do."""
+    if getattr(live.trunk.config, "eab", None) is not None:
+        yield
+        return
+    with grafted(live, Fold((), {}, "as_prefix")):
+        yield
+
+
+def norm_tensors(head_norm: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensor name in the trunk -> shape of every norm tensor, in the order of the file."""
     return {
-        f"{anatomy.lead}{site}.head_norm.{part}": shape
+        f"{site}.head_norm.{part}": shape
         for site, shapes in norm_shapes(head_norm).items()
         for part, shape in shapes.items()
     }
 
 
-def norm_values(anatomy: Anatomy, head_norm: dict, norms: Norms) -> dict[str, torch.Tensor]:
-    """Tensor name -> float32 value, ready to be written. ValueError where a gate that is not 1 would be dropped."""
+def norm_values(head_norm: dict[str, Any], norms: Norms) -> dict[str, torch.Tensor]:
+    """Tensor name in the trunk -> value. ValueError where a gate that is not 1 would be dropped."""
     for site, values in norms.items():
         if not head_norm["gated"] and not bool((values.get("gate", torch.ones(())) == 1).all()):
             raise ValueError(f"the norm of {site} has a gate that is not 1, and is to be written without")
     return {
-        f"{anatomy.lead}{site}.head_norm.{part}": norms[site][part].detach().to("cpu", torch.float32).contiguous()
+        f"{site}.head_norm.{part}": norms[site][part]
         for site, shapes in norm_shapes(head_norm).items()
         for part in shapes
     }
 
 
-def at_gate(head_norm: dict, norms: Norms, gate: float) -> tuple[dict, Norms]:
-    """The same norms, gated, with `gate` in every head."""
-    gated = {}
-    for site, values in norms.items():
-        weight, (heads, _) = values["weight"], head_norm["sites"][site]
-        gated[site] = {"weight": weight, "gate": weight.new_full((heads,), gate)}
-    return {**head_norm, "gated": True}, gated
-
-
 class NormFit(Observer):
     """The sums of which `norm weights` are made, in float64, for each site that `head_norm` names."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, head_norm: dict) -> None:
-        trunk = model.get_submodule(anatomy.trunk)
+    def __init__(self, live: Live, head_norm: dict[str, Any]) -> None:
         self.head_norm = head_norm
-        self.names = {trunk.get_submodule(name): name for name in head_norm["sites"]}
+        self.names = {live.trunk.get_submodule(name): name for name in head_norm["sites"]}
         self.sums: dict[str, torch.Tensor] = {}  # (3, Hq, E): of u o, of u^2, of o^2
 
     def attended(self, block: int, call: Call, output: torch.Tensor, batch: Batch) -> None:
@@ -115,7 +215,7 @@ class NormFit(Observer):
 
     @property
     def residual(self) -> float:
-        """Share of the energy of what heads bring back that fitted norms do not: sum (o - norm)^2 / sum o^2."""
+        """Share of the energy of the heads' outputs that fitted norms do not give back: sum (o - norm)^2 / sum o^2."""
         left = whole = 0.0
         for name, (products, squares, energy) in self.sums.items():
             weight = self._weight(name)
@@ -140,22 +240,21 @@ def least_squares(products: torch.Tensor, squares: torch.Tensor, per_head: bool)
 
 
 def fit_norms(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    head_norm: dict,
+    live: Live,
+    head_norm: dict[str, Any],
     gate: float,
     chunks: torch.Tensor,
-    progress: Callable[[int], None] = lambda done: None,
+    advance: Advance = unseen,
 ) -> tuple[Norms, float]:
-    """Norms for `model` (with its slots in place) fitted on `chunks` (M, T), and the share of energy they change."""
-    fit = NormFit(model, anatomy, head_norm)
-    stream(model, anatomy, chunks, [fit], progress=progress)
+    """Norms for the model (with its slots in place) fitted on `chunks` (M, T), and the share of energy they change."""
+    fit = NormFit(live, head_norm)
+    stream(live, chunks, [fit], advance=advance, what="calibration")
     for name, sums in fit.sums.items():
         if not bool(sums.isfinite().all()):
             raise DamagedCheckpoint(f"what {name} computes is not finite, so no norm can be fitted; check its weights.")
     if fit.residual < UNCHANGED:
         raise UnsupportedModel(
-            f"{anatomy.model_type}: what its heads bring back has one size on the whole calibration text, so norms "
-            "would change nothing; leave head_norm out, or give other text."
+            f"{live.anatomy.model_type}: its heads' outputs have one size on the whole calibration text, so "
+            "norms would change nothing; leave head_norm out, or give other text."
         )
     return fit.norms(gate), fit.residual

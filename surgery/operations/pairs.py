@@ -11,17 +11,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..anatomy.sites import Anatomy
+from ..anatomy.linears import LINEAR, as_rows, row_dim
 from ..errors import UnsupportedModel
-from ..live.stream import down_projections, input_device
+from ..live.model import Live
+from ..live.stream import down_projections
 
-LINEAR = (nn.Linear, Conv1D)  # the latter is GPT-2's, with its weight transposed
 TRIED = (2, 16)  # rows and tokens of the random text that a proof runs on
 TRIED_POWERS = 3  # proofs scale by 2^-3 to 2^3
 STORED = (torch.float16, torch.bfloat16)  # what weights in memory may have been read from
@@ -54,14 +54,13 @@ class Side:
 
 def sides(trunk: nn.Module, pair: Pair) -> list[Side]:
     """Every parameter that the pair scales: weight and bias of the source, weights of the readers."""
-    source = trunk.get_submodule(pair.source)
-    rows = 1 if isinstance(source, Conv1D) else 0
-    found = [Side(f"{pair.source}.weight", source.weight, rows, pair.start, -1)]
+    source: Any = trunk.get_submodule(pair.source)
+    found = [Side(f"{pair.source}.weight", source.weight, row_dim(source), pair.start, -1)]
     if getattr(source, "bias", None) is not None:
         found.append(Side(f"{pair.source}.bias", source.bias, 0, pair.start, -1))
     for name in pair.readers:
-        reader = trunk.get_submodule(name)
-        found.append(Side(f"{name}.weight", reader.weight, 0 if isinstance(reader, Conv1D) else 1, 0, 1))
+        reader: Any = trunk.get_submodule(name)
+        found.append(Side(f"{name}.weight", reader.weight, 1 - row_dim(reader), 0, 1))
     return found
 
 
@@ -124,39 +123,42 @@ def touches(side: Side, exponents: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def find(model: PreTrainedModel, anatomy: Anatomy) -> list[Pair]:
+def find(live: Live) -> list[Pair]:
     """Every pair of the model whose scaling was proved on it, in the order of its blocks.
 
     Each block runs inside a forward pass of the model over a few random tokens, so that it gets what it always gets:
     once to see who reads what, then once for each candidate. The model is left as it was.
     """
-    trunk, found = model.get_submodule(anatomy.trunk), []
+    trunk = live.trunk
+    found: list[Pair] = []
     if any(parameter.is_meta for parameter in trunk.parameters()):
         raise UnsupportedModel(
             "smoothing scales weights in memory, and some of these are offloaded; give a --device that holds them all."
         )
-    alone = _alone(model)
-    downs = down_projections(model, anatomy)
+    alone = _alone(live.model)
+    downs = down_projections(live)
     with contextlib.ExitStack() as undo:
-        for index, name in enumerate(anatomy.blocks):
+        for index, name in enumerate(live.anatomy.blocks):
 
-            def entering(block, args, kwargs, index=index, name=name):
-                def run():
-                    return block.forward(*_copies(args), **_copies(kwargs))
+            def entering(
+                block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index, name: str = name
+            ) -> None:
+                def run() -> Any:
+                    return block.forward(*map(_copy, args), **{key: _copy(value) for key, value in kwargs.items()})
 
                 found.extend(_pairs(trunk, name, downs.get(index), run, alone))
 
             block = trunk.get_submodule(name)
             undo.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
-        model(input_ids=random_text(model), use_cache=False)
+        live.model(input_ids=random_text(live), use_cache=False)
     return found
 
 
-def random_text(model: PreTrainedModel) -> torch.Tensor:
+def random_text(live: Live) -> torch.Tensor:
     """Random token ids `TRIED`, the same each time."""
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = live.model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, TRIED, generator=torch.Generator().manual_seed(0))
-    return tokens.to(input_device(model))
+    return tokens.to(live.device)
 
 
 def _alone(model: PreTrainedModel) -> Callable[[Side], bool]:
@@ -167,11 +169,9 @@ def _alone(model: PreTrainedModel) -> Callable[[Side], bool]:
     return lambda side: users[side.tensor.data_ptr()] == 1
 
 
-def _copies(arguments):
-    """Tensors among them copied: some blocks write into what they are given."""
-    if isinstance(arguments, dict):
-        return {key: _copies([value])[0] for key, value in arguments.items()}
-    return [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+def _copy(argument: Any) -> Any:
+    """A tensor copied: some blocks write into what they are given."""
+    return argument.clone() if isinstance(argument, torch.Tensor) else argument
 
 
 @dataclass
@@ -183,19 +183,19 @@ class _Seen:
     output: list[torch.Tensor]
 
 
-def _watched(trunk: nn.Module, block: str, run: Callable) -> _Seen:
+def _watched(trunk: nn.Module, block: str, run: Callable[[], Any]) -> _Seen:
     seen = _Seen({}, {}, [])
     with contextlib.ExitStack() as undo:
         for name, module in trunk.get_submodule(block).named_modules(prefix=block):
             if isinstance(module, LINEAR):
 
-                def reads(_, args, name=name):
+                def reads(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
                     seen.read.setdefault(name, []).append(args[0])
 
                 undo.callback(module.register_forward_pre_hook(reads).remove)
             elif _is_vector(module._parameters.get("weight")):
 
-                def gives(_, args, output, name=name):
+                def gives(_: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
                     seen.gave.setdefault(name, []).append(output)
 
                 undo.callback(module.register_forward_hook(gives).remove)
@@ -209,7 +209,9 @@ def _is_vector(weight: torch.Tensor | None) -> bool:
     return weight is not None and weight.ndim == 1 and weight.is_floating_point()
 
 
-def _pairs(trunk: nn.Module, block: str, down: nn.Module | None, run: Callable, alone) -> Iterator[Pair]:
+def _pairs(
+    trunk: nn.Module, block: str, down: nn.Module | None, run: Callable[[], Any], alone: Callable[[Side], bool]
+) -> Iterator[Pair]:
     """The proved pairs of one block."""
     seen = _watched(trunk, block, run)
     for candidates in (*_downs(trunk, block, down, seen), *_norms(trunk, seen)):
@@ -227,8 +229,7 @@ def _downs(trunk: nn.Module, block: str, down: nn.Module | None, seen: _Seen) ->
     reader, candidates = names[down], []
     width = seen.read[reader][0].shape[-1]
     for name in seen.read:
-        weight, module = trunk.get_submodule(name).weight, trunk.get_submodule(name)
-        rows = weight.shape[1 if isinstance(module, Conv1D) else 0]
+        rows = len(as_rows(trunk.get_submodule(name)))
         if name != reader and rows in (width, 2 * width):
             candidates += [Pair("down", name, start, width, (reader,)) for start in range(rows - width, -1, -width)]
     yield candidates
@@ -237,7 +238,7 @@ def _downs(trunk: nn.Module, block: str, down: nn.Module | None, seen: _Seen) ->
 def _norms(trunk: nn.Module, seen: _Seen) -> Iterator[list[Pair]]:
     """Each norm with the linear layers that read its very output."""
     for name, outputs in seen.gave.items():
-        output, width = outputs[0], len(trunk.get_submodule(name).weight)
+        output, width = outputs[0], len(trunk.get_parameter(f"{name}.weight"))
         if len(outputs) == 1 and isinstance(output, torch.Tensor) and output.shape[-1:] == (width,):
             readers = tuple(
                 reader
@@ -247,7 +248,9 @@ def _norms(trunk: nn.Module, seen: _Seen) -> Iterator[list[Pair]]:
             yield [Pair("norm", name, 0, width, readers)] if readers else []
 
 
-def proved(trunk: nn.Module, block: str, pair: Pair, run: Callable, seen: _Seen, alone) -> bool:
+def proved(
+    trunk: nn.Module, block: str, pair: Pair, run: Callable[[], Any], seen: _Seen, alone: Callable[[Side], bool]
+) -> bool:
     """Whether random powers of two, different in each channel, change what is read by just that, and nothing after.
 
     Equal means equal bits, in the block's whole output; `seen` is the block as it was. What reads the source's output

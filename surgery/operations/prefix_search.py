@@ -9,18 +9,21 @@ one of its text; nothing is written.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..anatomy.sites import Anatomy
 from ..errors import SourceError
-from ..live.likelihood import Likelihood, Score
+from ..live.graft import fold, grafted
+from ..live.likelihood import Likelihood
+from ..live.model import Live
+from ..live.score import Score
 from ..live.stream import Observer, stream
+from ..progress import Advance, unseen
 from ..survey.massive import MassiveActivations
-from .attention_bias import fold, grafted
 
 OPENINGS, OPENING = 128, 32  # short texts to screen on, and their tokens
 QUICK_CHUNKS = 8  # long chunks on which the prefixes that pass the screen are ranked
@@ -51,7 +54,7 @@ class Trial:
         return len(self.score.chunks) if self.score is not None else 0
 
     @property
-    def rank(self) -> tuple:
+    def rank(self) -> tuple[int, float, int, float]:
         nll = self.score.nll if self.score is not None else float("inf")
         return (self.massive, nll, len(self.prefix), self.loudest)
 
@@ -64,15 +67,14 @@ class PrefixSearch:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
+        live: Live,
         tokenizer: PreTrainedTokenizerBase,
         chunks: torch.Tensor,
         visible: str,
-        progress: Callable[[str], None] = lambda what: None,
+        advance: Advance = unseen,
     ):
-        self.model, self.anatomy, self.tokenizer, self.chunks = model, anatomy, tokenizer, chunks
-        self.visible, self.progress = visible, progress
+        self.live, self.tokenizer, self.chunks = live, tokenizer, chunks
+        self.visible, self.advance = visible, advance
         self.trials: dict[tuple[int, ...], Trial] = {}
 
     def run(self, max_slots: int) -> Trial:
@@ -102,10 +104,10 @@ class PrefixSearch:
 
     def candidates(self) -> list[int]:
         """Token ids worth folding: BOS, EOS, newline, space, and what carries massive activations in the text."""
-        self.progress("survey of the original")
+        self.advance(1, "survey of the original")
         found = MassiveActivations()
-        stream(self.model, self.anatomy, self.chunks[:QUICK_CHUNKS], [found])
-        later = collections.Counter()
+        stream(self.live, self.chunks[:QUICK_CHUNKS], [found])
+        later: collections.Counter[int] = collections.Counter()
         for tally in found.layers.values():
             later.update(+tally.later_tokens)  # the plus drops tokens counted zero times
         tokenizer = self.tokenizer
@@ -128,7 +130,7 @@ class PrefixSearch:
 
     def _screen(self, prefix: tuple[int, ...], openings: torch.Tensor) -> Trial:
         if prefix not in self.trials:
-            self.progress(f"{self.shown(prefix)} on {len(openings)} openings")
+            self.advance(1, f"{self.shown(prefix)} on {len(openings)} openings")
             left = MassiveActivations()
             self._pass(prefix, openings, [left])
             self.trials[prefix] = Trial(prefix, left.count, left.loudest)
@@ -137,7 +139,7 @@ class PrefixSearch:
     def _score(self, trial: Trial, count: int) -> Trial:
         count = min(count, len(self.chunks))
         if trial.chunks < count:
-            self.progress(f"{self.shown(trial.prefix)} on {count} chunks")
+            self.advance(1, f"{self.shown(trial.prefix)} on {count} chunks")
             left, likelihood = MassiveActivations(), Likelihood()
             self._pass(trial.prefix, self.chunks[:count], [left, likelihood])
             trial = Trial(
@@ -151,14 +153,13 @@ class PrefixSearch:
         return trial
 
     def _pass(self, prefix: tuple[int, ...], rows: torch.Tensor, observers: Sequence[Observer]) -> None:
-        slots = fold(self.model, self.anatomy, prefix)
-        with grafted(self.model, self.anatomy, prefix, slots, self.visible):
-            stream(self.model, self.anatomy, rows, observers)
+        with grafted(self.live, fold(self.live, prefix, self.visible)):
+            stream(self.live, rows, observers)
 
     def shown(self, prefix: Sequence[int]) -> str:
         return " ".join(repr(self.tokenizer.decode([token])) for token in prefix)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """What was tried, best first among those scored on the most text: `prefix_search` of the verdict."""
         return {
             "objective": "fewest massive activations on the calibration text, then lowest perplexity, "

@@ -1,12 +1,4 @@
-"""Recipes: their schema, part by part, and reading them from files."""
+"""The language of recipes: kinds of field, YAML, and saying what is wrong with a file by line and key.
 
-from .gates import Equivalence, MassiveActivations, Perplexity, Quantised, Verify
-from .operations import AttentionBias, HeadNorm, Operation, Smoothing
-from .pretrain import FromScratch, Pretrain
-from .recipe import Recipe
-from .tune import Dataset, Lora, Tune
-
-__all__ = [
-    "AttentionBias", "Dataset", "Equivalence", "FromScratch", "HeadNorm", "Lora", "MassiveActivations", "Operation",
-    "Perplexity", "Pretrain", "Quantised", "Recipe", "Smoothing", "Tune", "Verify",
-]  # fmt: skip
+The whole recipe of a conversion is `steps.recipe.Recipe`; operations, gates and tuning each bring their own part.
+"""

@@ -1,77 +1,35 @@
-"""Recipes in files: reading them, and saying in one sentence what is wrong with one, by line and key."""
+"""Recipes in files: reading them, and saying in one sentence what is wrong with one, by line and key.
+
+Nothing here knows a key by name: what a key may be, and an example of it, is read from the schema.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, ClassVar, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from ..errors import RecipeError
-from .fields import Strict, known
-from .gates import (
-    CacheEdits,
-    Equivalence,
-    Int8Gate,
-    MassiveActivations,
-    Perplexity,
-    Quantised,
-    QuantisedGate,
-    Streaming,
-    Tasks,
-    Verify,
-)
-from .operations import AttentionBias, HeadNorm, Smoothing
-from .pretrain import FromScratch, Pretrain, Size
-from .recipe import Recipe
+from .fields import Format, Or, Strict, known
 from .strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
-from .tune import Dataset, Lora, Objectives, Tune
-
-R = TypeVar("R", Recipe, FromScratch)
-
-_MODELS: dict[str, type[Strict]] = {
-    "attention_bias": AttentionBias,
-    "smoothing": Smoothing,
-    "head_norm": HeadNorm,
-    "tune": Tune,
-    "objectives": Objectives,
-    "lora": Lora,
-    "dataset": Dataset,
-    "pretrain": Pretrain,
-    "model": Size,
-    "verify": Verify,
-    "equivalence": Equivalence,
-    "perplexity": Perplexity,
-    "massive_activations": MassiveActivations,
-    "quantised": Quantised,
-    "streaming": Streaming,
-    "cache_edits": CacheEdits,
-    "tasks": Tasks,
-    **dict.fromkeys(Quantised.model_fields, QuantisedGate),
-    **dict.fromkeys(("w8a8_static", "w8a8_dynamic", "w8a8_per_token"), Int8Gate),
-}
-
-# Keys that have no default, and a value for each.
-_NEEDED = {
-    "surgery": "1",
-    "operations": "[attention_bias: {prefix: auto}]",
-    "pretrain": "{steps: 1000}",
-    "max_ratio": "1.25",
-    "window": "256",
-    "tokens": "64",
-    "names": "[arc_easy]",
-    "max_drop": "0.02",
-    "limit": "500",
-    "steps": "300",
-    "name": "allenai/c4",
-    "patience": "3",
-}
-
-# Top keys that only one of the commands reads.
-_COMMANDS = {**dict.fromkeys(("operations", "tune", "verify"), "surgery run"), "pretrain": "surgery pretrain"}
 
 
-def load_recipe(path: Path, schema: type[R] = Recipe) -> R:
+class Document(Strict):
+    """The top of a recipe. `elsewhere`: keys that only another command reads, and that command."""
+
+    elsewhere: ClassVar[dict[str, str]] = {}
+
+    surgery: Annotated[Format, Field(examples=[1], description="the version of this format")]
+
+
+D = TypeVar("D", bound=Document)
+
+
+def load(path: Path, schema: type[D]) -> D:
     """Read the recipe in the file `path`. RecipeError when it cannot be read or does not say something we can do."""
     path = Path(path)
     try:
@@ -87,17 +45,17 @@ def load_recipe(path: Path, schema: type[R] = Recipe) -> R:
             line = raw[: error.start].count(b"\n") + 1
             raise RecipeError(f"{path}, line {line}: not UTF-8 text; save the recipe as UTF-8.") from error
         text = " " * len(raw)  # cut in the middle of a character: too long is the complaint to make
-    return parse_recipe(text, str(path), schema)
+    return parse(text, str(path), schema)
 
 
-def parse_recipe(text: str, name: str, schema: type[R] = Recipe) -> R:
+def parse(text: str, name: str, schema: type[D]) -> D:
     """Parse recipe `text` by `schema`; `name` stands for the file in messages.
 
     RecipeError names the first error of the file and counts the further ones.
     """
     value, lines, problems = read_yaml(text, name)
-    for key, command in _COMMANDS.items():
-        if isinstance(value, dict) and key in value and key not in schema.model_fields:
+    for key, command in schema.elsewhere.items():
+        if isinstance(value, dict) and key in value:
             raise RecipeError(f"{name}, line {lines[key,]}: '{key}' is what {command} reads; give the recipe to that.")
     recipe = None
     try:
@@ -113,53 +71,86 @@ def parse_recipe(text: str, name: str, schema: type[R] = Recipe) -> R:
     return recipe
 
 
-def _problem(detail: dict[str, Any], lines: dict[Key, int], schema: type[Strict]) -> tuple[int, str]:
+def _problem(detail: ErrorDetails, lines: dict[Key, int], schema: type[Strict]) -> tuple[int, str]:
     """(line, sentence) for one pydantic error; the line is that of the nearest key that stands in the file."""
     key: Key = ()
     for part in detail["loc"]:
         if (*key, part) in lines:
             key = (*key, part)
-    line, given, context = lines[key], detail["input"], detail.get("ctx", {})
-    dotted, kind = dotted_key(key), detail["type"]
+    return lines[key], _sentence(detail, key, schema)
+
+
+def _sentence(detail: ErrorDetails, key: Key, schema: type[Strict]) -> str:
+    context, kind, dotted = detail.get("ctx", {}), detail["type"], dotted_key(key)
+    value, holder = f"{dotted} is {shown(detail['input'])}", model_at(schema, key[:-1])
     if kind == "extra_forbidden":
-        return line, f"unknown key '{dotted}'; {known(str(key[-1]), _holder(key, schema))}"
+        return f"unknown key '{dotted}'; {known(str(key[-1]), holder)}"
     if kind == "missing":
         lacking = detail["loc"][-1]
-        return line, f"the key '{lacking}' is missing; add '{lacking}: {_NEEDED[lacking]}'"
+        return f"the key '{lacking}' is missing; add '{lacking}: {_example(model_at(schema, key), lacking)}'"
     if kind == "value_error":
-        return line, f"{dotted} {context['error']}"
-    value = f"{dotted} is {shown(given)}"
+        return f"{dotted} {context['error']}"
     if kind == "literal_error":
-        alternative = {"prefix": ", or a list of tokens", "layers": ", or a list of numbers"}.get(str(key[-1]), "")
-        return line, f"{value}; it must be {context['expected']}{alternative}"
+        return f"{value}; it must be {context['expected']}{_alternative(holder, key[-1])}"
     if kind in ("float_type", "finite_number"):
-        return line, f"{value}: a gate that is not a number; write one such as {_example(key, schema)}"
+        return f"{value}: a gate that is not a number; write one such as {_example(holder, key[-1])}"
     if kind in ("string_type", "string_too_short"):
-        return line, f"{value}; it must be text"
+        return f"{value}; it must be text"
     if kind == "bool_type":
-        return line, f"{value}; it must be true or false"
+        return f"{value}; it must be true or false"
     if kind == "int_type":
-        return line, f"{value}, which is not a whole number; write one such as {_example(key, schema)}"
+        return f"{value}, which is not a whole number; write one such as {_example(holder, key[-1])}"
     if kind.startswith(("greater_than", "less_than")):
         bound = {"gt": "more than", "ge": "at least", "le": "at most"}
-        return line, f"{value}; it must be " + " ".join(f"{bound[name]} {limit:g}" for name, limit in context.items())
+        return f"{value}; it must be " + " ".join(f"{bound[name]} {limit:g}" for name, limit in context.items())
     if kind == "too_short":
-        return line, f"{dotted} is an empty list; it needs at least one entry"
+        return f"{dotted} is an empty list; it needs at least one entry"
     if kind == "tuple_type":
-        return line, f"{value}; it must be a list"
-    model = _MODELS[str(key[-1])] if key else schema
-    return line, f"{value}; it must be a mapping of " + ", ".join(model.model_fields)
+        return f"{value}; it must be a list"
+    return f"{value}; it must be a mapping of " + ", ".join(model_at(schema, key).model_fields)
 
 
-def _holder(key: Key, schema: type[Strict]) -> type[Strict]:
-    """The model that `key` stands in, as far as it has a name."""
-    return next((_MODELS[part] for part in reversed(key[:-1]) if part in _MODELS), schema)
+# ---- what a schema says of a key
 
 
-def _example(key: Key, schema: type[Strict]) -> str:
-    """The default of a numeric key, as a person would write it, or what could be written where there is none."""
-    if isinstance(key[-1], int):
+def model_at(schema: type[BaseModel], key: Key) -> type[BaseModel]:
+    """The model of the mapping at `key`; where there is no mapping, of the nearest one that holds the key."""
+    for part in key:
+        field = schema.model_fields.get(part) if isinstance(part, str) else None
+        schema = (_model_in(field.annotation) if field is not None else None) or schema
+    return schema
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The first model that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
+
+
+def _alternative(holder: type[BaseModel], name: str | int) -> str:
+    field = holder.model_fields.get(str(name), FieldInfo())
+    return next((f", or {mark.alternative}" for mark in field.metadata if isinstance(mark, Or)), "")
+
+
+def _example(holder: type[BaseModel], name: str | int) -> str:
+    """The default of a key, or what could be written where there is none."""
+    if isinstance(name, int):
         return "0"  # an entry of a list
-    if key[-1] in _NEEDED:
-        return _NEEDED[str(key[-1])]
-    return f"{_holder(key, schema).model_fields[str(key[-1])].default:g}".replace("1e-05", "1.0e-5")
+    field = holder.model_fields[name]
+    return written(field.examples[0] if field.examples else field.default)
+
+
+def written(value: object) -> str:
+    """A value of JSON as a person would write it in YAML, on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {written(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        # A mapping within a list needs no braces.
+        items = (written(item)[1:-1] if isinstance(item, dict) else written(item) for item in value)
+        return f"[{', '.join(items)}]"
+    if isinstance(value, float):
+        return f"{value:g}".replace("1e-05", "1.0e-5")
+    if isinstance(value, str) and value.replace("_", "").replace("/", "").isalnum():
+        return value
+    return json.dumps(value, ensure_ascii=False)

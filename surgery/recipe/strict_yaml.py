@@ -86,8 +86,9 @@ def _plain(node: Node, key: Key, lines: dict[Key, int], problems: list[Problem])
             lines[(*key, index)] = item.start_mark.line + 1
             items.append(_plain(item, (*key, index), lines, problems))
         return items
-    if not isinstance(node, MappingNode):
+    if isinstance(node, ScalarNode):
         return _scalar(node)
+    assert isinstance(node, MappingNode)
     mapping: dict[str, Any] = {}
     for name_node, value_node in node.value:
         line = name_node.start_mark.line + 1

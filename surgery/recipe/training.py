@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .fields import Gate, Strict
+from .fields import Positive, Strict
 
 
 class Training(Strict):
@@ -16,13 +16,15 @@ class Training(Strict):
     norm `clip`. `held_out`: sequences that are judged on and never trained on.
     """
 
-    steps: Annotated[int, Field(ge=1)]
-    batch: Annotated[int, Field(ge=1)] = 2
-    length: Annotated[int, Field(ge=2)] = 256
-    learning_rate: Gate = 3e-3
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] = 10
-    clip: Gate = 1.0
-    seed: int = 0
-    evaluate_every: Annotated[int, Field(ge=1)] = 50
-    held_out: Annotated[int, Field(ge=1)] = 16
+    steps: Annotated[int, Field(ge=1, examples=[300], description="optimiser steps")]
+    batch: Annotated[int, Field(ge=1, description="sequences in a step, over all processes")] = 2
+    length: Annotated[int, Field(ge=2, description="tokens in a sequence")] = 256
+    learning_rate: Annotated[Positive, Field(description="the highest, reached after warm-up")] = 3e-3
+    schedule: Annotated[
+        Literal["cosine", "constant"], Field(description="what the learning rate does after warm-up")
+    ] = "cosine"
+    warmup: Annotated[int, Field(ge=0, description="steps in which the learning rate rises")] = 10
+    clip: Annotated[Positive, Field(description="the largest norm of a gradient")] = 1.0
+    seed: Annotated[int, Field(description="seed of the order of sequences, and of what begins at random")] = 0
+    evaluate_every: Annotated[int, Field(ge=1, description="steps from one judgement to the next")] = 50
+    held_out: Annotated[int, Field(ge=1, description="sequences that are judged on, never trained on")] = 16

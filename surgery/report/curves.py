@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ..words import finite, number
 from .style import LIGHT
-from .words import PHASES, finite, number, phase_range
+from .summary import PHASES, phase_range
 
 
 def values(survey: dict, key: str) -> np.ndarray:

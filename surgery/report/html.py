@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 
 from ..checkpoint.results import write_result
 from ..errors import OutputError, SourceError
-from . import gain, gain_plots, maps, plots, tables
-from .gain_words import sentences
+from ..table import Table
+from . import maps, plots, tables
+from .beside import beside
 from .style import DARK, LIGHT, drawing, inline_svg, write_figure
-from .words import names_of, summary
+from .summary import names_of, summary
 
 Plot = Callable[[dict, Sequence[dict]], Figure | None]
 
@@ -97,7 +98,7 @@ class Card:
 
     name: str
     figures: list[tuple[str, Markup]] = field(default_factory=list)  # title, svg
-    table: tables.Table | None = None
+    table: Table | None = None
 
 
 def write_report(surveys: Sequence[dict], out: Path, verdict: dict | None = None) -> Path:
@@ -181,16 +182,15 @@ def _figures(surveys: Sequence[dict]) -> Iterator[tuple[str, Figure]]:
 
 
 def _gained(verdict: dict) -> dict:
-    """Sentences on a verdict and its parts: (`key`, `title`, `text`, `table`, `figure`), those with a figure apart."""
+    """Sentences on a verdict, and its tables by key with their figures (or None), those with a figure apart."""
+    from . import verdict as told  # its gates import torch, which surveys alone do not need
+
     verdict = _numbers({key: value for key, value in verdict.items() if key != "surveys"})
-    found: dict[str, list] = {"said": sentences(verdict), "tables": [], "figures": []}
-    for part in gain.PARTS:
-        if (table := part.table(verdict)) is None:
-            continue
-        plot = {"quantised": gain_plots.quantised, "tuning": gain_plots.tuning}.get(part.key, lambda _: None)
-        svg = None if (drawn := plot(verdict)) is None else Markup(inline_svg(drawn, f"gain-{part.key}", part.title))
-        entry = {"key": part.key, "title": part.title, "text": part.text, "table": table, "figure": svg}
-        found["figures" if svg else "tables"].append(entry)
+    found: dict[str, list] = {"said": told.sentences(verdict), "tables": [], "figures": []}
+    for key, table in told.tables(verdict).items():
+        drawn = beside(table.figure)
+        svg = None if drawn is None else Markup(inline_svg(drawn, f"gain-{key}", table.title))
+        found["figures" if svg else "tables"].append({"key": key, "table": table, "figure": svg})
     return found
 
 
@@ -217,9 +217,10 @@ def _sections(surveys: Sequence[dict], names: Sequence[str]) -> Iterator[dict]:
             card.figures.append((title, Markup(svg)))
     text = "Who reads whom, for heads from the strongest sink to the weakest: a row is a query, a column a key."
     yield from _shown("attention", "Attention maps", text, cards, "many")
-    for key, title, text, kind, table in tables.SECTIONS:
+    for key, kind, table in tables.SECTIONS:
         cards = [Card(name, table=table(survey)) for name, survey in zip(names, surveys, strict=True)]
-        yield from _shown(key, title, text, cards, kind)
+        if found := next((card.table for card in cards if card.table), None):
+            yield from _shown(key, found.title, found.text, cards, kind)
 
 
 def _shown(key: str, title: str, text: str, cards: list[Card], kind: str) -> Iterator[dict]:

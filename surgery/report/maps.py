@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..words import finite, number, visible
 from .curves import heads
 from .style import HALF, LIGHT, figure, heat, scale_bar
-from .words import finite, number, visible
 
 LABEL = 14  # characters of a token that an axis has room for
 

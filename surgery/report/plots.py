@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,6 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
+from ..survey.thresholds import MIN_MAGNITUDE, MIN_RATIO
+from ..words import finite, number, shortened
 from .curves import (
     depth_axis,
     depths,
@@ -29,9 +32,8 @@ from .curves import (
     values,
 )  # fmt: skip
 from .style import DASHES, LIGHT, SERIES, figure
-from .words import PHASES, finite, intervention_name, number, phase_range, place, shortened, untouched
+from .summary import PHASES, intervention_name, phase_range, place, untouched
 
-MASSIVE = (100.0, 1000.0)  # Sun et al., arXiv 2402.17762: |x| >= 100 and |x| >= 1000 x the median
 LENS_TOP = 1e9
 
 
@@ -49,7 +51,7 @@ def magnitude(survey: dict, surveys: Sequence[dict]) -> Figure | None:
         if present(line):
             draw_line(axes, survey, line, "blue", name, alpha=0.5 - 0.2 * rank, linewidth=1)
     draw_line(axes, survey, median, "orange", "median")
-    draw_line(axes, survey, np.maximum(MASSIVE[0], MASSIVE[1] * median), "muted", "massive from here", linestyle="--")
+    draw_line(axes, survey, np.maximum(MIN_MAGNITUDE, MIN_RATIO * median), "muted", "massive from here", linestyle="--")
     for key, name, style in (("born", "born", ":"), ("died", "gone", "-.")):
         if (layer := place(survey, key)) is not None:
             axes.axvline(layer, color=LIGHT["green"], linestyle=style, linewidth=1, label=f"{name}: layer {layer}")
@@ -83,7 +85,7 @@ def depth(survey: dict, surveys: Sequence[dict]) -> Figure | None:
         axes.set_title("Sink rate: share of heads that have a sink")
     for axes in panels.values():
         shade_phases(axes, survey)
-    depth_axis(axes, survey)
+    depth_axis([*panels.values()][-1], survey)
     pairs = [pair for axes in panels.values() for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     handles, names = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     for phase in PHASES:
@@ -214,7 +216,10 @@ def compare(surveys: Sequence[dict], names: Sequence[str]) -> Figure | None:
     for axes, (key, title, is_log) in zip(panels, keys, strict=True):
         for at, survey in enumerate(surveys):
             across = depths(survey) if same_depth else np.linspace(0, 1, len(survey["layers"]))
-            style = {"color": LIGHT[SERIES[at % len(SERIES)]], "linestyle": DASHES[at // len(SERIES) % len(DASHES)]}
+            style: dict[str, Any] = {
+                "color": LIGHT[SERIES[at % len(SERIES)]],
+                "linestyle": DASHES[at // len(SERIES) % len(DASHES)],
+            }
             axes.plot(across, values(survey, key), marker="o" if len(across) < 4 else None, **style)
             if axes is panels[0]:
                 handles.append(Line2D([], [], **style))
@@ -236,7 +241,7 @@ def _stack(survey, surveys, panels, unit=frozenset(), log=frozenset()) -> Figure
     if not panels:
         return None
     drawn = figure(115 * len(panels) + 25)
-    pairs = []
+    pairs: list[tuple[Any, str]] = []
     drawn_axes = drawn.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (key, second, title, colour, name, second_name) in zip(drawn_axes, panels, strict=True):
         keys = [key]

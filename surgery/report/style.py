@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -71,7 +72,8 @@ def drawing() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        settings: Any = matplotlib.rcParams
+        settings.update(_STYLE)
         yield
 
 
@@ -106,7 +108,7 @@ def inline_svg(drawn: Figure, prefix: str, label: str) -> str:
     body = text.getvalue()
     body = re.sub(r"<style.*?</style>", "", body[body.index("<svg") :], flags=re.DOTALL)
     opening, body = body.split(">", 1)
-    box = re.search(r'viewBox="([^"]*)"', opening).group(1)
+    box = opening.partition('viewBox="')[2].partition('"')[0]
     body = _TAG.sub(lambda tag: _themed(tag.group(), prefix), body)
     return f'<svg viewBox="{box}" role="img" aria-label="{escape(label)}">{body}'
 

@@ -4,34 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
-from .words import (
-    best,
-    effect,
-    finite,
-    interval,
-    intervention_name,
-    listing,
-    number,
-    percent,
-    place,
-    score,
-    untouched,
-    visible,
-    visible_name,
-)
+from ..table import Table
+from ..words import finite, interval, listing, number, percent, score, visible, visible_name
+from .summary import best, effect, intervention_name, place, untouched
 
 MOST = 12  # rows of a table of things that were found, the largest first
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headings and rows of text; the first column names the row. `note` says what was left out."""
-
-    head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    note: str = ""
 
 
 def overview(surveys: Sequence[dict], names: Sequence[str]) -> Table:
@@ -54,7 +33,7 @@ def overview(surveys: Sequence[dict], names: Sequence[str]) -> Table:
         ("sites with a head norm", [number(s.get("normed_sites")) for s in surveys]),
     ]
     kept = [(name, *cells) for name, cells in lines if any(cell != "–" for cell in cells)]
-    return Table(("", *names), kept)
+    return Table("At a glance", ("", *names), kept)
 
 
 def head_variance(survey: dict, of: str) -> float | None:
@@ -91,7 +70,7 @@ def changes(surveys: Sequence[dict], names: Sequence[str]) -> list[str]:
     first = surveys[0]
     found = []
     for survey, name in zip(surveys[1:], names[1:], strict=True):
-        pairs = [
+        pairs: list[tuple[Any, ...]] = [
             ("massive activations", *(_get(s, "massive_activations", "count") for s in (first, survey)), number),
             ("perplexity", *(_get(s, "perplexity", "ppl") for s in (first, survey)), score),
             ("highest sink rate", *(_value(best(s, "sink_rate")) for s in (first, survey)), percent),
@@ -127,7 +106,8 @@ def interventions(survey: dict) -> Table | None:
         )  # fmt: skip
     head = ("intervention", "effect", "perplexity", "ΔNLL (95%)", "sinks", "entropy", "massive", "touched")
     note = " ".join(_aside(row) for row in survey.get("interventions") or [] if row.get("planted") or row.get("error"))
-    return Table(head, rows, f"Sinks and entropy are means over layers. {note}".strip()) if rows else None
+    note = f"Sinks and entropy are means over layers. {note}".strip()
+    return Table("Interventions", head, rows, note) if rows else None
 
 
 def _aside(row: dict) -> str:
@@ -151,11 +131,13 @@ def massive(survey: dict) -> Table | None:
     ordered = sorted(groups.items(), key=lambda group: -max(abs(value) for _, _, value in group[1]))
     rows = []
     for (dim, token), found in ordered[:MOST]:
-        layers, positions = ({entry[at] for entry in found} for at in (0, 1))
+        layers, positions = {layer for layer, _, _ in found}, {position for _, position, _ in found}
         largest = max((value for _, _, value in found), key=abs)
         rows.append((f"{dim}", visible(token), _span(layers), listing(sorted(positions), 3), number(largest)))
     note = f"{len(ordered) - MOST:,} smaller pairs of dimension and token are not shown." if len(ordered) > MOST else ""
-    return Table(("dimension", "token", "layers", "positions", "largest"), rows, note) if rows else None
+    head = ("dimension", "token", "layers", "positions", "largest")
+    text = "Where they stand. A dimension and a token are listed with the layers in which they meet."
+    return Table("Massive activations", head, rows, note, text) if rows else None
 
 
 def super_neurons(survey: dict) -> Table | None:
@@ -168,14 +150,15 @@ def super_neurons(survey: dict) -> Table | None:
         for unit in found[:MOST]
     ]  # fmt: skip
     note = f"{len(found) - MOST:,} more are not shown." if len(found) > MOST else ""
-    return (
-        Table(("layer / unit", "dimension", "share", "activation", "column norm", "sparsity"), rows, note)
-        if rows
-        else None
+    head = ("layer / unit", "dimension", "share", "activation", "column norm", "sparsity")
+    text = (
+        "Units of an MLP whose activation times the norm of their output column dominates what is written to a massive "
+        "activation. Share is the unit's part of what the MLP writes there."
     )
+    return Table("Super neurons", head, rows, note, text) if rows else None
 
 
-def layers(survey: dict) -> Table | None:
+def layers(survey: dict) -> Table:
     rows = [
         (
             f"{row['layer']}", number(row.get("ratio"), 3), number(row.get("first_norm"), 3),
@@ -183,26 +166,15 @@ def layers(survey: dict) -> Table | None:
         )
         for row in survey["layers"]
     ]  # fmt: skip
-    return Table(("layer", "max / median", "first norm", "entropy", "sink rate", "massive"), rows)
+    head = ("layer", "max / median", "first norm", "entropy", "sink rate", "massive")
+    text = (
+        "Means over sequences (of p1 and entropy: over those whose spectrum was taken); – where nothing was measured."
+    )
+    return Table("All layers in figures", head, rows, text=text)
 
 
-# key, title, text, how it is shown (a card like a figure's, a wide one, folded), table
-SECTIONS = (
-    (
-        "massive", "Massive activations",
-        "Where they stand. A dimension and a token are listed with the layers in which they meet.", "figure", massive,
-    ),
-    (
-        "neurons", "Super neurons",
-        "Units of an MLP whose activation times the norm of their output column dominates what is written to a "
-        "massive activation. Share is the unit's part of what the MLP writes there.", "table", super_neurons,
-    ),
-    (
-        "layers", "All layers in figures",
-        "Means over sequences (of p1 and entropy: over those whose spectrum was taken); – where nothing was measured.",
-        "folded", layers,
-    ),
-)  # fmt: skip
+# key, how it is shown (a card like a figure's, a wide one, folded), table
+SECTIONS = (("massive", "figure", massive), ("neurons", "table", super_neurons), ("layers", "folded", layers))
 
 
 def _dims(survey: dict) -> str:
@@ -220,10 +192,11 @@ def _extreme(survey: dict, key: str, choose, show) -> str:
     return f"{show(found[1])} (layer {found[0]})" if found else "–"
 
 
-def _get(survey: dict, *keys: str):
+def _get(survey: dict, *keys: str) -> float | None:
+    found: Any = survey
     for key in keys:
-        survey = (survey or {}).get(key)
-    return survey if finite(survey) else None
+        found = (found or {}).get(key)
+    return found if finite(found) else None
 
 
 def _value(found: tuple[int, float] | None) -> float | None:

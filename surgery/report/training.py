@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from ..words import number
 from .curves import legend, present, share_axis
 from .style import LIGHT, SERIES, drawing, figure, write_figure
-from .words import number
 
 NAMES = {
     "plain": "plain GPT-2", "sink_token": "with a sink token", "attention_bias": "with slots k′, v′",
@@ -38,7 +39,7 @@ def training_curves(variants: Mapping[str, dict], stem: Path) -> list[Path]:
 def _drawn(variants: Mapping[str, dict]) -> Figure:
     drawn = figure(PANEL * len(PANELS) + 25)
     # Lines that lie on each other, as counts of 0 do: what is drawn first is wider, and shows.
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         name: {"color": LIGHT[colour], "linewidth": 2.4 - 0.4 * at}
         for at, (name, colour) in enumerate(zip(NAMES, SERIES, strict=False))
     }

@@ -2,7 +2,8 @@
 
 A class here is mixed in front of the family's attention class. It overrides the one method in which that computes
 attention, and calls `attend` there with what the family computes: query, key, value, mask, scale, and a bias on the
-logits where it has one (ALiBi). Everything else, weights and cache included, stays the family's own.
+logits where it has one (ALiBi). Everything else, weights and cache included, stays the family's own; `self` is that
+class too, and so of type Any.
 
 To add a family, enter its model type in `ADAPTERS` (below), with a class from here: one may serve several types.
 
@@ -24,23 +25,30 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .eab_positions import places, slot_count
 
-def attend(site, query, key, value, mask, scale, bias=None, dropout=0.0):
+Attended = tuple[Tensor, Tensor | None]  # output and weights; these are None unless the implementation is eager
+
+
+def attend(
+    site: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention through the interface: query (B, H, T, D), key, value (B, H or fewer, S, D) -> (B, T, H, D), weights.
 
     `scale` multiplies the logits; `bias` (B or 1, H, 1, n + S) is added to the product. `dropout` is a probability, and
-    counts in training only. Weights are None unless the implementation is eager. `site.config` is the trunk's config
-    where the family's class keeps none.
+    counts in training only. `site.config` is the trunk's config where the family's class keeps none.
     """
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(site.config._attn_implementation, None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(site.config._attn_implementation, None)  # type: ignore[arg-type]
     if function is None:
         raise ValueError(
             f"attention implementation {site.config._attn_implementation!r} is not one that {type(site).__name__} "
@@ -48,24 +56,8 @@ def attend(site, query, key, value, mask, scale, bias=None, dropout=0.0):
         )
     dropout = dropout if site.training else 0.0
     extra = {} if bias is None else {"logit_bias": bias}
-    return function(site, query, key, value, mask, dropout=dropout, scaling=scale, **extra)
-
-
-def slot_count(site: nn.Module) -> int:
-    """Slots of a site; 0 where none are installed."""
-    return site.attention_bias.key.shape[0] if hasattr(site, "attention_bias") else 0
-
-
-def places(mask: torch.Tensor | None, n: int, keys: int, device) -> torch.Tensor:
-    """Where slots and keys stand, counted from the first of the prefix: (B or 1, n + keys).
-
-    Slots at 0 .. n-1, the first real token of a row at n. `keys` left of it are padding, and get numbers below n.
-    """
-    index = torch.arange(keys, device=device).unsqueeze(0)
-    if mask is not None:  # the last query sees every real token of its row, and argmax finds the first of them
-        index = index - mask[:, 0, -1, n:].long().argmax(dim=-1, keepdim=True)
-    slots = torch.arange(n, device=device).expand(index.shape[0], -1)
-    return torch.cat([slots, n + index], dim=1)
+    found: Attended = function(site, query, key, value, mask, dropout=dropout, scaling=scale, **extra)
+    return found
 
 
 # ---- ALiBi: the bias of a key is its place times the slope of the head; a slot carries its own distance
@@ -73,9 +65,9 @@ def places(mask: torch.Tensor | None, n: int, keys: int, device) -> torch.Tensor
 
 class Bloom:
     def forward(
-        self, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False, output_attentions=False,
-        **kwargs,
-    ):  # fmt: skip
+        self: Any, hidden_states: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Tensor | None,
+        layer_past: Any = None, use_cache: bool = False, output_attentions: bool = False, **kwargs: Any,
+    ) -> Attended:  # fmt: skip
         from transformers.models.bloom.modeling_bloom import build_alibi_tensor, dropout_add
 
         query, key, value = self._reshape(self.query_key_value(hidden_states))
@@ -94,9 +86,10 @@ class Falcon:
     """Rotary or ALiBi, by config. With its `use_alibi` off, the trunk writes no ALiBi over the mask of the slots."""
 
     def forward(
-        self, hidden_states, alibi, attention_mask, position_ids=None, layer_past=None, use_cache=False,
-        output_attentions=False, position_embeddings=None, **kwargs,
-    ):  # fmt: skip
+        self: Any, hidden_states: Tensor, alibi: Tensor | None, attention_mask: Tensor | None,
+        position_ids: Tensor | None = None, layer_past: Any = None, use_cache: bool = False,
+        output_attentions: bool = False, position_embeddings: Any = None, **kwargs: Any,
+    ) -> Attended:  # fmt: skip
         from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb, build_alibi_tensor
 
         query, key, value = (part.transpose(1, 2) for part in self._split_heads(self.query_key_value(hidden_states)))
@@ -116,7 +109,10 @@ class Falcon:
 
 
 class Mpt:
-    def forward(self, hidden_states, position_bias, past_key_values=None, attention_mask=None, **kwargs):
+    def forward(
+        self: Any, hidden_states: Tensor, position_bias: Tensor, past_key_values: Any = None,
+        attention_mask: Tensor | None = None, **kwargs: Any,
+    ) -> Attended:  # fmt: skip
         from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
         qkv = self.Wqkv(hidden_states)
@@ -139,27 +135,29 @@ class Mpt:
 class GPTJ:
     """GPT-J and CodeGen. They compute logits in float32 whatever the weights are."""
 
-    def _scale(self) -> float:
-        return 1 / self.scale_attn
+    def _scale(self: Any) -> float:
+        scale: float = 1 / self.scale_attn
+        return scale
 
-    def _attn(self, query, key, value, attention_mask=None):
-        wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key, value)]
-        out, weights = attend(self, *wide, attention_mask, self._scale(), dropout=self.attn_dropout.p)
-        return out.transpose(1, 2).to(value.dtype), weights
+    def _attn(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Attended:
+        narrow = value.dtype
+        query, key, value = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key, value))
+        out, weights = attend(self, query, key, value, attention_mask, self._scale(), dropout=self.attn_dropout.p)
+        return out.transpose(1, 2).to(narrow), weights
 
 
 class GPTNeo(GPTJ):
     """Every other layer is local: a window over places, of which the trunk's mask knows nothing."""
 
-    def _scale(self) -> float:
+    def _scale(self: Any) -> float:
         return 1.0
 
-    def _attn(self, query, key, value, attention_mask=None):
+    def _attn(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Attended:
         if self.attention_type == "local":
             attention_mask = self._windowed(attention_mask, query.shape[2], key.shape[2], query.device)
         return super()._attn(query, key, value, attention_mask)
 
-    def _windowed(self, mask, queries: int, keys: int, device) -> torch.Tensor:
+    def _windowed(self: Any, mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
         n = slot_count(self)
         place = places(mask, n, keys, device)[:, None, None]  # (B, 1, 1, n + S)
         if mask is None:
@@ -168,14 +166,14 @@ class GPTNeo(GPTJ):
             mask = place <= own
         else:  # a query stands where the last key that it sees stands
             own = torch.where(mask, place, -1).amax(dim=-1, keepdim=True)
-        near = own - place < self.config.window_size
+        near: Tensor = own - place < self.config.window_size
         if n and self.config.eab["slots_visible"] == "always":
             near[..., :n] = True
         return mask & near
 
 
 class GPTNeoXJapanese:
-    def _attn(self, query, key, value, attention_mask=None):
+    def _attn(self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Attended:
         scale, dropout = 1 / self.norm_factor, self.attention_dropout.p
         out, weights = attend(self, query, key, value, attention_mask, scale, dropout=dropout)
         return out.transpose(1, 2), weights
@@ -184,7 +182,10 @@ class GPTNeoXJapanese:
 class OpenAIGPT:
     """No cache, and a mask of its own: additive (B, 1, 1, S) for padding, or None, beside a triangle in the site."""
 
-    def _attn(self, q, k, v, attention_mask=None, output_attentions=False):
+    def _attn(
+        self: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> list[Tensor | None]:  # fmt: skip
         if attention_mask is not None:
             real = attention_mask >= 0
             text = real & torch.ones(q.shape[2], k.shape[3], dtype=torch.bool, device=q.device).tril()
@@ -195,20 +196,25 @@ class OpenAIGPT:
         return [out.transpose(1, 2), weights]
 
 
-def projected(projections, hidden_states, head_dim: int, cache, layer_idx: int) -> list[torch.Tensor]:
+def projected(
+    projections: Iterable[Any], hidden_states: Tensor, head_dim: int, cache: Any, layer_idx: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query (B, H, T, D) of this call, key and value (B, H, S, D) with what the cache holds."""
     query, key, value = (
         project(hidden_states).unflatten(-1, (-1, head_dim)).transpose(1, 2) for project in projections
     )
     if cache is not None:
         key, value = getattr(cache, "self_attention_cache", cache).update(key, value, layer_idx)
-    return [query, key, value]
+    return query, key, value
 
 
 class Bert:
     """RemBERT and Megatron-BERT, as decoders."""
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Attended:  # fmt: skip
         projections, head_dim = (self.query, self.key, self.value), self.attention_head_size
         states = projected(projections, hidden_states, head_dim, past_key_values, self.layer_idx)
         out, weights = attend(self, *states, attention_mask, head_dim**-0.5, dropout=self.dropout.p)
@@ -216,7 +222,10 @@ class Bert:
 
 
 class XGLM:
-    def forward(self, hidden_states, past_key_values=None, attention_mask=None, **kwargs):
+    def forward(
+        self: Any, hidden_states: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Attended:  # fmt: skip
         projections = (self.q_proj, self.k_proj, self.v_proj)
         states = projected(projections, hidden_states, self.head_dim, past_key_values, self.layer_idx)
         out, weights = attend(self, *states, attention_mask, self.scaling, dropout=self.dropout)
@@ -256,7 +265,7 @@ class Adapter:
                     setattr(module, name, setting)
         return undo
 
-    def _adapt(self, module: nn.Module, config, undo: contextlib.ExitStack) -> None:
+    def _adapt(self, module: Any, config: PreTrainedConfig, undo: contextlib.ExitStack) -> None:
         native = type(module)
         module.__class__ = type(native.__name__, (self.mixin, native), {"__module__": native.__module__})
         undo.callback(setattr, module, "__class__", native)

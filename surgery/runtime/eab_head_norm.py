@@ -1,4 +1,4 @@
-"""Head-wise RMSNorm at run time: what each head brings back is normed before the output projection.
+"""Head-wise RMSNorm at run time: each head's output is normed before the output projection.
 
     o <- o + g (norm(o) - o),    norm(o) = o / sqrt(mean(o^2) + eps) * weight
 
@@ -12,15 +12,20 @@ are gates; and `eps`. `eab_attention` calls the norm: it stands where attention 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .eab_runtime import Added, AttentionBiasMixin, find_trunk
 
 
 class HeadNorm(Added):
     """The norm of one site: weight (E,), or (Hq, E) if it is `per_head`; gate (Hq,), or None where it is pure."""
+
+    weight: nn.Parameter
+    gate: nn.Parameter | None
 
     def __init__(self, heads: int, dim: int, per_head: bool, gated: bool, eps: float):
         super().__init__()
@@ -44,7 +49,7 @@ class HeadNorm(Added):
         return normed.to(states.dtype)
 
 
-def install_norms(trunk: nn.Module, head_norm: dict) -> contextlib.ExitStack:
+def install_norms(trunk: nn.Module, head_norm: dict[str, Any]) -> contextlib.ExitStack:
     """Put empty norms into the sites that `head_norm` names; closing what is returned takes them out again."""
     undo = contextlib.ExitStack()
     settings = (head_norm["per_head"], head_norm["gated"], head_norm["eps"])
@@ -58,7 +63,7 @@ def install_norms(trunk: nn.Module, head_norm: dict) -> contextlib.ExitStack:
 class HeadNormMixin(AttentionBiasMixin):
     """Mixed into a model class of transformers, it makes the class load and run with slots, if any, and head norms."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         install_norms(find_trunk(self, config.eab["trunk"]), config.head_norm)
-        self._keep_in_fp32_modules_strict = self._keep_in_fp32_modules_strict | {"head_norm"}
+        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | {"head_norm"}

@@ -18,24 +18,25 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 def slot_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slot_key: torch.Tensor,
-    slot_value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_key: Tensor,
+    slot_value: Tensor,
     *,
     scale: float,
     causal: bool = False,
-    mask: torch.Tensor | None = None,
-    slot_mask: torch.Tensor | None = None,
+    mask: Tensor | None = None,
+    slot_mask: Tensor | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    sink_logits: torch.Tensor | None = None,
+    sink_logits: Tensor | None = None,
     need_weights: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention over text and slots in one softmax.
 
     Args:
@@ -65,7 +66,8 @@ def slot_attention(
         slot_mask = slot_mask.to(query.dtype).clamp(min=low)
     plain = softcap is None and not need_weights
     if plain and _can_merge(query, key, value, slot_key, slot_value, mask, dropout):
-        return _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits), None
+        with torch.autocast("cpu", enabled=False):  # the merge is done in the dtype of the log-sum-exp
+            return _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits), None
     if not plain or sink_logits is not None:
         out, weights = _eager(
             query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits
@@ -74,7 +76,10 @@ def slot_attention(
     return _concatenated(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout), None
 
 
-def _concatenated(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout):
+def _concatenated(
+    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float, causal: bool,
+    mask: Tensor | None, slot_mask: Tensor | None, dropout: float,
+) -> Tensor:  # fmt: skip
     """PyTorch's attention over slots and keys; causal without a mask where every slot is visible."""
     groups, extra = query.shape[1] // key.shape[1], 0
     if slot_key.shape[0]:
@@ -90,7 +95,9 @@ def _concatenated(query, key, value, slot_key, slot_value, scale, causal, mask, 
     return out[:, :, extra:]
 
 
-def _can_merge(query, key, value, slot_key, slot_value, mask, dropout: float) -> bool:
+def _can_merge(
+    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, mask: Tensor | None, dropout: float
+) -> bool:
     """Whether a kernel that returns its log-sum-exp takes these inputs. Only the CPU's has been tested."""
     # The lse of the CPU kernel never carries a gradient, so this is a question of requires_grad, not of training mode.
     inputs = (query, key, value, slot_key, slot_value, mask)
@@ -98,10 +105,13 @@ def _can_merge(query, key, value, slot_key, slot_value, mask, dropout: float) ->
     return query.device.type == "cpu" and not needs_grad and not dropout and query.shape[-1] == value.shape[-1]
 
 
-@torch.autocast("cpu", enabled=False)  # the merge is done in the dtype of the log-sum-exp
-def _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits):
+def _merged(
+    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float, causal: bool,
+    mask: Tensor | None, slot_mask: Tensor | None, sink_logits: Tensor | None,
+) -> Tensor:  # fmt: skip
     if mask is not None:
         mask = _additive(mask, query.dtype)  # the kernel refuses bool; a row of -inf would report lse = 0
+    out: Tensor
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )
@@ -126,12 +136,16 @@ def _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_m
     return merged.flatten(1, 2).to(query.dtype)
 
 
-def _eager(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits):
+def _eager(
+    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float, causal: bool,
+    mask: Tensor | None, slot_mask: Tensor | None, dropout: float, softcap: float | None, sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Every logit written out, softmax in float32 or wider."""
     keys, values, full_mask = _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask)
     groups = query.shape[1] // key.shape[1]
-    logits = (query @ _repeat(keys, groups).transpose(2, 3)) * scale  # (B, Hq, T, n + S)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = torch.promote_types(query.dtype, torch.float32)
+    # In half precision the products of long vectors lose more than the softmax forgives: they are taken in float32.
+    logits = query.to(wide) @ _repeat(keys, groups).to(wide).transpose(2, 3) * scale  # (B, Hq, T, n + S)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if full_mask is not None:
@@ -145,7 +159,10 @@ def _eager(query, key, value, slot_key, slot_value, scale, causal, mask, slot_ma
     return weights @ _repeat(values, groups), weights[..., slot_key.shape[0] :]
 
 
-def _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask):
+def _concatenate(
+    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, causal: bool, mask: Tensor | None,
+    slot_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Slots in front: keys (B, H, n + S, D), values (B, H, n + S, E), mask (B|1, Hq|1, T, n + S) or None."""
     batch, queries = query.shape[0], query.shape[2]
     keys = torch.cat([slot_key.to(key).transpose(0, 1).expand(batch, -1, -1, -1), key], dim=2)
@@ -164,18 +181,18 @@ def _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mas
     return keys, values, torch.cat([slot_mask.expand(*shape, -1), mask.expand(*shape, -1)], dim=-1)
 
 
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask as what to add to logits: 0 or finfo.min, rather than -inf; others as they are."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _grouped_mask(mask: torch.Tensor, heads: int) -> torch.Tensor:
+def _grouped_mask(mask: Tensor, heads: int) -> Tensor:
     """(B|1, Hq|1, T, n) -> (B|1, H|1, G|1, T, n)."""
     return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (heads, -1))
 
 
-def _repeat(states: torch.Tensor, groups: int) -> torch.Tensor:
+def _repeat(states: Tensor, groups: int) -> Tensor:
     """(B, H, S, D) -> (B, H * groups, S, D), head h serving query heads h * groups ... h * groups + groups - 1."""
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
+Rule = Callable[..., Any]  # (batch, head, query, key), each a place -> whether the query sees the key
+Sizes = tuple[int, int, int, int, int]  # batch, T, S, and the places at which queries and keys begin
 
-def _rule_by_place(mask_function, local_size: int | None, use_vmap: bool, sizes: tuple, device, config):
+
+def _written_out(rule: Rule, sizes: Sizes, device: torch.device) -> Tensor:
+    """The mask (B, 1, T, S) of a rule, also where it is plain causal."""
+    mask = sdpa_mask(*sizes, mask_function=rule, allow_is_causal_skip=False, device=device)
+    assert mask is not None
+    return mask
+
+
+def _rule_by_place(
+    mask_function: Rule, local_size: int | None, use_vmap: bool, sizes: Sizes, device: torch.device,
+    config: PreTrainedConfig,
+) -> Rule:  # fmt: skip
     """A rule that may be asked about place i + n; ValueError where `mask_function` groups tokens.
 
     A rule that looks tokens up (which image, which document) must not be asked so. Multimodal models hand one over with
@@ -24,20 +42,18 @@ def _rule_by_place(mask_function, local_size: int | None, use_vmap: bool, sizes:
     return plain or mask_function
 
 
-def _without_groups(mask_function, local_size: int | None, sizes: tuple, device):
+def _without_groups(mask_function: Rule, local_size: int | None, sizes: Sizes, device: torch.device) -> Rule | None:
     """The plain rule, causal or with a window, that `mask_function` comes down to on these tokens, or None."""
-    plain = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
-    asked, expected = (
-        sdpa_mask(*sizes, mask_function=rule, allow_is_causal_skip=False, device=device)
-        for rule in (mask_function, plain)
-    )
-    return plain if torch.equal(asked, expected) else None
+    plain: Rule = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
+    same = torch.equal(_written_out(mask_function, sizes, device), _written_out(plain, sizes, device))
+    return plain if same else None
 
 
 def eab_mask(
-    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None, local_size=None,
-    allow_is_causal_skip=True, use_vmap=False, device="cpu", config=None, **kwargs,
-):  # fmt: skip
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
+    mask_function: Rule = causal_mask_function, attention_mask: Tensor | None = None, local_size: int | None = None,
+    allow_is_causal_skip: bool = True, use_vmap: bool = False, device: Any = "cpu", config: Any = None, **kwargs: Any,
+) -> Tensor | None:  # fmt: skip
     """The mask function that goes with it: bool (B, 1, T, n + S), slots first, or None where plain causal is right.
 
     In a row with P padding tokens on its left, the prefix would have stood at P .. P+n-1 and text token i at i + n. The
@@ -53,7 +69,7 @@ def eab_mask(
         sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
         mask_function = _rule_by_place(mask_function, local_size, use_vmap, sizes, device, config)
 
-    def shifted(batch, head, q, kv):
+    def shifted(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Any:
         return mask_function(batch, head, q + n, kv + n)
 
     text = sdpa_mask(
@@ -70,7 +86,7 @@ def eab_mask(
         # An empty static cache: plain causal over its first keys, of which the rest are unwritten. The mark spares the
         # kernel the mask; if the model cuts rows out of it, the mark is gone and the mask holds.
         first = torch.ones(q_length, n + kv_length, dtype=torch.bool, device=device).tril(n)[None, None]
-        first.eab_first_keys = True
+        first.eab_first_keys = True  # type: ignore[attr-defined]
         return first
     if text is None or n == 0:
         return text
@@ -81,10 +97,20 @@ def eab_mask(
     else:
         padding = (attention_mask.long().cumsum(dim=-1) == 0).sum(dim=-1)
 
-    def slots(batch, head, q, slot):
+    def slots(batch: Tensor, head: Tensor, q: Tensor, slot: Tensor) -> Any:
         return mask_function(batch, head, q + n, padding[batch] + slot)
 
-    slot_mask = sdpa_mask(
-        batch_size, q_length, n, q_offset, 0, mask_function=slots, allow_is_causal_skip=False, device=device
-    )
+    slot_mask = _written_out(slots, (batch_size, q_length, n, q_offset, 0), device)
     return torch.cat([slot_mask.expand(*text.shape[:-1], n), text], dim=-1)
+
+
+def biased(
+    bias: Tensor, n: int, keys: int, mask: Tensor | None, slot_mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, bool]:
+    """Masks with a bias on the logits written into them: additive (B or 1, Hq, T or 1, S), and the same for slots."""
+    if causal:
+        mask = torch.ones(keys, keys, dtype=torch.bool, device=bias.device).tril()[None, None]
+    low = torch.finfo(bias.dtype).min
+    slots, text = bias[..., :n], bias[..., n : n + keys]
+    slots = slots if slot_mask is None else torch.where(slot_mask, slots, low)
+    return text if mask is None else torch.where(mask, text, low), slots, False

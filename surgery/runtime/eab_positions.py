@@ -1,4 +1,4 @@
-"""Positions of a text that stands behind a folded prefix: the caller counts from 0, the model from n.
+"""Positions of a text that stands after a folded prefix: the caller counts from 0, the model from n.
 
 Keys and learned position embeddings of the prefix belong to positions 0 .. n-1, so text token i has to be computed at
 n + i. `shift_positions` does that at the trunk (the innermost model that contains all sites); where the caller gives no
@@ -7,15 +7,20 @@ positions they are derived first, from the attention mask or from the length of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
-def _inputs(kwargs: dict) -> torch.Tensor:
+def _inputs(kwargs: dict[str, Any]) -> Tensor:
     """What a forward is given of the text: ids (B, T), or embeddings (B, T, d) in their place."""
-    return kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    given: Tensor = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    return given
 
 
-def text_positions(kwargs: dict) -> torch.Tensor:
+def text_positions(kwargs: dict[str, Any]) -> Tensor:
     """Positions of the text in the numbering of its caller, which starts at 0: (B or 1, T), from a forward's arguments.
 
     A 2-D attention mask decides where there is one, so that left padding does not move a row; else the cache's length.
@@ -23,10 +28,10 @@ def text_positions(kwargs: dict) -> torch.Tensor:
     attention_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
     length, device = _inputs(kwargs).shape[1], _inputs(kwargs).device
     past = 0 if cache is None else cache.get_seq_length()
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return (torch.arange(length, device=device) + past).unsqueeze(0)
     counted = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0).to(device)
-    if isinstance(past, torch.Tensor):  # a static cache: its length is data, and slicing by data cannot be compiled
+    if isinstance(past, Tensor):  # a static cache: its length is data, and slicing by data cannot be compiled
         return counted.index_select(1, past.to(device) + torch.arange(length, device=device))
     if counted.shape[1] < past + length:
         raise ValueError(
@@ -36,25 +41,30 @@ def text_positions(kwargs: dict) -> torch.Tensor:
     return counted[:, past : past + length]
 
 
-def _refuse_packing(positions: torch.Tensor) -> None:
+def _refuse_packing(positions: Tensor) -> None:
     """Packed sequences (positions that start again, no mask) would need slots at each start: refuse them."""
     if positions.ndim == 2 and bool((positions.diff(dim=-1) != 1).any()):
         raise ValueError("packed sequences are not supported with slots: pass an attention_mask, one sequence per row")
 
 
-def number_text(names: list[str], wrapper, args, kwargs):
+def number_text(
+    names: list[str], wrapper: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
     """Forward pre-hook of a multimodal wrapper: positions from its 2-D attention mask, in the numbering of its caller.
 
     Wrappers hand their language model expanded masks, from which padding can no longer be told.
     """
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     mask = kwargs.get("attention_mask")
-    if kwargs.get("position_ids") is None and isinstance(mask, torch.Tensor) and mask.ndim == 2:
+    if kwargs.get("position_ids") is None and isinstance(mask, Tensor) and mask.ndim == 2:
         kwargs["position_ids"] = text_positions(kwargs)
     return (), kwargs
 
 
-def shift_positions(n: int, max_length: int | None, names: list[str], trunk, args, kwargs):
+def shift_positions(
+    n: int, max_length: int | None, names: list[str], trunk: PreTrainedModel, args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[()], dict[str, Any]]:  # fmt: skip
     """Forward pre-hook of the trunk: position_ids + n, derived first where the caller gave none.
 
     `names` are the parameters of the trunk's forward, in order, for arguments given by position. ValueError where a
@@ -84,7 +94,7 @@ def shift_positions(n: int, max_length: int | None, names: list[str], trunk, arg
     return (), kwargs
 
 
-def own_query_scale(n: int, site, args, kwargs) -> torch.Tensor | None:
+def own_query_scale(n: int, site: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """(1, 1, T, 1): what the queries of a site must be multiplied with if it scales them by its own count of tokens.
 
     Llama 4 does so in its layers without rotary; its count includes padding, as in the original. None for other sites.
@@ -96,7 +106,26 @@ def own_query_scale(n: int, site, args, kwargs) -> torch.Tensor | None:
     past = 0 if cache is None else cache.get_seq_length(site.layer_idx)
     place = torch.arange(hidden.shape[1], device=hidden.device) + past + 1.0
 
-    def scale(at):
-        return torch.log1p(torch.floor(at / site.floor_scale)) * site.attn_scale + 1.0
+    def scale(at: Tensor) -> Tensor:
+        scaled: Tensor = torch.log1p(torch.floor(at / site.floor_scale)) * site.attn_scale + 1.0
+        return scaled
 
     return (scale(place + n) / scale(place)).view(1, 1, -1, 1)
+
+
+def slot_count(site: Any) -> int:
+    """Slots of a site; 0 where none are installed."""
+    n: int = site.attention_bias.key.shape[0] if hasattr(site, "attention_bias") else 0
+    return n
+
+
+def places(mask: Tensor | None, n: int, keys: int, device: torch.device) -> Tensor:
+    """Where slots and keys stand, counted from the first of the prefix: (B or 1, n + keys).
+
+    Slots at 0 .. n-1, the first real token of a row at n. `keys` left of it are padding, and get numbers below n.
+    """
+    index = torch.arange(keys, device=device).unsqueeze(0)
+    if mask is not None:  # the last query sees every real token of its row, and argmax finds the first of them
+        index = index - mask[:, 0, -1, n:].long().argmax(dim=-1, keepdim=True)
+    slots = torch.arange(n, device=device).expand(index.shape[0], -1)
+    return torch.cat([slots, n + index], dim=1)

@@ -1,7 +1,7 @@
 """Explicit attention bias (EAB) at run time: slots in every attention site of a causal language model.
 
 A converted checkpoint was folded from a prefix of n tokens: the keys and values that the prefix has in every layer are
-constants, and are stored as slots. The text sits at positions n, n+1, ... as it did behind the prefix, and a slot is
+constants, and are stored as slots. The text sits at positions n, n+1, ... as it did after the prefix, and a slot is
 visible to a query exactly where the model's own mask would have shown it the prefix token. Three things do this:
 
 * `Slots`, a module in each site that holds its slots (n may be 0: then nothing moves, and masks are the model's own);
@@ -19,15 +19,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .eab_kernel import slot_attention
-from .eab_masks import eab_mask
+from .eab_masks import biased, eab_mask
 from .eab_positions import number_text, own_query_scale, shift_positions
 
 # What a user may ask for, and the name under which we register our version of it.
@@ -51,6 +52,9 @@ class Added(nn.Module):
 class Slots(Added):
     """The slots of one site: key (n, kv_heads, key_dim), value (n, kv_heads, value_dim), as if rotary was applied."""
 
+    key: Tensor
+    value: Tensor
+
     def __init__(self, n_slots: int, kv_heads: int, key_dim: int, value_dim: int):
         super().__init__()
         for name, dim in (("key", key_dim), ("value", value_dim)):
@@ -59,7 +63,7 @@ class Slots(Added):
             else:  # no checkpoint holds tensors of nothing
                 self.register_buffer(name, torch.empty(0, kv_heads, dim, dtype=torch.float32), persistent=False)
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor]:
         return self.key, self.value
 
 
@@ -67,9 +71,11 @@ class Slots(Added):
 
 
 def eab_attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, softcap=None, s_aux=None,
-    query_scale=None, logit_bias=None, need_weights=False, **kwargs,
-):  # fmt: skip
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, is_causal: bool | None = None, softcap: float | None = None,
+    s_aux: Tensor | None = None, query_scale: Tensor | None = None, logit_bias: Tensor | None = None,
+    need_weights: bool = False, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The attention function of a site with slots, in the calling convention of `ALL_ATTENTION_FUNCTIONS`.
 
     query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E) -> output (B, T, Hq, E) and weights (B, Hq, T, S) or None.
@@ -77,7 +83,7 @@ def eab_attention(
     (`eab_head_norm`) has its output normed here, before the model's own code sees it.
     """
     for name, argument in kwargs.items():
-        if isinstance(argument, torch.Tensor) and name not in HARMLESS_TENSORS:
+        if isinstance(argument, Tensor) and name not in HARMLESS_TENSORS:
             raise ValueError(f"attention with slots does not know the argument {name!r} and will not ignore it")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(
@@ -105,7 +111,7 @@ def eab_attention(
         causal, mask = False, torch.ones(queries, keys, dtype=torch.bool, device=key.device).tril(keys - queries)
         mask = mask[None, None]
     if logit_bias is not None:
-        mask, slot_mask, causal = _biased(logit_bias, n, key.shape[2], mask, slot_mask, causal)
+        mask, slot_mask, causal = biased(logit_bias, n, key.shape[2], mask, slot_mask, causal)
     out, weights = slot_attention(
         query, key, value, slot_key, slot_value,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -116,16 +122,6 @@ def eab_attention(
     return module.head_norm(out) if hasattr(module, "head_norm") else out, weights
 
 
-def _biased(bias, n: int, keys: int, mask, slot_mask, causal: bool):
-    """Masks with a bias on the logits written into them: additive (B or 1, Hq, T or 1, S), and the same for slots."""
-    if causal:
-        mask = torch.ones(keys, keys, dtype=torch.bool, device=bias.device).tril()[None, None]
-    low = torch.finfo(bias.dtype).min
-    slots, text = bias[..., :n], bias[..., n : n + keys]
-    slots = slots if slot_mask is None else torch.where(slot_mask, slots, low)
-    return text if mask is None else torch.where(mask, text, low), slots, False
-
-
 for _wanted, _name in IMPLEMENTATIONS.items():
     AttentionInterface.register(_name, functools.partial(eab_attention, need_weights=_wanted == "eager"))
     AttentionMaskInterface.register(_name, eab_mask)
@@ -134,7 +130,9 @@ for _wanted, _name in IMPLEMENTATIONS.items():
 # ---- installation
 
 
-def _guard_site(n: int, config, site, args, kwargs):
+def _guard_site(
+    n: int, config: PreTrainedConfig, site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of each site: no call without its slots; queries scaled by place are scaled for place + n."""
     for asked in (config, getattr(site, "config", config)):
         if asked._attn_implementation not in IMPLEMENTATIONS.values():
@@ -151,11 +149,11 @@ def find_trunk(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     """The model inside `model`, or itself, whose class is or derives from one named `kind`."""
     for module in model.modules():
         if any(base.__name__ == kind for base in type(module).__mro__):
-            return module
+            return cast(PreTrainedModel, module)
     raise ValueError(f"{type(model).__name__} has no {kind} inside, where its slots would live")
 
 
-def install(model: PreTrainedModel, eab: dict, adapter=None) -> contextlib.ExitStack:
+def install(model: PreTrainedModel, eab: dict[str, Any], adapter: Any = None) -> contextlib.ExitStack:
     """Put empty slots into every site of `model` and hook them up; closing what is returned takes them out again.
 
     Sets `config.eab` on the trunk's config. The attention implementation must be set by the caller. `adapter` is that
@@ -179,10 +177,12 @@ def install(model: PreTrainedModel, eab: dict, adapter=None) -> contextlib.ExitS
     return undo
 
 
-def _move_text(model: PreTrainedModel, trunk: PreTrainedModel, n: int, max_length: int | None, undo) -> None:
-    """Hooks that put the text behind n places."""
+def _move_text(
+    model: PreTrainedModel, trunk: PreTrainedModel, n: int, max_length: int | None, undo: contextlib.ExitStack
+) -> None:
+    """Hooks that put the text after n places."""
     names = list(inspect.signature(trunk.forward).parameters)
-    if "position_ids" in names:  # without them positions are relative, and behind a prefix the same
+    if "position_ids" in names:  # without them positions are relative, and after a prefix the same
         shift = functools.partial(shift_positions, n, max_length, names)
         undo.callback(trunk.register_forward_pre_hook(shift, with_kwargs=True).remove)
     if model.config is not trunk.config:
@@ -192,7 +192,7 @@ def _move_text(model: PreTrainedModel, trunk: PreTrainedModel, n: int, max_lengt
             undo.callback(model.register_forward_pre_hook(number, with_kwargs=True).remove)
 
 
-def _put_back(config, eab: dict | None) -> None:
+def _put_back(config: PreTrainedConfig, eab: dict[str, Any] | None) -> None:
     if eab is None:
         del config.eab
     else:
@@ -212,14 +212,20 @@ def require_added(model: nn.Module) -> None:
                 )
 
 
-class AttentionBiasMixin:
+if TYPE_CHECKING:
+    Mixed = PreTrainedModel  # what the mixins stand in front of; they derive from no model themselves
+else:
+    Mixed = object
+
+
+class AttentionBiasMixin(Mixed):
     """Mixed into a model class of transformers, it makes the class load and run with slots."""
 
     _supports_flash_attn = False
     _supports_flex_attn = False
-    adapter = None  # of eab_families, for a family that needs one
+    adapter: Any = None  # of eab_families, for a family that needs one
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         asked = config._attn_implementation
         super().__init__(config, *args, **kwargs)
         install(self, config.eab, self.adapter)
@@ -228,16 +234,19 @@ class AttentionBiasMixin:
             held._attn_implementation_internal = self._check_and_adjust_attn_implementation(asked)
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | {"attention_bias"}
 
-    def initialize_weights(self):
+    def initialize_weights(self) -> None:
         # transformers initialises what a checkpoint lacks through each inner model's own class, which knows no slots:
         # they would stay uninitialised memory.
-        super().initialize_weights()
+        super().initialize_weights()  # type: ignore[no-untyped-call]
         for module in self.modules():
             for added in module.parameters() if isinstance(module, Added) else ():
                 if not added.is_meta and not getattr(added, "_is_hf_initialized", False):
                     added.data.fill_(float("nan"))
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation, is_init_check=False, **kwargs):
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False,
+        **kwargs: Any,
+    ) -> str:  # fmt: skip
         wanted = "sdpa" if attn_implementation is None else attn_implementation
         wanted = IMPLEMENTATIONS.get(wanted, wanted)
         if wanted not in IMPLEMENTATIONS.values():
@@ -249,7 +258,7 @@ class AttentionBiasMixin:
             return "eager"  # some of these families choose an attention class by this name while they are built
         return wanted
 
-    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         return self._check_and_adjust_attn_implementation(requested_attention)
 
     @classmethod
@@ -257,7 +266,7 @@ class AttentionBiasMixin:
         return True
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         if any(kwargs.get(name) is not None for name in PARALLEL_ARGUMENTS):
             raise ValueError("tensor parallelism has no plan for slots yet: load with device_map instead")
         loaded = super().from_pretrained(*args, **kwargs)

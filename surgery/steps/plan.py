@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..anatomy.linears import linears
-from ..anatomy.sites import Anatomy, blank_model, examine
+from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.disk import free_space, require_space, require_target
 from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST
-from ..checkpoint.source import Source, has_tokenizer
+from ..checkpoint.source import Source, has_tokenizer, open_source
 from ..converted.derived import Derived, derive
-from ..converted.files import added_layout, added_tensors, lowered_limits, shard_names
+from ..converted.files import added_layout, lowered_limits, shard_names
 from ..errors import UnsupportedModel
-from ..live.quantised import SCHEMES
-from ..operations.attention_bias import eab_config
-from ..operations.changed import changeable
-from ..operations.head_norm import norm_config
-from ..recipe import Recipe
+from ..live.graft import eab_config
+from ..live.loading import load_tokenizer
+from ..operations.base import Changes, Parts, Target
+from .inputs import Reader
+from .recipe import Recipe
 
 SMALL_FILES = 4 * 2**20  # what manifest, card, configuration and code can take, generously
 # How large a file of the source can become; a tokenizer.json grows by indentation.
@@ -38,73 +41,64 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. With `prefix: auto`, `n_slots` is the most there can be, and `prefix` is None.
-
-    Without attention_bias, `prefix` is empty; `head_norm` is what config.json will say of it, or None.
-    """
+    """What will be done, and on what. Where a prefix is searched, `changes` are the most there can be."""
 
     source: Source
     recipe: Recipe
-    anatomy: Anatomy
+    target: Target
+    changes: Changes
+    by_operation: Mapping[str, Changes]
     derived: Derived
-    prefix: tuple[int, ...] | None
-    n_slots: int
-    head_norm: dict | None
     shards: dict[str, str]
     added_shard: str
-    tensors: dict[str, dict]
     files: tuple[FilePlan, ...]
-    lowered: dict[str, int]
     bytes_needed: int
     bytes_free: int
 
     @property
-    def slots_visible(self) -> str:
-        return "as_prefix" if self.recipe.attention_bias is None else self.recipe.attention_bias.slots_visible
+    def anatomy(self) -> Anatomy:
+        return self.target.anatomy
 
     @property
-    def reads_linears(self) -> bool:
-        """Whether something quantises linear layers, or adds to them."""
-        tune = self.recipe.tune
-        tuned = tune is not None and (tune.lora is not None or tune.quantised is not None)
-        return tuned or any(SCHEMES[name].in_layers for name in self.recipe.verify.quantised.gates())
+    def reader(self) -> Reader:
+        """How text becomes token ids of this model."""
+        return Reader(self.target.tokenizer, self.target.vocab_size)
 
     @property
-    def lora_layers(self) -> int:
-        """How many linear layers LoRA is trained on and merged into."""
-        return sum(entry["status"] == "changed" for entry in self.tensors.values())
+    def lowered(self) -> dict[str, int]:
+        """Limits of config.json, less the positions that slots take."""
+        return lowered_limits(self.source.config, self.anatomy, self.changes.positions)
 
-    @property
-    def trains(self) -> dict | None:
-        """What tuning will train: `slots` at each site, `normed_sites`, `lora` (rank and layers, or None), `steps`."""
-        if (tune := self.recipe.tune) is None:
-            return None
-        lora = None if tune.lora is None else {"rank": tune.lora.rank, "layers": self.lora_layers}
-        return {"steps": tune.steps, "slots": self._slots, "normed_sites": self._normed_sites, "lora": lora}
+    @functools.cached_property
+    def tensors(self) -> dict[str, dict]:
+        """Every tensor of the output: status, shard, dtype, shape; those of the source first."""
+        status = self.changes.changed
+        kept = {
+            t.name: _entry(status.get(t.name, "kept"), self.shards[t.shard], t.dtype, t.shape)
+            for t in self.source.layout.tensors.values()
+        }
+        added = {name: _entry("added", self.added_shard, t.dtype, t.shape) for name, t in self.changes.added.items()}
+        return {**kept, **added}
 
-    @property
-    def _slots(self) -> int | dict[str, int]:
-        return self.n_slots if self.prefix is not None else {"max": self.n_slots}
+    def final(self, parts: Mapping[str, Parts]) -> Changes:
+        """What is done, now that everything is fitted."""
+        found = {change.name: change.plan(self.target, parts[change.name]) for change in self.recipe.changes}
+        return _together(self.anatomy, found)
 
-    @property
-    def _normed_sites(self) -> int:
-        return len(self.head_norm["sites"]) if self.head_norm is not None else 0
-
-    def entries(self, prefix: Sequence[int]) -> dict[str, dict]:
-        """What config.json will say of the operations, given the prefix that was folded."""
-        norms = {} if self.head_norm is None else {"head_norm": self.head_norm}
-        return {"eab": eab_config(self.anatomy, prefix, self.slots_visible), **norms}
-
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The plan as JSON."""
+        changes, told = self.changes, dict(self.changes.told)
+        if (tune := told.pop("tune", None)) is not None:
+            tune = {"steps": tune["steps"], **{part.key: part.count for part in changes.trains}, "lora": tune["lora"]}
         return {
             "source": {"spec": self.source.spec, "kind": self.source.kind, "revision": self.source.revision},
             "model_type": {"from": self.anatomy.model_type, "to": self.derived.model_type},
-            "prefix_ids": list(self.prefix) if self.prefix is not None else None,
-            "n_slots": self._slots,
+            "prefix_ids": list(changes.prefix) if changes.prefix is not None else None,
             "sites": len(self.anatomy.sites),
-            "normed_sites": self._normed_sites,
-            "tune": self.trains,
+            **told,
+            "adds": list(changes.words),
+            "tune": tune,
+            "trains": [part.planned for part in changes.trains] if tune is not None else [],
             "tensors": self.tensors,
             "files": [vars(file) for file in self.files],
             "config": {"lowered": self.lowered},
@@ -112,55 +106,61 @@ class Plan:
         }
 
 
-def make_plan(
-    source: Source,
-    recipe: Recipe,
-    prefix: tuple[int, ...] | None,
-    out: Path | None,
-    link: bool = False,
-    folds_bos: bool = False,
-) -> Plan:
-    """Plan `recipe` on `source`.
+def prepare(
+    recipe: Recipe, spec: str, out: Path | None, *, needs_tokenizer: bool, link: bool = False,
+    dtype: str | None = None, revision: str | None = None,
+) -> Plan:  # fmt: skip
+    """Open the source `spec` and plan `recipe` on it.
 
-    Without `out`, disk space is that of the working directory and is not insisted on. `folds_bos`: BOS is in the
-    prefix, or may be once it is searched.
-
-    Raises UnsupportedModel, OutputError, NoSpace: everything that a later step would refuse.
+    Without `out`, disk space is that of the working directory and is not insisted on. Raises whatever a later step
+    would refuse: SourceError, DamagedCheckpoint, UnsupportedModel, OutputError, NoSpace.
     """
-    anatomy = examine(source.config)
-    n_slots = recipe.attention_bias.max_slots if prefix is None else len(prefix)
-    head_norm = None if recipe.head_norm is None else norm_config(anatomy, recipe.head_norm)
-    if anatomy.max_positions is not None and n_slots >= anatomy.max_positions // 2:
+    source = open_source(spec, revision=revision, dtype=dtype)
+    anatomy = examine(source.config, source.blank)  # before the tokenizer, which would complain in its own words
+    wanted = needs_tokenizer or any(change.needs_tokenizer for change in recipe.changes)
+    tokenizer = source_tokenizer(source) if wanted or has_tokenizer(source.companions) else None
+    target = Target(anatomy, source.layout, tokenizer)
+    by_operation = {change.name: change.plan(target) for change in recipe.changes}
+    changes = _together(anatomy, by_operation)
+    if recipe.rounds_linears:
+        linears(anatomy.blank, anatomy)  # raises where there is something that cannot be reached
+    if anatomy.max_positions is not None and changes.positions >= anatomy.max_positions // 2:
         raise UnsupportedModel(
             f"config.json: max_position_embeddings is {anatomy.max_positions}, which leaves too little room "
-            f"behind {n_slots} slots; use fewer slots."
+            f"after {changes.positions} slots; use fewer slots."
         )
-    shards, added_shard = shard_names(source.layout)
-    added_bytes, infos = added_layout(added_tensors(anatomy, n_slots, head_norm), added_shard)
-    tensors = {
-        **{t.name: _entry("kept", shards[t.shard], t.dtype, t.shape) for t in source.layout.tensors.values()},
-        **{t.name: _entry("added", added_shard, t.dtype, t.shape) for t in infos.values()},
-    }
-    if clash := [name for name in infos if name in source.layout.tensors]:
+    if clash := [name for name in changes.added if name in source.layout.tensors]:
         raise UnsupportedModel(
             f"{source.spec}: already has a tensor {clash[0]}, the name of one that would be added; rename it."
         )
-    derived = derive(anatomy.model_type, head_norm is not None)
-    for name, status in changeable(source.config, anatomy, recipe, source.layout).items():
-        tensors[name]["status"] = status
-    files = _files(source, derived, shards, added_shard, added_bytes, link, folds_bos, recipe.changes_weights)
+    derived, (shards, added_shard) = derive(anatomy.model_type, changes.parts), shard_names(source.layout)
+    added_bytes, _ = added_layout(changes.added, added_shard)
+    bos = None if tokenizer is None else tokenizer.bos_token_id
+    folds_bos = bos is not None and (changes.prefix is None or bos in changes.prefix)
+    weights = "rewrite" if recipe.changes_weights else "link" if link and source.kind != "gguf" else "copy"
+    files = (*_weights(source, shards, weights), FilePlan(added_shard, "add", added_bytes),
+             *_others(source, derived, folds_bos))  # fmt: skip
     needed = SMALL_FILES + added_bytes + sum(REWRITTEN.get(file.action, 0) * (file.bytes or 0) for file in files)
-    where = Path.cwd() if out is None else Path(out)
+    where = Path.cwd() if out is None else out
     if out is not None:
         require_target(where, source.root if source.root.is_dir() else None)
         require_space(where, needed)
-    plan = Plan(
-        source, recipe, anatomy, derived, prefix, n_slots, head_norm, shards, added_shard, tensors, files,
-        lowered_limits(source.config, anatomy, n_slots), needed, free_space(where),
-    )  # fmt: skip
-    if plan.reads_linears:
-        linears(blank_model(source.config), anatomy)  # raises where there is something that cannot be reached
-    return plan
+    return Plan(
+        source, recipe, target, changes, by_operation, derived, shards, added_shard, files, needed, free_space(where)
+    )
+
+
+def _together(anatomy: Anatomy, by_operation: Mapping[str, Changes]) -> Changes:
+    """All changes as one. config.json always describes the sites, also where no operation puts slots there."""
+    sites = Changes(config={"eab": eab_config(anatomy, (), "as_prefix")})
+    return functools.reduce(operator.add, (*by_operation.values(), sites))
+
+
+def source_tokenizer(source: Source):
+    """The source's tokenizer; SourceError if it has none that loads."""
+    if source.kind == "gguf":
+        return load_tokenizer(source.root.parent, gguf_file=source.root.name)
+    return load_tokenizer(source.root)
 
 
 def carried(source: Source) -> tuple[str, ...]:
@@ -168,32 +168,24 @@ def carried(source: Source) -> tuple[str, ...]:
     return tuple(name for name in source.companions if not name.endswith(".py"))
 
 
-def _entry(status: str, shard: str, dtype: str, shape) -> dict:
+def _entry(status: str, shard: str, dtype: str, shape) -> dict[str, Any]:
     return {"status": status, "shard": shard, "dtype": dtype, "shape": list(shape)}
 
 
-def _files(
-    source: Source,
-    derived: Derived,
-    shards: dict[str, str],
-    added_shard: str,
-    added_bytes: int,
-    link: bool,
-    folds_bos: bool,
-    rewrites: bool,
-) -> tuple[FilePlan, ...]:
-    copy = "rewrite" if rewrites else "link" if link and source.kind != "gguf" else "copy"
-    files = [FilePlan(new, copy, source.layout.sizes[old], old) for old, new in shards.items()]
-    files.append(FilePlan(added_shard, "add", added_bytes))
-    files += [FilePlan("config.json", "change", None, "config.json"), FilePlan(INDEX, "add", None)]
+def _weights(source: Source, shards: Mapping[str, str], action: str) -> list[FilePlan]:
+    return [FilePlan(new, action, source.layout.sizes[old], old) for old, new in shards.items()]
+
+
+def _others(source: Source, derived: Derived, folds_bos: bool) -> list[FilePlan]:
+    """Everything but weights."""
+    files = [FilePlan("config.json", "change", None, "config.json"), FilePlan(INDEX, "add", None)]
     companions = carried(source)
     for name in companions:
         path = source.root / name
         changes = name == "tokenizer_config.json" or folds_bos and name.endswith(("tokenizer.json", ".jinja"))
-        files.append(
-            FilePlan(name, "change" if changes else "copy", path.stat().st_size if path.is_file() else None, name)
-        )
+        size = path.stat().st_size if path.is_file() else None
+        files.append(FilePlan(name, "change" if changes else "copy", size, name))
     if "tokenizer_config.json" not in companions and has_tokenizer(companions):
         files.append(FilePlan("tokenizer_config.json", "add", None))
     files += [FilePlan(name, "add", len(text.encode())) for name, text in derived.files().items()]
-    return (*files, FilePlan("README.md", "add", None), FilePlan(MANIFEST, "add", None))
+    return [*files, FilePlan("README.md", "add", None), FilePlan(MANIFEST, "add", None)]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ class AutoMassive(Observer):
 
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()  # by layer
-        self.ratios: Counter[int] = Counter()  # largest entry over the scale, summed over sequences
+        self.ratios: defaultdict[int, float] = defaultdict(float)  # largest entry over the scale, summed over sequences
         self.sequences: Counter[int] = Counter()
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
@@ -86,7 +87,7 @@ def across(layers: Sequence[dict]) -> dict:
 
 def _most_common(counted: Iterable[list]) -> list:
     """(what, how many) of several layers -> what, the most common first."""
-    total = Counter()
+    total: Counter[Any] = Counter()
     for layer in counted:
         total.update(dict(layer))
     return [what for what, _ in total.most_common()]
@@ -190,8 +191,11 @@ def correlations(layers: Sequence[dict]) -> dict | None:
 
 def _of_changes(a: Sequence[float | None], b: Sequence[float | None]) -> float | None:
     """Pearson correlation of the differences of neighbours; None for under three of them, or one that never changes."""
+    both = list(zip(a, b, strict=True))
     pairs = [
-        (a[i] - a[i - 1], b[i] - b[i - 1]) for i in range(1, len(a)) if None not in (a[i], a[i - 1], b[i], b[i - 1])
+        (x - x_before, y - y_before)
+        for (x_before, y_before), (x, y) in itertools.pairwise(both)
+        if x is not None and x_before is not None and y is not None and y_before is not None
     ]
     if len(pairs) < 3 or any(max(side) == min(side) for side in zip(*pairs, strict=True)):
         return None

@@ -1,7 +1,7 @@
 """What each head does with its attention: sinks (Xiao et al., arXiv 2309.17453), entropy, spread of outputs, selection.
 
 Block b belongs to layer b + 1, which it writes. A prefix in front of the text (`Batch.lead`) is looked at as what a
-fold makes of it: its tokens are slots, and position 0 is the first token of the text. So a model behind a prefix and
+fold makes of it: its tokens are slots, and position 0 is the first token of the text. So a model after a prefix and
 the same model with that prefix folded give the same figures.
 """
 
@@ -97,8 +97,8 @@ class AttentionStatistics(Observer):
             rows = softmax.rows(spaced(text, self.samples, turn // self.every), batch.lead)
         else:
             rows = None
-        found = {"first": sinks.first, "slots": sinks.slots, "learned": sinks.learned}
-        found = {name: row.mean(dim=2, dtype=torch.float64) for name, row in found.items() if row is not None}
+        given = {"first": sinks.first, "slots": sinks.slots, "learned": sinks.learned}
+        found = {name: row.mean(dim=2, dtype=torch.float64) for name, row in given.items() if row is not None}
         self.means.add(block, call.module, **found)
         if rows is not None:
             self._spread(block, call.module, rows)
@@ -129,7 +129,7 @@ class AttentionStatistics(Observer):
 
 
 class ValueVariance(Observer):
-    """Variance over channels of each head's output, as it goes into the output projection: behind a head norm.
+    """Variance over channels of each head's output, as it goes into the output projection: after a head norm.
 
     * `value_variance_first`: at the first token of the text, by head. That token attends to itself and to slots alone,
       so its output is one value vector where others are means of many.

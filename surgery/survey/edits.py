@@ -7,13 +7,12 @@ those of `live.edits`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
-from transformers import PreTrainedModel
 
-from ..anatomy.sites import Anatomy
 from ..live.edits import Change, Touched, edit_stream, hidden, intervention
+from ..live.model import Live
 from ..live.stream import down_projections
 from .massive import MassiveMeans, massive
 
@@ -24,7 +23,7 @@ AMPLIFIED = 10.0  # factor on the token that is to become a sink
 # ---- scalars of the residual stream
 
 
-def set_massive(model: PreTrainedModel, anatomy: Anatomy, dims: Dims, means: MassiveMeans | None = None) -> Change:
+def set_massive(live: Live, dims: Dims, means: MassiveMeans | None = None) -> Change:
     """Massive activations (Sun's criterion, in `dims` of each layer) to zero or to their means: Sun et al., section 3.
 
     A massive activation that `means` has not seen the like of stays as it is.
@@ -35,12 +34,12 @@ def set_massive(model: PreTrainedModel, anatomy: Anatomy, dims: Dims, means: Mas
         if means is None:
             return places, 0.0
         flat, d = states.flatten(), states.shape[1]
-        return places, flat.new_tensor([means.of(layer, *divmod(p, d), flat[p].item()) for p in places.tolist()])
+        return places, flat.new_tensor([means.of(layer, p // d, p % d, flat[p].item()) for p in places.tolist()])
 
-    return edit_stream(model, anatomy, dims, pick, f"massive activations to {'zero' if means is None else 'means'}")
+    return edit_stream(live, dims, pick, f"massive activations to {'zero' if means is None else 'means'}")
 
 
-def zero_random(model: PreTrainedModel, anatomy: Anatomy, dims: Dims, seed: int = 0) -> Change:
+def zero_random(live: Live, dims: Dims, seed: int = 0) -> Change:
     """The control: of each sequence and layer as many scalars as are massive, any others, to zero."""
     source = torch.Generator().manual_seed(seed)
 
@@ -49,31 +48,29 @@ def zero_random(model: PreTrainedModel, anatomy: Anatomy, dims: Dims, seed: int 
         order[places] = -1.0
         return order.topk(len(places)).indices.to(states.device), 0.0
 
-    return edit_stream(model, anatomy, dims, pick, "random activations to zero")
+    return edit_stream(live, dims, pick, "random activations to zero")
 
 
-def zero_median(model: PreTrainedModel, anatomy: Anatomy, dims: Dims) -> Change:
+def zero_median(live: Live, dims: Dims) -> Change:
     """The other control: as many scalars, those whose size is nearest to the median, to zero."""
 
     def pick(layer: int, states: torch.Tensor) -> tuple[torch.Tensor, float]:
         magnitude, places = states.abs().flatten(), _massive_places(states, dims[layer])
         return (magnitude - magnitude.median()).abs().topk(len(places), largest=False).indices, 0.0
 
-    return edit_stream(model, anatomy, dims, pick, "median-sized activations to zero")
+    return edit_stream(live, dims, pick, "median-sized activations to zero")
 
 
-def zero_largest(model: PreTrainedModel, anatomy: Anatomy, layer: int, scalars: int) -> Change:
+def zero_largest(live: Live, layer: int, scalars: int) -> Change:
     """The `scalars` largest entries of each sequence at `layer`, massive or not, to zero."""
 
     def pick(layer: int, states: torch.Tensor) -> tuple[torch.Tensor, float]:
         return states.abs().flatten().topk(min(scalars, states.numel())).indices, 0.0
 
-    return edit_stream(model, anatomy, [layer], pick, f"the {scalars} largest activations of layer {layer} to zero")
+    return edit_stream(live, [layer], pick, f"the {scalars} largest activations of layer {layer} to zero")
 
 
-def amplify(
-    model: PreTrainedModel, anatomy: Anatomy, position: int, layer: int = 0, factor: float = AMPLIFIED
-) -> Change:
+def amplify(live: Live, position: int, layer: int = 0, factor: float = AMPLIFIED) -> Change:
     """Multiply the token at `position` by `factor` at `layer`, its variance by the square of it (arXiv 2605.06611).
 
     At the embedding output, what attention then writes to the token is small against its own part, as in a first token.
@@ -83,7 +80,7 @@ def amplify(
         chosen = states[position : position + 1] * factor
         return position * states.shape[1] + torch.arange(chosen.numel(), device=states.device), chosen.flatten()
 
-    return edit_stream(model, anatomy, [layer], pick, f"token {position} amplified at layer {layer}")
+    return edit_stream(live, [layer], pick, f"token {position} amplified at layer {layer}")
 
 
 def _massive_places(states: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
@@ -97,14 +94,14 @@ def _massive_places(states: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def zero_mlp_write(model: PreTrainedModel, anatomy: Anatomy, layer: int, position: int = 0) -> Iterator[Touched]:
+def zero_mlp_write(live: Live, layer: int, position: int = 0) -> Iterator[Touched]:
     """Take away what the MLP of the block before `layer` writes to the token at `position` (targeted MLP ablation).
 
     By its down projection; a block without one, or with several, has nothing to take away.
     """
     with intervention(f"the MLP's write to token {position} at layer {layer}") as (touched, undo):
-        if (projection := down_projections(model, anatomy).get(layer - 1)) is not None:
-            block = model.get_submodule(anatomy.trunk).get_submodule(anatomy.blocks[layer - 1])
+        if (projection := down_projections(live).get(layer - 1)) is not None:
+            block = live.trunk.get_submodule(live.anatomy.blocks[layer - 1])
             shape: list[int] = []
 
             def entering(_, args, kwargs):
@@ -124,10 +121,10 @@ def zero_mlp_write(model: PreTrainedModel, anatomy: Anatomy, layer: int, positio
 
 
 @contextlib.contextmanager
-def silence_units(model: PreTrainedModel, anatomy: Anatomy, units: Mapping[int, Sequence[int]]) -> Iterator[Touched]:
+def silence_units(live: Live, units: Mapping[int, Collection[int]]) -> Iterator[Touched]:
     """Set MLP units to zero at every token; `units` maps a layer to those of the block before it."""
     with intervention("MLP units to zero") as (touched, undo):
-        projections = down_projections(model, anatomy)
+        projections = down_projections(live)
         for layer, silent in units.items():
             if silent and layer - 1 in projections:
 
@@ -144,15 +141,15 @@ def silence_units(model: PreTrainedModel, anatomy: Anatomy, units: Mapping[int, 
 # ---- attention
 
 
-def mask_first(model: PreTrainedModel, anatomy: Anatomy) -> Change:
+def mask_first(live: Live) -> Change:
     """Hide token 0 from every later one. Token 1 then sees only itself, as token 0 did: the sink may move there."""
-    return hidden(model, anatomy, lambda query, key: (query > 0) & (key == 0), "attention to position 0 masked")
+    return hidden(live, lambda query, key: (query > 0) & (key == 0), "attention to position 0 masked")
 
 
-def isolate(model: PreTrainedModel, anatomy: Anatomy, position: int) -> Change:
+def isolate(live: Live, position: int) -> Change:
     """Hide every earlier token from the one at `position`, as they are from a first token (arXiv 2605.06611)."""
 
     def hides(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (query == position) & (key < position)
 
-    return hidden(model, anatomy, hides, f"token {position} isolated")
+    return hidden(live, hides, f"token {position} isolated")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..anatomy.sites import Anatomy
 from ..live.likelihood import Likelihood
+from ..live.model import Live
 from ..live.stream import Observer, normed_sites, slot_count, stream
+from ..progress import Advance, unseen
 from .across import AutoMassive, across
 from .attention import AttentionStatistics, Selection, ValueVariance
 from .lens import POSITIONS, LogitLens
@@ -30,20 +31,20 @@ class FullSurvey:
     To add a metric, write an observer with `rows()` and name it here.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, length: int) -> None:
-        every, positions = affordable(model, anatomy, length)
+    def __init__(self, live: Live, length: int) -> None:
+        every, positions = affordable(live, length)
         often = min(every, 4)  # rows of attention cost little, but not nothing
         self._massive, self._likelihood = MassiveActivations(), Likelihood()
-        self._per_layer = [
+        self._per_layer: list[Observer] = [
             self._massive, AutoMassive(), Spectrum(every), AttentionStatistics(every=often), ValueVariance(),
             Selection(every=often),
-            LogitLens(model, anatomy, positions),
+            LogitLens(live, positions),
         ]  # fmt: skip
-        self._neurons, self._landscape, self._maps = SuperNeurons(model, anatomy), Landscape(), AttentionMaps()
+        self._neurons, self._landscape, self._maps = SuperNeurons(live), Landscape(), AttentionMaps()
         self._about = {
-            "model_type": anatomy.model_type,
-            "n_slots": slot_count(model, anatomy),
-            "normed_sites": normed_sites(model, anatomy),
+            "model_type": live.anatomy.model_type,
+            "n_slots": slot_count(live),
+            "normed_sites": normed_sites(live),
         }
 
     @property
@@ -68,34 +69,33 @@ class FullSurvey:
 
 
 def survey(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
+    live: Live,
     tokenizer: PreTrainedTokenizerBase,
     chunks: torch.Tensor,
     *,
-    progress: Callable[[int], None] = lambda done: None,
+    advance: Advance = unseen,
 ) -> dict:
-    """Everything about `model` on `chunks` (N, T), in one pass."""
-    found = FullSurvey(model, anatomy, chunks.shape[1])
-    stream(model, anatomy, chunks, found.observers, progress=progress)
+    """Everything about a model on `chunks` (N, T), in one pass."""
+    found = FullSurvey(live, chunks.shape[1])
+    stream(live, chunks, found.observers, advance=advance, what="survey")
     return found.to_dict(tokenizer)
 
 
-def affordable(model: PreTrainedModel, anatomy: Anatomy, length: int) -> tuple[int, int]:
+def affordable(live: Live, length: int) -> tuple[int, int]:
     """One in how many sequences has its spectra taken, and how many positions of each sequence the lens looks at.
 
     A pass over n tokens takes 2 n operations per parameter. What does not grow with the parameters weighs on small
     models alone: SmolLM2-135M has a spectrum of each 15th sequence of 512 tokens, a model of 7B of each.
     """
-    config = model.config.get_text_config()
-    layers, width, parameters = len(anatomy.blocks) + 1, config.hidden_size, model.num_parameters()
+    config, parameters = live.model.config.get_text_config(), live.model.num_parameters()
+    layers, width = len(live.anatomy.blocks) + 1, config.hidden_size
     share = SHARE * 2 * parameters * length
     every = math.ceil(SPECTRUM * min(length, width) ** 3 * layers / share)
     positions = int(share / (2 * config.vocab_size * width * layers))
     return every, min(max(positions, 1), POSITIONS)
 
 
-def _merged(observers: list[Observer], tokenizer) -> list[dict]:
+def _merged(observers: list[Observer], tokenizer: Any) -> list[dict]:
     """One dict per layer, with the keys of every observer: None where a layer has no such thing."""
     layers: dict[int, dict] = {}
     for observer in observers:
@@ -107,7 +107,7 @@ def _merged(observers: list[Observer], tokenizer) -> list[dict]:
     for entry in layers.values():
         for found in entry["massive"]:
             found["token"] = tokenizer.decode([found["token"]])
-        texts = Counter()  # several ids may be the same text
+        texts: Counter[str] = Counter()  # several ids may be the same text
         for token, count in entry["tokens"]:
             texts[tokenizer.decode([token])] += count
         entry["tokens"] = [list(counted) for counted in texts.most_common()]

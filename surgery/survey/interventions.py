@@ -11,17 +11,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 import torch
-from transformers import PreTrainedModel
 
 from ..anatomy.calls import Call
-from ..anatomy.sites import Anatomy
 from ..live.edits import Change, TouchedNothing
-from ..live.likelihood import Likelihood, Score
+from ..live.likelihood import scored
+from ..live.model import Live
 from ..live.paired import paired
-from ..live.stream import Batch, Observer, down_projections, stream
+from ..live.score import Score
+from ..live.stream import Batch, Observer, down_projections
+from ..progress import Advance, unseen
 from .attention import SINK_SCORE, AttentionStatistics
 from .edits import (
     amplify,
@@ -47,7 +49,7 @@ class SinkAt(Observer):
 
     def __init__(self, position: int) -> None:
         self.position = position
-        self._heads: dict[torch.nn.Module, torch.Tensor | float] = {}  # (Hq,), summed over sequences
+        self._heads: dict[torch.nn.Module, torch.Tensor] = {}  # (Hq,), summed over sequences
         self._sequences: Counter[torch.nn.Module] = Counter()
 
     def attention(self, block: int, call: Call, batch: Batch) -> None:
@@ -55,7 +57,7 @@ class SinkAt(Observer):
         softmax = Softmax(call)
         rows, _ = softmax.weights(torch.arange(max(place + 1, stop - ROWS), stop))  # (B, Hq, at most ROWS, P)
         given = rows[..., softmax.n + place].double().mean(dim=2).sum(dim=0).cpu()
-        self._heads[call.module] = self._heads.get(call.module, 0.0) + given
+        self._heads[call.module] = self._heads[call.module] + given if call.module in self._heads else given
         self._sequences[call.module] += len(call.query)
 
     def rate(self) -> float:
@@ -75,7 +77,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Interventions:
-    """The rows behind the untouched one; `means` is empty until the untouched model has run."""
+    """The rows after the untouched one; `means` is empty until the untouched model has run."""
 
     planned: list[Planned]
     means: MassiveMeans
@@ -86,11 +88,9 @@ class Interventions:
         return 1 + len(self.planned)
 
 
-def plan_interventions(
-    model: PreTrainedModel, anatomy: Anatomy, length: int, survey: dict, *, seed: int = 0
-) -> Interventions:
+def plan_interventions(live: Live, length: int, survey: dict, *, seed: int = 0) -> Interventions:
     """What `survey` gives reason for, on texts of `length` tokens; if nothing is massive, only what moves sinks."""
-    on, planned, means = (model, anatomy), [], MassiveMeans()
+    planned, means = [], MassiveMeans()
     dims = {row["layer"]: sorted(dim for dim, _ in row["dims"]) for row in survey["layers"]}
     dims = {layer: found for layer, found in dims.items() if found}
     born = survey["across"]["born"]
@@ -98,46 +98,44 @@ def plan_interventions(
         lives = {f"layer {born}": {born: dims[born]}} | ({"every layer with them": dims} if len(dims) > 1 else {})
         for where, some in lives.items():
             planned += [
-                Planned("massive activations to zero", where, lambda d=some: set_massive(*on, d)),
-                Planned("massive activations to their mean", where, lambda d=some: set_massive(*on, d, means)),
-                Planned("as many random activations to zero", where, lambda d=some: zero_random(*on, d, seed)),
-                Planned("as many median-sized activations to zero", where, lambda d=some: zero_median(*on, d)),
+                Planned("massive activations to zero", where, partial(set_massive, live, some)),
+                Planned("massive activations to their mean", where, partial(set_massive, live, some, means)),
+                Planned("as many random activations to zero", where, partial(zero_random, live, some, seed)),
+                Planned("as many median-sized activations to zero", where, partial(zero_median, live, some)),
             ]
-        for layer in sorted({born, born + 1} & {block + 1 for block in down_projections(*on)}):
+        for layer in sorted({born, born + 1} & {block + 1 for block in down_projections(live)}):
             where = f"layer {layer}" + ("" if layer == born else ", as a control")
-            planned.append(Planned("MLP's write to token 0 removed", where, lambda at=layer: zero_mlp_write(*on, at)))
+            planned.append(Planned("MLP's write to token 0 removed", where, partial(zero_mlp_write, live, layer)))
     units: dict[int, dict[int, None]] = {}  # an ordered set of each layer
     for entry in survey["super_neurons"]:
         units.setdefault(entry["layer"], {})[entry["unit"]] = None
     if units:
         where = "; ".join(f"layer {layer}, units {', '.join(map(str, found))}" for layer, found in units.items())
-        planned.append(Planned("super neurons silenced", where, lambda: silence_units(*on, units)))
+        planned.append(Planned("super neurons silenced", where, partial(silence_units, live, units)))
     if length > 2:
-        planned.append(Planned("attention to token 0 masked", "all layers", lambda: mask_first(*on), sink=1))
+        planned.append(Planned("attention to token 0 masked", "all layers", partial(mask_first, live), sink=1))
     if (chosen := length // 4) > 1:
-        planned.append(Planned(f"token {chosen} isolated", "all layers", lambda: isolate(*on, chosen), sink=chosen))
-        planned.append(Planned(f"token {chosen} amplified", "layer 0", lambda: amplify(*on, chosen), sink=chosen))
+        planned.append(Planned(f"token {chosen} isolated", "all layers", partial(isolate, live, chosen), sink=chosen))
+        planned.append(Planned(f"token {chosen} amplified", "layer 0", partial(amplify, live, chosen), sink=chosen))
     return Interventions(planned, means)
 
 
 def run_interventions(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
+    live: Live,
     chunks: torch.Tensor,
     interventions: Interventions,
-    progress: Callable[[str, int], None] = lambda what, done: None,
+    advance: Advance = unseen,
 ) -> list[dict]:
     """Each intervention on `chunks` (N, T), against the untouched model, the first row.
 
     Rows: `name`, `where`, `touched` (scalars, or places in the masks of all sites), `ppl`, `delta_nll` per token
     (paired by chunk), `sink_rate` and `entropy_bits` (means over layers), `massive`. Where a sink may come up elsewhere
     also `planted`: `position`, its `sink_rate` and the `untouched` one. An intervention that finds no hold on this
-    model has `error` and None for the rest. `progress` is told which one runs and how many sequences are done, of N for
-    each pass.
+    model has `error` and None for the rest. `advance` is told of sequences, N for each pass, and of what is done.
     """
 
     def measured(what: str, also: Sequence[Observer]) -> tuple[Score, dict]:
-        return _measure(model, anatomy, chunks, lambda done: progress(what, done), also)
+        return _measure(live, chunks, also, advance, what)
 
     sinks = {plan.sink: SinkAt(plan.sink) for plan in interventions.planned if plan.sink is not None}
     untouched, found = measured("untouched", [interventions.means, *sinks.values()])
@@ -162,22 +160,23 @@ def _row(name: str, where: str, touched: int, score: Score, reference: Score, fo
     return {"name": name, "where": where, "touched": touched, "ppl": score.ppl, "delta_nll": delta, **found}
 
 
-def _measure(model, anatomy, chunks, progress, also: Sequence[Observer]) -> tuple[Score, dict]:
-    likelihood, found, attention, spectrum = Likelihood(), MassiveActivations(), AttentionStatistics(), Spectrum()
-    stream(model, anatomy, chunks, [likelihood, found, attention, spectrum, *also], progress=progress)
+def _measure(
+    live: Live, chunks: torch.Tensor, also: Sequence[Observer], advance: Advance, what: str
+) -> tuple[Score, dict]:
+    found, attention, spectrum = MassiveActivations(), AttentionStatistics(), Spectrum()
+    score = scored(live, chunks, observers=[found, attention, spectrum, *also], advance=advance, what=what)
     rates = [row["sink_rate"] for row in attention.rows().values()]
     bits = [row["entropy_bits"] for row in spectrum.rows().values()]
-    return likelihood.score, {"sink_rate": fmean(rates), "entropy_bits": fmean(bits), "massive": found.count}
+    return score, {"sink_rate": fmean(rates), "entropy_bits": fmean(bits), "massive": found.count}
 
 
 def audit(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
+    live: Live,
     chunks: torch.Tensor,
     survey: dict,
     *,
     most: int = 1024,
-    progress: Callable[[str, int], None] = lambda what, done: None,
+    advance: Advance = unseen,
 ) -> dict:
     """The attack surface: how few scalars of the stream, set to zero in every sequence, multiply perplexity by ten.
 
@@ -189,10 +188,8 @@ def audit(
     tried: dict[int, float] = {}
 
     def ppl(scalars: int) -> float:
-        likelihood = Likelihood()
-        with zero_largest(model, anatomy, layer, scalars) if scalars else contextlib.nullcontext():
-            stream(model, anatomy, chunks, [likelihood], progress=lambda done: progress(f"{scalars} to zero", done))
-        tried[scalars] = likelihood.score.ppl
+        with zero_largest(live, layer, scalars) if scalars else contextlib.nullcontext():
+            tried[scalars] = scored(live, chunks, advance=advance, what=f"{scalars} to zero").ppl
         return tried[scalars]
 
     limit, enough = COLLAPSE * ppl(0), 1
@@ -204,5 +201,5 @@ def audit(
     while found and enough - few > 1:
         middle = (few + enough) // 2
         few, enough = (few, middle) if ppl(middle) >= limit else (middle, enough)
-    size = chunks.shape[1] * model.config.get_text_config().hidden_size
+    size = chunks.shape[1] * live.model.config.get_text_config().hidden_size
     return {"layer": layer, "scalars": enough if found else None, "of": size, "tried": dict(sorted(tried.items()))}

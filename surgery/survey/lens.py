@@ -9,11 +9,11 @@ import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..anatomy.sites import Anatomy
-from ..live.likelihood import perplexity, token_losses
+from ..live.likelihood import token_losses
+from ..live.model import Live
 from ..live.stream import Batch, Observer
+from ..words import factor
 from .attention import spaced
 
 POSITIONS = 16  # per sequence, evenly spaced
@@ -27,10 +27,10 @@ class LogitLens(Observer):
     That is so where logits are scaled or capped after the output layer; the lens of other layers would mislead then.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, positions: int = POSITIONS) -> None:
+    def __init__(self, live: Live, positions: int = POSITIONS) -> None:
         self._positions, self._turn = positions, 0
-        self._head = model.get_output_embeddings()
-        self._norm = final_norm(model, anatomy)
+        self._head = live.model.get_output_embeddings()
+        self._norm = final_norm(live)
         self._ready: dict[int, torch.Tensor] = {}  # layer -> what goes into the output layer, (B, P, d)
         self._nll: dict[int, float] = {}  # layer -> sum over what was scored
         self._scored = 0
@@ -66,17 +66,16 @@ class LogitLens(Observer):
         own, last = mean.pop(OWN, math.nan), mean.get(max(mean, default=0), math.nan)
         if not abs(last - own) <= AGREES:
             return {}
-        return {layer: {"lens_ppl": perplexity(nll)} for layer, nll in mean.items()}
+        return {layer: {"lens_ppl": factor(nll)} for layer, nll in mean.items()}
 
     def _add(self, layer: int, losses: torch.Tensor) -> None:
         self._nll[layer] = self._nll.get(layer, 0.0) + losses.double().sum().item()
 
 
-def final_norm(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module | None:
-    """The norm between the last block and the output layer: the one that stands behind the blocks in the trunk."""
-    trunk = model.get_submodule(anatomy.trunk)
-    stacks = {name.split(".")[0] for name in anatomy.blocks}
-    children = list(trunk.named_children())
+def final_norm(live: Live) -> nn.Module | None:
+    """The norm between the last block and the output layer: the one that stands after the blocks in the trunk."""
+    stacks = {name.split(".")[0] for name in live.anatomy.blocks}
+    children = list(live.trunk.named_children())
     after = [i for i, (name, _) in enumerate(children) if name in stacks]
     norms = [child for _, child in children[max(after) + 1 :] if "norm" in type(child).__name__.lower()]
     return norms[0] if len(norms) == 1 else None

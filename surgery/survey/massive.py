@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from ..live.stream import Batch, Observer
+from .thresholds import MIN_MAGNITUDE, MIN_RATIO
 
-MIN_MAGNITUDE = 100.0  # Sun et al., arXiv 2402.17762, section 2: |x| >= 100 and |x| >= 1000 x the median of the layer
-MIN_RATIO = 1000.0
 LISTED = 32  # the largest ones of each layer that are listed one by one; all are counted
 
 
@@ -79,8 +78,8 @@ class MassiveActivations(Observer):
             self._row(tally, tokens, row)
 
     def _row(self, tally: LayerTally, tokens: torch.Tensor, row: torch.Tensor) -> None:
-        places, middle = massive(row)
-        top, middle = max(abs(end.item()) for end in row.aminmax()), middle.item()
+        places, scale = massive(row)
+        top, middle = max(float(end.abs()) for end in row.aminmax()), float(scale)
         norms = row.norm(dim=-1)
         tally.sequences += 1
         tally.max += top
@@ -89,7 +88,7 @@ class MassiveActivations(Observer):
         tally.first_norm += norms[0].item()
         tally.rest_norm += norms[1:].mean().item() if len(norms) > 1 else 0.0
         for position, dim in places.tolist():
-            value, token = row[position, dim].item(), tokens[position].item()
+            value, token = float(row[position, dim]), int(tokens[position])
             tally.count += 1
             tally.dims[dim] += 1
             tally.tokens[token] += 1

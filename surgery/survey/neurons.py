@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils import align_module_device
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..anatomy.sites import Anatomy
+from ..anatomy.linears import as_rows
+from ..live.model import Live
 from ..live.stream import Batch, Observer, down_projections
-from .massive import MIN_MAGNITUDE, MIN_RATIO, at_least, median
+from .massive import at_least, median
+from .thresholds import MIN_MAGNITUDE, MIN_RATIO
 
 GROWTH = 0.5  # a block makes a massive activation if it adds at least this part of it
 DOMINANT = 0.1  # a unit dominates with this part of the sum of |a_u| * ||w_u|| over the units of its MLP
@@ -42,8 +41,8 @@ class SuperNeurons(Observer):
     makes massive activations, nothing of the text.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
-        self._projections = down_projections(model, anatomy)
+    def __init__(self, live: Live) -> None:
+        self._projections = down_projections(live)
         self._norms: dict[int, torch.Tensor] = {}  # block -> (m,)
         self._births: dict[tuple[int, int], _Births] = {}  # block, dim
         self._before: torch.Tensor | None = None
@@ -55,7 +54,7 @@ class SuperNeurons(Observer):
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
         before, units = self._before, self._units
         self._before, self._units = states, None
-        if units is not None:
+        if before is not None and units is not None:
             for row in zip(before, states, *units, strict=True):
                 self._row(layer - 1, *(part[batch.lead :] for part in row))
 
@@ -71,7 +70,7 @@ class SuperNeurons(Observer):
         if not new.any():
             return
         with align_module_device(self._projections[block]):  # a weight that accelerate keeps elsewhere comes back
-            weight = _columns(self._projections[block])
+            weight = as_rows(self._projections[block])  # (d, m), a column for each unit
             if block not in self._norms:
                 self._norms[block] = weight.double().norm(dim=0).cpu()
             for position, dim in zip(positions[new].tolist(), dims[new].tolist(), strict=True):
@@ -98,7 +97,7 @@ class SuperNeurons(Observer):
             if not (dominant := (reach >= DOMINANT).nonzero().flatten().tolist()):
                 continue
             with align_module_device(self._projections[block]):
-                sparsity = hoyer(_columns(self._projections[block]))
+                sparsity = hoyer(as_rows(self._projections[block]))
             found += [
                 {
                     "layer": block + 1,
@@ -129,9 +128,5 @@ def hoyer(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _none(units: int) -> _Births:
-    return _Births(*(torch.zeros(units, dtype=torch.float64) for _ in range(3)))
-
-
-def _columns(projection: nn.Module) -> torch.Tensor:
-    """The weight as (d, m), one column per unit."""
-    return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
+    activation, reach, wrote = (torch.zeros(units, dtype=torch.float64) for _ in range(3))
+    return _Births(activation, reach, wrote)

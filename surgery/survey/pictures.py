@@ -34,6 +34,8 @@ class Landscape(Observer):
 
     def to_dict(self) -> dict:
         """`layer`, `tokens` (ids), `dims`, and `values` (token x dim)."""
+        if self._states is None:
+            raise ValueError("no text has passed, so there is nothing to show")
         width = self._states.shape[1]
         loudest = self._states.amax(dim=0).topk(min(LOUDEST, width)).indices.tolist()
         spaced = range(0, width, max(1, -(-width // (DIMS - len(loudest)))))

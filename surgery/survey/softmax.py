@@ -149,6 +149,7 @@ class Softmax:
 
     def _learned(self, logits: torch.Tensor) -> torch.Tensor:
         """The sink logit beside logits (B, Hq, R, ...): (B, Hq, R, 1)."""
+        assert self.learned is not None
         return self.learned.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
 
     def _from_weights(self, queries: torch.Tensor, lead: int) -> Rows:

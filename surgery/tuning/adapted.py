@@ -1,7 +1,7 @@
 """What is trained, and how it is switched off: PEFT around slots (trained in full) and, where asked for, LoRA.
 
 The teacher is the same model with its adapter disabled: original weights, and the slots as they were folded, which is
-the original behind its prefix, exactly. So there is no second model in memory.
+the original after its prefix, exactly. So there is no second model in memory.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..anatomy.linears import linears
-from ..anatomy.sites import ADDED, Anatomy
-from ..operations.changed import targeted
-from ..recipe import Tune
+from ..anatomy.sites import ADDED
+from ..live.model import Live
+from .settings import Tune
 
 ADAPTER = "default"
 Stored = Callable[[str, torch.Tensor], torch.Tensor]  # name in the causal LM, weight -> the weight, as if stored
@@ -32,22 +32,20 @@ def as_is(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Adapted:
-    """`model`, which has what operations added in place, with all of it trainable and the rest frozen.
+    """A model, which has what operations added in place, with all of it trainable and the rest frozen.
 
     `layers` are the linear layers inside its blocks by name, as they read their inputs: with LoRA around them, the
     module that adds it. `gate`: what the gates of head norms shall be in the end; 0 lets them be learned, from 0.
     Close it to have the model without adapters; slots and norms stay as they were trained.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, settings: Tune, gate: float, stored: Stored = as_is
-    ) -> None:
-        self.trunk, self.gate, lora = model.get_submodule(anatomy.trunk), gate, settings.lora
-        self.lead, self.stored = anatomy.lead, stored
+    def __init__(self, live: Live, settings: Tune, gate: float, stored: Stored = as_is) -> None:
+        model, anatomy, lora = live.model, live.anatomy, settings.lora
+        self.trunk, self.lead, self.gate, self.stored = live.trunk, anatomy.lead, gate, stored
         names = list(linears(model, anatomy)) if lora is not None or settings.quantised is not None else []
-        targets = DUMMY_TARGET_MODULES if lora is None else [anatomy.lead + name for name in targeted(names, lora)]
+        targets = DUMMY_TARGET_MODULES if lora is None else [self.lead + name for name in lora.targeted(names)]
         added = {part for part in ADDED for site in anatomy.sites if self._holds(site.name, part)}
-        rank = {} if lora is None else {"r": lora.rank, "lora_alpha": lora.rank * lora.scale}
+        rank: dict[str, Any] = {} if lora is None else {"r": lora.rank, "lora_alpha": lora.rank * lora.scale}
         model.requires_grad_(False)
         config = LoraConfig(
             target_modules=targets, modules_to_save=sorted(added) or None, bias="none", task_type="CAUSAL_LM", **rank
@@ -58,7 +56,8 @@ class Adapted:
             self.peft: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
         self.layers = {name: self.trunk.get_submodule(name) for name in names}
         sites = [site.name for site in anatomy.sites if self._holds(site.name, "head_norm")]
-        self.gates = [self.trunk.get_submodule(site).head_norm.modules_to_save[ADAPTER].gate for site in sites]
+        norms: list[Any] = [self.trunk.get_submodule(f"{site}.head_norm") for site in sites]
+        self.gates: list[nn.Parameter] = [norm.modules_to_save[ADAPTER].gate for norm in norms]
         if gate:
             for parameter in self.gates:
                 parameter.requires_grad_(False)
@@ -113,10 +112,10 @@ class Adapted:
                 undo.callback(_put, self.trunk, name, layer)
             yield
 
-    def _low_rank_layers(self) -> Iterator[tuple[str, LoraLayer]]:
+    def _low_rank_layers(self) -> Iterator[tuple[str, Any]]:
         return ((name, layer) for name, layer in self.layers.items() if isinstance(layer, LoraLayer))
 
-    def _merged(self, name: str, layer: LoraLayer) -> torch.Tensor:
+    def _merged(self, name: str, layer: Any) -> torch.Tensor:
         before = layer.get_base_layer().weight.data
         return self.stored(f"{self.lead}{name}.weight", before + layer.get_delta_weight(ADAPTER).to(before)).to(before)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ..errors import SourceError
-from ..live.loading import one_line
-from ..recipe import Dataset
+from ..errors import SourceError, brief
+from .settings import Dataset
 
 
 def dataset_text(wanted: Dataset) -> str:
@@ -42,9 +41,7 @@ def dataset_text(wanted: Dataset) -> str:
     except SourceError:
         raise
     except Exception as error:  # the library has its own errors, and those of every file format and of the network
-        raise SourceError(
-            f"tune.dataset: {name} cannot be read ({one_line(error).split('. ')[0]}); check its name and split."
-        ) from error
+        raise SourceError(f"tune.dataset: {name} cannot be read ({brief(error)}); check its name and split.") from error
     if not parts:
         raise SourceError(f"tune.dataset: {name} holds no text in its column {wanted.column!r}; name another.")
     return "\n\n".join(parts)

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..anatomy.sites import Anatomy
-from ..live.likelihood import perplexity
-from ..live.quantised import SCHEMES
-from ..live.stream import input_device, on_layer
-from ..recipe import Tune
+from ..live.likelihood import scored
+from ..live.model import Live
+from ..live.quantised import SCHEMES, activation_ranges, quantised
+from ..live.stream import on_layer
+from ..progress import Advance, unseen
 from ..recipe.training import Training
-from ..verification.gates.measure import measure
-from ..verification.gates.quantised import measure_quantised
+from ..words import factor
 from .adapted import Adapted
 from .corpus import Corpus
 from .fake_quant import fake_quantised
 from .objectives import Objective, Pass
+from .settings import Tune
 from .store import Snapshot, Store, restore_optimiser
 
 BETAS = (0.9, 0.95)
@@ -42,30 +43,29 @@ class Record:
 
     def to_dict(self) -> dict:
         """`tuning` of the verdict."""
-        judged = [{**entry, "ppl": perplexity(entry["nll"])} for entry in self.judged]
+        judged = [{**entry, "ppl": factor(entry["nll"])} for entry in self.judged]
         return {"best_step": self.best["step"], "held_out": judged, "losses": self.losses, "stopped": self.stopped}
 
 
 class Loop:
     """Train what `adapted` says, by `settings`, on `corpus`; on any number of processes, the same steps.
 
-    model: the causal language model inside `adapted`, with what operations added in place.
-    progress: told how many steps are done since the last call, and what to show.
+    live: the model inside `adapted`, with what operations added in place.
+    advance: told how many steps are done since the last call, and what to show.
     """
 
     def __init__(
         self,
-        model,
-        anatomy: Anatomy,
+        live: Live,
         adapted: Adapted,
         settings: Tune,
         corpus: Corpus,
         accelerator: Accelerator,
         store: Store | None = None,
-        progress: Callable[[int, str], None] = lambda done, what: None,
+        advance: Advance = unseen,
     ) -> None:
-        self.model, self.anatomy, self.adapted, self.settings, self.corpus = model, anatomy, adapted, settings, corpus
-        self.accelerator, self.store, self.progress = accelerator, store, progress
+        self.live, self.adapted, self.settings, self.corpus = live, adapted, settings, corpus
+        self.accelerator, self.store, self.advance = accelerator, store, advance
         self.objective = Objective(settings.objectives.weights())
         groups = [{"params": adapted.added(), "base": settings.learning_rate}]
         if settings.lora is not None:
@@ -100,36 +100,38 @@ class Loop:
             group["lr"] = group["base"] * rate(settings, step)
         rows = self.corpus.batch(step, settings.batch)
         mine = rows.chunk(accelerator.num_processes)[accelerator.process_index]
-        pieces, total, parts = mine.chunk(settings.accumulate), 0.0, {}
+        pieces = mine.chunk(settings.accumulate)
+        total: Any = 0.0
+        parts: dict[str, float] = {}
         for i, piece in enumerate(pieces):
             last = i == len(pieces) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.trained):
-                loss, found = self._loss(piece.to(input_device(self.model)))
+                loss, found = self._loss(piece.to(self.live.device))
                 accelerator.backward(loss / len(pieces))
             total = total + loss.detach() / len(pieces)
             parts = {name: parts.get(name, 0.0) + value / len(pieces) for name, value in found.items()}
         norm = accelerator.clip_grad_norm_([p for g in self.optimiser.param_groups for p in g["params"]], settings.clip)
-        loss = accelerator.reduce(total, "mean").item()
-        if not math.isfinite(loss) or not math.isfinite(float(norm)):
+        mean = accelerator.reduce(total, "mean").item()
+        if not math.isfinite(mean) or not math.isfinite(float(norm)):
             self.record.stopped = (
-                f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {step + 1} is not a number; kept is the "
+                f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step + 1} is not a number; kept is the "
                 f"state of step {self.record.best['step']}. A lower tune.learning_rate may help"
             )
         else:
             self.optimiser.step()
             shown = parts if len(parts) > 1 else {}
             means = {name: accelerator.reduce(total.new_tensor(value), "mean").item() for name, value in shown.items()}
-            self.record.losses.append({"step": step + 1, "loss": loss, **means})
+            self.record.losses.append({"step": step + 1, "loss": mean, **means})
         self.optimiser.zero_grad()
-        held_out = perplexity(self.record.judged[-1]["nll"])
-        self.progress(1, f"loss {loss:.4f}, held-out perplexity {held_out:.2f}")
+        held_out = factor(self.record.judged[-1]["nll"])
+        self.advance(1, f"loss {mean:.4f}, held-out perplexity {held_out:.2f}")
 
     def _loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         teacher = None
         if self.objective.needs_teacher:
             with torch.no_grad(), self.adapted.peft.disable_adapter():
                 teacher = self._pass(self.adapted.peft, tokens)
-        rounding = contextlib.nullcontext()
+        rounding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.settings.quantised is not None:
             scheme = SCHEMES[self.settings.quantised]
             rounding = fake_quantised(self.adapted.layers.values(), scheme, len(tokens))
@@ -147,8 +149,8 @@ class Loop:
         """A list that fills with the residual stream of each layer, if an objective reads it."""
         seen: list[torch.Tensor] = []
         with contextlib.ExitStack() as undo:
-            for layer in range(len(self.anatomy.blocks) + 1) if self.objective.needs_hidden else ():
-                undo.callback(on_layer(self.adapted.trunk, self.anatomy.blocks, layer, seen.append).remove)
+            for layer in range(len(self.live.anatomy.blocks) + 1) if self.objective.needs_hidden else ():
+                undo.callback(on_layer(self.live, layer, seen.append).remove)
             yield seen
 
     # ---- held-out text
@@ -156,11 +158,11 @@ class Loop:
     def _judge(self, step: int) -> None:
         """Score the held-out text with the model as it would be emitted, and keep this state if it is the best."""
         self.adapted.set_gate(1.0)
-        found = [None]
+        found: list[float | None] = [None]
         if self.accelerator.is_main_process:
-            self.progress(0, f"held-out text, after step {step}")
-            found = [held_out_nll(self.model, self.anatomy, self.adapted, self.settings, self.corpus)]
-        nll = broadcast_object_list(found)[0]
+            self.advance(0, f"held-out text, after step {step}")
+            found = [held_out_nll(self.live, self.adapted, self.settings, self.corpus)]
+        nll: Any = broadcast_object_list(found)[0]
         if not math.isfinite(nll) and step:
             self.record.stopped = f"the model of step {step} gives no number on held-out text; kept is the best before"
             return
@@ -187,7 +189,7 @@ class Loop:
         self.best = snapshot.best
         restore_optimiser(self.optimiser, snapshot.optimiser)
         self.record = Record(**snapshot.record)
-        self.progress(snapshot.step, f"going on after step {snapshot.step}")
+        self.advance(snapshot.step, f"going on after step {snapshot.step}")
         return snapshot.step
 
 
@@ -200,15 +202,12 @@ def rate(settings: Training, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
 
 
-def held_out_nll(model, anatomy: Anatomy, adapted: Adapted, settings: Tune, corpus: Corpus) -> float:
+def held_out_nll(live: Live, adapted: Adapted, settings: Tune, corpus: Corpus) -> float:
     """NLL of the held-out text in nats per token, of the model as it would be emitted, quantised if settings say so."""
-    with adapted.merged():
-        if settings.quantised is None:
-            return measure(model, anatomy, corpus.held_out, "held-out text", _unseen).score.nll
-        schemes = [settings.quantised]
-        scores, _ = measure_quantised(model, anatomy, schemes, (), corpus.held_out, corpus.scaling, _unseen)
-        return scores[settings.quantised].nll
-
-
-def _unseen(what: str, done: int) -> None:
-    """Progress of a judgement, which is a step of its own on the bar."""
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(adapted.merged())
+        if settings.quantised is not None:
+            scheme = SCHEMES[settings.quantised]
+            ranges = activation_ranges(live, corpus.scaling) if scheme.calibrated else None
+            inside.enter_context(quantised(live, scheme, ranges))
+        return scored(live, corpus.held_out).nll

@@ -1,12 +1,13 @@
 """What tuning lowers. Each objective is a mean over tokens or sequences, so that micro-batches of one size average.
 
 Notation: B sequences, T tokens, d hidden size, V vocabulary. The student is the model with what is trained, the teacher
-the original behind the same prefix. Hidden states are those of `survey.stream`: layer l = 0 is the embedding output.
+the original after the same prefix. Hidden states are those of `live.stream`: layer l = 0 is the embedding output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,7 +84,7 @@ def _wide(states: torch.Tensor) -> torch.Tensor:
 
 
 # Name in a recipe -> objective, and what it reads: the teacher, the residual stream.
-OBJECTIVES = {
+OBJECTIVES: dict[str, tuple[Callable[..., torch.Tensor], bool, bool]] = {
     "kl": (kl, True, False),
     "lm": (language_modelling, False, False),
     "hidden": (hidden, True, True),
@@ -113,5 +114,5 @@ class Objective:
             compute, with_teacher, _ = OBJECTIVES[name]
             value = compute(student, teacher) if with_teacher else compute(student)
             parts[name] = value.to(student.logits.device)
-        total = sum(self.weights[name] * part for name, part in parts.items())
+        total = functools.reduce(torch.add, (self.weights[name] * part for name, part in parts.items()))
         return total, {name: part.detach().item() for name, part in parts.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..checkpoint.disk import replacing
 from ..errors import OutputError, SourceError
 
 NAME = "tuning.safetensors"
@@ -42,14 +42,11 @@ class Store:
         for index, state in snapshot.optimiser["state"].items():
             tensors |= {f"optimiser.{index}.{key}": tensor for key, tensor in state.items()}
         words = {"identity": self.identity, "step": snapshot.step, "groups": groups, "record": snapshot.record}
-        partial = self.path.with_name(f".{NAME}.partial")
         try:
             self.path.parent.mkdir(exist_ok=True)
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(on_cpu, partial, metadata={"surgery": json.dumps(words)})
-            with partial.open("rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(partial, self.path)
+            with replacing(self.path) as partial:
+                save_file(on_cpu, partial, metadata={"surgery": json.dumps(words)})
         except (OSError, SafetensorError) as error:
             raise OutputError(
                 f"{self.path} cannot be written ({error}); free some space, or give another --tuning DIR."

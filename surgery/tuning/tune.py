@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from transformers import PreTrainedModel
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, send_to_device
 
-from ..anatomy.sites import Anatomy
 from ..errors import SourceError
-from ..live.graft import Norms, Slots
-from ..recipe import Tune
-from .adapted import ADAPTER, Adapted, Stored, as_is
+from ..live.loading import require_in_memory
+from ..live.model import Live
+from ..operations.base import Fitting
+from ..progress import Advance, unseen
+from .adapted import Adapted, Stored, as_is
 from .corpus import Corpus
 from .loop import Loop, Record
+from .settings import Tune
 from .store import Store
 
 # The main process measures the original while the others wait for it, which may take as long as it likes.
@@ -26,11 +26,34 @@ PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """Slots and norms as trained, and linear weights that LoRA changed, by parameter name in the causal LM."""
+class Training:
+    """What tuning needs besides the model and its settings, ready before weights are read.
 
-    slots: Slots
-    norms: Norms
+    `accelerator`: the processes that share the work; by default this one. `device`: where each holds the model.
+    `store`: checkpoints to go on from, and to save to at each judgement. `adapter`: a new directory for what was tuned,
+    as a PEFT adapter of the model as it came. `stored`: a weight by its name in the causal LM, as it will be stored.
+    """
+
+    corpus: Corpus
+    accelerator: Accelerator | None = None
+    device: str = "cpu"
+    store: Store | None = None
+    adapter: Path | None = None
+    stored: Stored = as_is
+
+    @property
+    def assists(self) -> bool:
+        """Whether this process only helps the main one."""
+        return self.accelerator is not None and not self.accelerator.is_main_process
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Linear weights that LoRA changed, by parameter name in the causal LM, and how it went.
+
+    Slots and norms as trained are left in the live model.
+    """
+
     weights: dict[str, torch.Tensor]
     record: Record
 
@@ -53,58 +76,40 @@ def require_shares(settings: Tune, processes: int) -> None:
         )
 
 
-def require_in_memory(model: PreTrainedModel, what: str) -> None:
-    """SourceError for a model that accelerate keeps elsewhere in part: what is offloaded has no gradients to give, and
-    cannot be changed in place."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise SourceError(f"{what} needs all of the model in memory, and part is offloaded; give another --device.")
+def train(live: Live, settings: Tune, text: Fitting) -> Tuned:
+    """Train what is in place, in the processes that share the work (see `assist`); the main one tells them of it."""
+    text.reporter.step("tune what was added")
+    parts = send_to_device(dict(text.earlier), "cpu")  # devices differ from process to process
+    broadcast_object_list([{"directory": text.directory, "parts": parts}])
+    with text.reporter.bar("tuning", settings.steps) as advance:
+        tuned = tune(live, settings, text.training, text.gate, advance)
+    if tuned.record.stopped:
+        text.reporter.note(f"tuning stopped: {tuned.record.stopped}")
+    if tuned.record.best["step"] == 0:
+        text.reporter.note("no step was better on held-out text than the start: what is written is untuned")
+    return tuned
 
 
-def tune(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    settings: Tune,
-    corpus: Corpus,
-    *,
-    gate: float = 0.0,
-    accelerator: Accelerator | None = None,
-    store: Store | None = None,
-    adapter: Path | None = None,
-    stored: Stored = as_is,
-    progress: Callable[[int, str], None] = lambda done, what: None,
-) -> Tuned:
-    """Train the slots and norms that are in `model`, and LoRA where `settings` say so; its own weights stay.
+def tune(live: Live, settings: Tune, training: Training, gate: float = 0.0, advance: Advance = unseen) -> Tuned:
+    """Train the slots and norms that are in the model, and LoRA where `settings` say so; its own weights stay.
 
     `gate`: what the gates of norms, all 0 now, shall be in the end; 0 has them learned.
-    `store`: checkpoints to go on from, and to save to at each judgement. `adapter`: a directory for a PEFT adapter of
-    the model as it came. `stored`: a weight by its name in the causal LM, as a checkpoint will hold it.
     Raises SourceError for settings that do not fit the model.
     """
-    accelerator = accelerator or make_accelerator(str(next(model.parameters()).device))
+    model = live.model
+    accelerator = training.accelerator or make_accelerator(str(next(model.parameters()).device))
     require_shares(settings, accelerator.num_processes)
     require_in_memory(model, "tune")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    adapted = Adapted(model, anatomy, settings, gate, stored)
+    adapted = Adapted(live, settings, gate, training.stored)
     try:
-        record = Loop(model, anatomy, adapted, settings, corpus, accelerator, store, progress).run()
+        record = Loop(live, adapted, settings, training.corpus, accelerator, training.store, advance).run()
         weights = {name: weight.cpu() for name, weight in adapted.weights()}
-        slots, norms = _trained(adapted, anatomy)
-        if adapter is not None and accelerator.is_main_process:
-            adapted.save(adapter)
+        if training.adapter is not None and accelerator.is_main_process:
+            adapted.save(training.adapter)
     finally:
         accelerator.free_memory()  # it would keep the model until the end of the run
         adapted.close()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required.get(name, False))
-    return Tuned(slots, norms, weights, record)
-
-
-def _trained(adapted: Adapted, anatomy: Anatomy) -> tuple[Slots, Norms]:
-    slots, norms = {}, {}
-    for site in anatomy.sites:
-        module = adapted.trunk.get_submodule(site.name)
-        slots[site.name] = tuple(part.detach().clone() for part in module.attention_bias())
-        if (norm := getattr(module, "head_norm", None)) is not None:
-            held = norm.modules_to_save[ADAPTER]
-            norms[site.name] = {"weight": held.weight.detach().clone(), "gate": held.gate.detach().clone()}
-    return slots, norms
+    return Tuned(weights, record)

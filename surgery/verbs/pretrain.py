@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -15,13 +16,12 @@ from ..checkpoint.stage import Stage
 from ..errors import SourceError
 from ..live.loading import quiet
 from ..live.text import read_texts
-from ..progress import Reporter
-from ..recipe import FromScratch, Pretrain
-from ..recipe.file import load_recipe
+from ..progress import SILENT, Reporter
+from ..recipe.file import load
 from ..report.training import training_curves
-from ..steps.inputs import SILENT
 from ..tuning.corpus import Corpus, make_corpus
 from ..tuning.scratch.loop import train
+from ..tuning.scratch.settings import FromScratch, Pretrain
 from ..tuning.scratch.tokenizer import as_pretrained, train_tokenizer
 from ..tuning.scratch.variants import Variant, base_config, build, initial_weights
 from ..tuning.tune import make_accelerator
@@ -44,7 +44,7 @@ def pretrain(
     a checkpoint of each variant, by its name, with its tokenizer; curves.json, which is what is returned; and
     curves.png and curves.svg. Raises SourceError for text that is too short and for a loss that is not a number.
     """
-    recipe = recipe if isinstance(recipe, FromScratch) else load_recipe(Path(recipe), FromScratch)
+    recipe = recipe if isinstance(recipe, FromScratch) else load(Path(recipe), FromScratch)
     out, settings = Path(out), recipe.pretrain
     require_target(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -57,7 +57,7 @@ def pretrain(
     corpus = _corpus(tokenizer, words, other, settings)
     config = base_config(settings, tokenizer.get_vocab_size())
     weights = initial_weights(config, settings.seed)
-    variants = {}
+    variants: dict[str, dict[str, Any]] = {}
     with Stage(out) as stage:
         for name in settings.variants:
             reporter.step(f"train {name}")

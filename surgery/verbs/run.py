@@ -3,251 +3,243 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..checkpoint.disk import require_target
-from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
-from ..converted.card import Reworked, model_card
+from ..converted.card import model_card
 from ..converted.reading import load_converted
 from ..errors import OutputError, SourceError
-from ..live.loading import load_tokenizer, require_device
-from ..live.text import CHUNKS, Chunking
-from ..progress import Reporter
-from ..recipe import Recipe
-from ..recipe.file import load_recipe
+from ..live.loading import load_original, load_tokenizer, require_device
+from ..live.text import Chunking
+from ..operations.base import Stand
+from ..progress import SILENT, Reporter
+from ..report.verdict import card_tables
 from ..steps.emit import emit
-from ..steps.inputs import (
-    SILENT,
-    Texts,
-    calibrates,
-    cut,
-    cut_calibration,
-    fit_chunks,
-    gather_tasks,
-    gather_texts,
-    require_length,
-    require_tools,
-    room_behind,
-    source_work,
-    vocabulary_size,
-)
-from ..steps.operate import Job, Operated, operate
-from ..steps.plan import Plan
+from ..steps.inputs import Texts, fit_chunks, gather_texts, require_inputs, room_after
+from ..steps.measure import Pair, measure_pair
+from ..steps.operate import Operated, operate
+from ..steps.options import RUN, RunOptions
+from ..steps.plan import Plan, prepare
+from ..steps.recipe import Recipe, load_recipe
 from ..steps.tune import assist, prepare_training
-from ..verification.gates.judge import Gate, is_exact, quality_gates
-from ..verification.gates.measure import Measurement
-from ..verification.integrity import Check, check_integrity
+from ..verification.gates.base import Inputs
+from ..verification.integrity import check_integrity, read_config
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
-from .plan import prepare
 
-
-@dataclass(frozen=True)
-class Converted:
-    """What the files as emitted were found to be; nothing, without text."""
-
-    checks: list[Check]
-    gates: list[Gate]
-    measurement: Measurement | None
-    survey: dict | None
+Verdict = dict[str, Any]
 
 
 def run(
-    recipe: Recipe | Path | str,
-    source: str,
-    out: Path | str,
-    *,
-    text: Sequence[Path] = (),
-    calibration: Sequence[Path] = (),
-    tasks: Path | None = None,
-    verify: bool = True,
-    surveys: bool = False,
-    keep_failed: Path | None = None,
-    tuning: Path | None = None,
-    adapter: Path | None = None,
-    link: bool = False,
-    dtype: str | None = None,
-    revision: str | None = None,
-    device: str = "cpu",
-    chunking: Chunking = CHUNKS,
+    recipe: Recipe | Path | str, source: str, out: Path | str, options: RunOptions = RUN,
     reporter: Reporter = SILENT,
-) -> dict | None:
+) -> Verdict | None:  # fmt: skip
     """Convert `source` by `recipe` into the new directory `out`, and return the verdict.
 
-    `out` exists afterwards only if every gate passed, or with `verify=False`, when the manifest says `unverified`
-    (`passed` is None). What fails goes to `keep_failed`, where given. With `surveys`, the verdict also has those of
-    original and converted (`surveys`, for `surgery.report.write_report`). `tuning`: a directory that keeps the state of
-    the recipe's `tune`, and from which a run that was cut off goes on; `adapter`: a new directory for what was tuned as
-    a PEFT adapter. Of several processes (`accelerate launch`), all but the main one help to tune and return None.
-    Raises SurgeryError for what a person can mend.
+    `out` exists afterwards only if every gate passed, or without proof (`options.verify` False), when the manifest says
+    `unverified` and `passed` is None. With `options.surveys`, the verdict also has those of original and converted
+    (`surveys`, for `surgery.report.write_report`). Of several processes (`accelerate launch`), all but the main one
+    help to tune and return None. Raises SurgeryError for what a person can mend.
     """
-    require_device(device)
-    if not verify:
-        _require_unmeasured(surveys, tasks)
-    texts = gather_texts(text, calibration, reporter)
+    out = Path(out)
+    # 1. Everything that can be refused without a weight.
+    require_device(options.device)
+    _require_measured(options)
+    texts = gather_texts(options.text, options.calibration, reporter)
     reporter.step(f"plan {source}")
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
-    prepared = prepare(
-        recipe, source, Path(out), needs_tokenizer=verify or _reads_text(recipe), link=link, dtype=dtype,
-        revision=revision,
-    )  # fmt: skip
-    plan, tokenizer = prepared.plan, prepared.tokenizer
-    keep_failed = None if keep_failed is None else Path(keep_failed)
-    if keep_failed is not None:
-        _require_elsewhere(keep_failed, Path(out), plan)
-    if verify:
-        require_tools(plan.recipe.verify, device)
-    harness = gather_tasks(plan.recipe.verify, tasks, room_behind(plan.anatomy, plan.n_slots)) if verify else None
-    chunking = _fitted(plan, chunking, reporter)
-    evaluation, calibrating = _cut_texts(plan, tokenizer, texts, chunking, verify)
-    outputs = [Path(path) for path in (out, keep_failed) if path is not None]
-    training = prepare_training(
-        plan, tokenizer, texts, chunking, calibrating, device, tuning, adapter, outputs
-    )  # fmt: skip
-    if training is not None and not training.accelerator.is_main_process:
-        return assist(plan, training)
-    with Stage(Path(out)) as stage, _aside(adapter) as aside:
-        if aside is not None:
+    plan = _plan(recipe, source, out, options)
+    inputs = _inputs(plan, texts, options, reporter)
+    training = prepare_training(plan, texts, inputs.calibrating, inputs.chunking, options, out)
+    if training is not None and training.assists:
+        assist(plan, training)
+        return None
+    with Stage(out) as stage, _aside(options.adapter) as aside:
+        # 2. The source as plain files.
+        plan, directory = _materialised(plan, stage, reporter)
+        # 3. Fit every operation, compare with the original, tune.
+        if aside is not None and training is not None:
             training = replace(training, adapter=aside.path)
-        directory = _materialise(plan, stage, reporter)
-        if tokenizer is not None:  # the one of a GGUF is by now in files, which the converted checkpoint's come from
-            tokenizer = load_tokenizer(directory)
-        job = Job(plan, stage, texts, evaluation, calibrating, device, surveys, reporter, harness, training)
-        operated = operate(job, directory, tokenizer)
-        tokens = [tokenizer.decode([token]) for token in operated.prefix] if tokenizer is not None else None
+        operated = operate(plan, directory, inputs.calibrating, training, options.device, reporter)
+        # 4. Write what was fitted.
         reporter.step("write the converted checkpoint")
-        manifest = emit(plan, stage, directory, tokenizer, operated, link)
-        operated = replace(operated, weights={})  # as large as the model, which is loaded anew
-        converted = _measure_stage(job, tokenizer, operated)
-        findings = _finish_stage(job, tokenizer, operated, converted, manifest, tokens)
-        verdict = _conclude(stage, aside, build_verdict(findings, tokenizer), manifest, verify, keep_failed)
-    return {**verdict, "surveys": [operated.survey, converted.survey]} if surveys else verdict
+        manifest = emit(plan, stage, directory, operated, options.link)
+        operated = replace(operated, tensors={})  # as large as the model, which is loaded anew
+        # 5. Measure the original and what was written, each freshly loaded.
+        findings, surveys = _measure(plan, stage, directory, operated, inputs, texts, options, reporter)
+        # 6. Card and manifest; then check all files against the source.
+        findings, manifest = _finish(plan, stage, directory, operated, findings, manifest, reporter)
+        # 7. Judge, and publish or not.
+        verdict = _conclude(stage, aside, build_verdict(findings), manifest, options)
+    return {**verdict, "surveys": surveys} if options.surveys else verdict
 
 
-def _require_unmeasured(surveys: bool, tasks: Path | None) -> None:
+# ---- 1. before weights
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Chunks of evaluation text (N, T) and of calibration text (M, T), where they are read; what gates have ready."""
+
+    chunking: Chunking
+    evaluation: torch.Tensor | None
+    calibrating: torch.Tensor | None
+    gates: Mapping[str, Any]
+
+
+def _require_measured(options: RunOptions) -> None:
     """SourceError for what is asked of a model that is not measured."""
-    if surveys:
+    if options.verify:
+        return
+    if options.surveys:
         raise SourceError("a report surveys the converted model on text, which --no-verify leaves out; take one away.")
-    if tasks is not None:
-        raise SourceError(f"--tasks {tasks} is for gates, which --no-verify leaves out; take one away.")
+    if options.tasks is not None:
+        raise SourceError(f"--tasks {options.tasks} is for gates, which --no-verify leaves out; take one away.")
 
 
-def _reads_text(recipe: Recipe) -> bool:
-    """Whether the operations of `recipe` read text, verified or not."""
-    return recipe.searches or recipe.fits is not None or recipe.tune is not None
+def _plan(recipe: Recipe | Path | str, source: str, out: Path, options: RunOptions) -> Plan:
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    plan = prepare(
+        recipe, source, out, needs_tokenizer=options.verify or recipe.reads_text, link=options.link,
+        dtype=options.dtype, revision=options.revision,
+    )  # fmt: skip
+    if (kept := options.keep_failed) is not None:
+        require_target(Path(kept), plan.source.root if plan.source.root.is_dir() else None)
+        if Path(kept).resolve() == out.resolve():
+            raise OutputError(f"{kept} is OUT itself, which only ever holds what passed; give another --keep-failed.")
+    return plan
 
 
-def _require_elsewhere(keep_failed: Path, out: Path, plan: Plan) -> None:
-    require_target(keep_failed, plan.source.root if plan.source.root.is_dir() else None)
-    if keep_failed.resolve() == out.resolve():
-        raise OutputError(
-            f"{keep_failed} is OUT itself, which only ever holds what passed; give another --keep-failed."
-        )
-
-
-def _fitted(plan: Plan, wanted: Chunking, reporter: Reporter) -> Chunking:
-    chunking = fit_chunks(wanted, plan.anatomy, max(plan.n_slots, 1))
-    if chunking != wanted:
-        reporter.note(f"chunks of {chunking.length} tokens: the model has no more positions behind a prefix or BOS")
-    return chunking
-
-
-def _cut_texts(plan: Plan, tokenizer, texts: Texts, chunking: Chunking, verify: bool):
-    """Evaluation chunks (N, T) or None, calibration chunks or None. SourceError where text is missing or too short."""
+def _inputs(plan: Plan, texts: Texts, options: RunOptions, reporter: Reporter) -> _Ready:
+    """Gates and texts made ready. SourceError where something is missing, or text too short."""
+    recipe, reader, taken = plan.recipe, plan.reader, plan.changes.positions
+    gates = recipe.verify.gates() if options.verify else ()
+    for gate in gates:
+        gate.require_tools(options.device)
+    chunking = fit_chunks(options.chunking, plan.anatomy, max(taken, 1))
+    if chunking != options.chunking:
+        reporter.note(f"chunks of {chunking.length} tokens: the model has no more positions after a prefix or BOS")
+    room = room_after(plan.anatomy, taken)
+    ready = require_inputs(gates, Inputs(chunking, options.device, room, options.tasks)) if options.verify else {}
     evaluation = calibrating = None
-    vocab_size = vocabulary_size(plan.source.layout, plan.source.config)
-    if verify:
+    if options.verify:
         if texts.evaluation is None:
             raise SourceError("verification needs text: give --text FILE, or --no-verify to write without proof.")
-        evaluation = cut(tokenizer, texts.evaluation, chunking, vocab_size, "--text")
-        require_length(plan.recipe.verify, chunking)
-    without_calibration = texts.calibration is None or tokenizer is None
-    if plan.prefix is None and without_calibration:
+        evaluation = reader.cut(texts.evaluation, chunking, "--text")
+    _require_calibration(recipe, texts, reader.tokenizer)
+    if recipe.searches or recipe.reads is not None or any(gate.calibrates for gate in gates):
+        assert texts.calibration is not None  # half of the evaluation text, if no other was given
+        calibrating = reader.cut_calibration(texts.calibration, chunking)
+    return _Ready(chunking, evaluation, calibrating, ready)
+
+
+def _require_calibration(recipe: Recipe, texts: Texts, tokenizer: object) -> None:
+    """SourceError where operations read text, and there is none that they could read."""
+    if texts.calibration is not None and tokenizer is not None:
+        return
+    if recipe.searches:
         raise SourceError(
             "prefix: auto is searched on text: give --calibration FILE (or --text) and a tokenizer, or list the prefix "
             "in the recipe."
         )
-    if (fits := plan.recipe.fits) is not None and without_calibration:
-        raise SourceError(f"{fits} on text: give --calibration FILE (or --text), and a model with a tokenizer.")
-    if plan.prefix is None or fits is not None or (verify and calibrates(plan.recipe.verify)):
-        calibrating = cut_calibration(tokenizer, texts.calibration, chunking, vocab_size)
-    return evaluation, calibrating
+    if (reads := recipe.reads) is not None:
+        raise SourceError(f"{reads} on text: give --calibration FILE (or --text), and a model with a tokenizer.")
 
 
-def _materialise(plan: Plan, stage: Stage, reporter: Reporter) -> Path:
-    if plan.source.kind != "gguf":
-        return plan.source.root
-    reporter.step(f"dequantise {plan.source.root.name}")
-    return materialise(plan.source, source_work(stage))
-
-
-def _measure_stage(job: Job, tokenizer, operated: Operated) -> Converted:
-    """The files as emitted, through their own tokenizer and a fresh load."""
-    if job.evaluation is None:
-        return Converted([], [], None, None)
-    plan, stage = job.plan, job.stage
-    checks = [check_tokenizer(stage.path, tokenizer, operated.prefix, job.texts.evaluation)]
-    model = load_converted(stage.path, device=job.device)
-    measurement = job.measuring.converted(model, load_tokenizer(stage.path))
-    found = job.survey(model, tokenizer, "the converted model", str(stage.out))
-    exact = is_exact(plan.recipe, model.config, job.evaluation.shape[1], len(operated.prefix))
-    del model
-    gc.collect()
-    return Converted(checks, quality_gates(plan.recipe, operated.original, measurement, exact), measurement, found)
-
-
-def _finish_stage(
-    job: Job, tokenizer, operated: Operated, converted: Converted, manifest: dict, tokens: list[str] | None
-) -> Findings:
-    """Write card and manifest, then check the integrity of all of it."""
-    plan, stage = job.plan, job.stage
-    findings = Findings(
-        [],
-        converted.gates,
-        operated.original,
-        converted.measurement,
-        operated.random_ids,
-        operated.search,
-        {"ids": list(operated.prefix), "tokens": tokens} if operated.prefix else None,
-        operated.tuning,
-    )
-    folds_bos = tokenizer is not None and tokenizer.bos_token_id in operated.prefix
-    measured = build_verdict(findings, tokenizer) if converted.measurement is not None else None
-    entries = plan.entries(operated.prefix)
-    reworked = Reworked(operated.smoothed, plan.lora_layers, operated.tuning)
-    stage.add_text(
-        "README.md", model_card(plan.source, plan.derived, plan.recipe, entries, tokens, folds_bos, reworked, measured)
-    )  # fmt: skip
-    manifest["files"] = stage.hashes()
-    stage.add_json(MANIFEST, manifest)
-    job.reporter.step("check the files against the source")
-    # A GGUF's tensors were moved here from their dequantised copy: there is nothing left to compare them with.
-    source = plan.source if plan.source.kind != "gguf" else None
-    checks = [*check_integrity(stage.path, manifest, source, source and source.root), *converted.checks]
-    return replace(findings, checks=checks)
+# ---- 2. to 5.
 
 
 def _aside(adapter: Path | None) -> contextlib.AbstractContextManager[Stage | None]:
     return contextlib.nullcontext() if adapter is None else Stage(Path(adapter))
 
 
+def _materialised(plan: Plan, stage: Stage, reporter: Reporter) -> tuple[Plan, Path]:
+    """The source as a directory of plain files: its own, or a GGUF's dequantised inside the stage."""
+    if plan.source.kind != "gguf":
+        return plan, plan.source.root
+    reporter.step(f"dequantise {plan.source.root.name}")
+    directory = materialise(plan.source, stage.scratch)
+    if plan.target.tokenizer is None:
+        return plan, directory
+    # It is by now in files, which the converted checkpoint's come from.
+    return replace(plan, target=replace(plan.target, tokenizer=load_tokenizer(directory))), directory
+
+
+def _measure(
+    plan: Plan, stage: Stage, directory: Path, operated: Operated, ready: _Ready, texts: Texts, options: RunOptions,
+    reporter: Reporter,
+) -> tuple[Findings, list[dict] | None]:  # fmt: skip
+    """What the files as emitted were found to be, through their own tokenizer, beside the original; and surveys."""
+    findings = Findings([], random_ids=operated.random_ids, said=_said(plan, operated))
+    if ready.evaluation is None:
+        return findings, None
+    prefix, tokenizer = operated.changes.prefix or (), plan.target.tokenizer
+    checks = [check_tokenizer(stage.path, tokenizer, prefix, texts.evaluation)]
+    pair = Pair(
+        plan.anatomy, prefix, plan.recipe, plan.recipe.verify.gates(), ready.evaluation, ready.calibrating, ready.gates,
+        names=(plan.source.spec, str(stage.out)) if options.surveys else None,
+    )  # fmt: skip
+    found = measure_pair(
+        pair,
+        original=lambda: (load_original(directory, device=options.device), tokenizer),
+        converted=lambda: (load_converted(stage.path, device=options.device), load_tokenizer(stage.path)),
+        reporter=reporter,
+    )
+    return replace(findings, checks=checks, judgements=found.judgements, measured=found.measured), found.surveys
+
+
+def _said(plan: Plan, operated: Operated) -> dict[str, Any]:
+    """What the operations have to say in the verdict."""
+    said: dict[str, Any] = {}
+    for change in plan.recipe.changes:
+        said |= change.found(operated.parts[change.name], plan.target.tokenizer)
+    return said
+
+
+# ---- 6. and 7.
+
+
+def _finish(
+    plan: Plan, stage: Stage, directory: Path, operated: Operated, findings: Findings, manifest: Manifest,
+    reporter: Reporter,
+) -> tuple[Findings, Manifest]:  # fmt: skip
+    """Write card and manifest, then check the integrity of all of it."""
+    recipe = plan.recipe
+    stand = Stand(recipe.exact, recipe.tune is not None, operated.changes.trains)
+    sections = [change.says(operated.parts[change.name], plan.target, stand) for change in recipe.changes]
+    results = card_tables(build_verdict(replace(findings, checks=[])), recipe.verify) if findings.measured else None
+    stage.add_text(
+        "README.md", model_card(plan.source, plan.anatomy.model_class.__name__, recipe.to_dict(), sections, results)
+    )
+    reporter.step("check the files against the source")
+    # What was dequantised for this run has been linked into the checkpoint: there is nothing left to compare with.
+    shutil.rmtree(stage.scratch, ignore_errors=True)
+    source, beside = (plan.source, directory) if plan.source.kind != "gguf" else (None, None)
+    manifest = manifest.with_files(stage.hashes())
+    stage.add_json(MANIFEST, manifest.to_dict())
+    checks = check_integrity(stage.path, manifest, read_config(stage.path), recipe.changes, source, beside)
+    return replace(findings, checks=[*checks, *findings.checks]), manifest
+
+
 def _conclude(
-    stage: Stage, aside: Stage | None, verdict: dict, manifest: dict, verify: bool, keep_failed: Path | None
-) -> dict:
+    stage: Stage, aside: Stage | None, verdict: Verdict, manifest: Manifest, options: RunOptions
+) -> Verdict:  # fmt: skip
     """Put `verdict` into the manifest, and checkpoint and adapter where they belong by it; the verdict to report."""
-    if not verify:
+    if not options.verify:
         verdict["passed"] = None if verdict["passed"] else False
-    status = "verified" if verdict["passed"] else "unverified"
-    stage.replace_json(MANIFEST, {**manifest, "status": status, "verdict": plain_json(verdict)})
+    stage.replace_json(MANIFEST, manifest.concluded(plain_json(verdict)).to_dict())
     if verdict["passed"] is not False:
         stage.publish()
-    elif keep_failed is not None:
-        stage.keep(keep_failed)
+    elif options.keep_failed is not None:
+        stage.keep(Path(options.keep_failed))
     else:
         return verdict
     if aside is not None:

@@ -9,22 +9,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.disk import require_space
-from ..checkpoint.layout import read_json, read_layout
-from ..checkpoint.manifest import MANIFEST, converted_from
+from ..checkpoint.layout import read_layout, vocabulary_size
 from ..checkpoint.source import materialise, open_source, refuse_adapter
-from ..converted.reading import converted_anatomy, load_converted, read_config
+from ..converted.described import read_described
+from ..converted.reading import is_converted, load_converted
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
+from ..live.model import Live
 from ..live.text import FEW_CHUNKS, Chunking, read_texts
-from ..progress import Reporter
-from ..steps.inputs import SILENT, cut, fit_chunks, vocabulary_size
+from ..progress import SILENT, Reporter
+from ..steps.inputs import Reader, fit_chunks
+from ..steps.plan import source_tokenizer
 from ..survey.full import survey
 from ..survey.interventions import audit, plan_interventions, run_interventions
-from .plan import source_tokenizer
 
 
 def scan(
@@ -50,10 +51,10 @@ def scan(
     reporter.step(f"load {source}")
     with _opened(str(source), dtype, revision) as opened:
         fitting = fit_chunks(chunking, opened.anatomy, opened.n_slots)
-        chunks = cut(opened.tokenizer, words, fitting, opened.vocab_size, "--text")
-        model = opened.load(device)
+        chunks = opened.reader.cut(words, fitting, "--text")
+        live = Live(opened.load(device), opened.anatomy)
         with reporter.bar("scan", len(chunks)) as advance:
-            found = survey(model, opened.anatomy, opened.tokenizer, chunks, progress=lambda done: advance(done, "scan"))
+            found = survey(live, opened.reader.tokenizer, chunks, advance=advance)
         if not math.isfinite(found["perplexity"]["nll"]):
             raise DamagedCheckpoint(
                 f"{source}: what it predicts is not finite, so there is nothing to survey; check its weights (download "
@@ -62,16 +63,12 @@ def scan(
         found = {"source": str(source), **found}
         if interventions:
             reporter.step("intervene")
-            planned = plan_interventions(model, opened.anatomy, chunks.shape[1], found)
+            planned = plan_interventions(live, chunks.shape[1], found)
             with reporter.bar("intervene", planned.passes * len(chunks)) as advance:
-                found["interventions"] = run_interventions(
-                    model, opened.anatomy, chunks, planned, lambda what, done: advance(done, what)
-                )
+                found["interventions"] = run_interventions(live, chunks, planned, advance)
             reporter.step("audit: how few scalars hold the model up")
             with reporter.bar("audit", None) as advance:
-                found["audit"] = audit(
-                    model, opened.anatomy, chunks, found, progress=lambda what, done: advance(done, what)
-                )
+                found["audit"] = audit(live, chunks, found, advance=advance)
         return found
 
 
@@ -80,8 +77,7 @@ class _Opened:
     """Everything about a checkpoint that can be refused before its weights are read, and how to read them."""
 
     anatomy: Anatomy
-    tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
+    reader: Reader
     n_slots: int
     load: Callable[[str], PreTrainedModel]  # of the device
 
@@ -89,14 +85,14 @@ class _Opened:
 @contextlib.contextmanager
 def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_Opened]:
     root = Path(source)
-    if _is_converted(root):
+    if is_converted(root):
         if dtype is not None or revision is not None:
             raise SourceError(f"{root} is a converted checkpoint on this disk; leave out --dtype and --revision.")
         yield _converted(root)
         return
     opened = open_source(source, revision=revision, dtype=dtype)
-    anatomy = examine(opened.config)
-    vocab_size = vocabulary_size(opened.layout, opened.config)
+    anatomy = examine(opened.config, opened.blank)
+    vocab_size = vocabulary_size(opened.layout, anatomy.vocab_size)
     with tempfile.TemporaryDirectory(prefix="surgery-scan-") as scratch:
         if opened.kind == "gguf":
             require_space(Path(scratch), opened.layout.total_bytes)
@@ -105,24 +101,16 @@ def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_O
         def load(device: str) -> PreTrainedModel:
             return load_original(materialise(opened, Path(scratch) / "model"), device=device)
 
-        yield _Opened(anatomy, tokenizer, vocab_size, 0, load)
-
-
-def _is_converted(root: Path) -> bool:
-    """Whether a run wrote `root`, or `surgery pretrain`, whose variants have slots or norms and no manifest."""
-    config = root / "config.json"
-    return (root / MANIFEST).is_file() or (
-        config.is_file() and converted_from(read_json(config).get("model_type")) is not None
-    )
+        yield _Opened(anatomy, Reader(tokenizer, vocab_size), 0, load)
 
 
 def _converted(root: Path) -> _Opened:
-    config = read_config(root)
+    described = read_described(root)
     refuse_adapter(root)
+    vocab_size = vocabulary_size(read_layout(root), described.anatomy.vocab_size)
     return _Opened(
-        converted_anatomy(root),
-        load_tokenizer(root),
-        vocabulary_size(read_layout(root), config),
-        config["eab"]["n_slots"],
+        described.anatomy,
+        Reader(load_tokenizer(root), vocab_size),
+        described.eab.n_slots,
         lambda device: load_converted(root, device=device),
     )

@@ -5,26 +5,30 @@ Each check stands for itself: a manifest whose hashes were computed anew after a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 
 from ..checkpoint.disk import sha256_of
-from ..checkpoint.layout import Layout, TensorInfo, iter_tensor_chunks, read_json, read_layout
-from ..checkpoint.manifest import MANIFEST, converted_from
+from ..checkpoint.layout import Layout, Stored, TensorInfo, iter_tensor_chunks, read_json, read_layout
+from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.source import ADAPTER, Source, source_hashes
 from ..converted.derived import derive
-from ..converted.reading import converted_anatomy, read_config
+from ..converted.described import Described, read_described
 from ..errors import SurgeryError
-from ..operations.head_norm import norm_shapes
+from ..progress import Advance, unseen
+
+if TYPE_CHECKING:
+    from ..operations.base import Operation
 
 Found = tuple[bool, str]
 # What git and the hub's client leave in a directory that was uploaded or downloaded; nothing loads from them.
 NOT_OURS = (".git", ".gitattributes", ".cache")
-CHANGING = ("smoothing",)  # operations of a recipe that change tensors of the source; no other recipe may
 
 
 @dataclass(frozen=True)
@@ -42,29 +46,51 @@ def integrity_to_dict(checks: list[Check]) -> dict:
 
 def check_integrity(
     root: Path,
-    manifest: dict,
+    manifest: Manifest,
+    described: Described | SurgeryError,
+    changes: Sequence[Operation],
     source: Source | None,
     source_dir: Path | None,
-    progress: Callable[[int], None] = lambda done: None,
+    advance: Advance = unseen,
 ) -> list[Check]:
-    """Every check on the files in `root`; against `source` (plain files in `source_dir`) where it is given."""
+    """Every check on the files in `root`; against `source` (plain files in `source_dir`) where it is given.
+
+    `described`: what config.json says, or why that cannot be read (`read_config`). `changes`: the recipe's operations.
+    """
     checks = [
-        _check("files", lambda: _files(root, manifest, progress)),
-        _check("config", lambda: _config(root)),
-        _check("code", lambda: _code(root)),
+        _check("files", lambda: _files(root, manifest, advance)),
+        _check("config", lambda: _config(_said(described))),
+        _check("code", lambda: _code(root, _said(described))),
     ]
     try:
         layout = read_layout(root)
     except SurgeryError as error:
         return [*checks, Check("tensors", False, str(error))]
     checks.append(_check("tensors", lambda: _tensors(layout, manifest)))
-    checks += _added(root, layout, manifest)
-    if source is not None:
+    checks += _added(layout, manifest, described, changes)
+    if source is not None and source_dir is not None:
         checks.append(_check("source", lambda: _same_source(source, manifest)))
         # Where both sides' files have just been hashed, equal hashes are equal files, and need not be read once more.
         hashed = checks[0].passed and checks[-1].passed and source.kind != "gguf"
-        checks.append(_check("kept tensors", lambda: _kept(layout, manifest, read_layout(source_dir), hashed)))
+        may_change = any(change.changes_weights for change in changes)
+        checks.append(
+            _check("kept tensors", lambda: _kept(layout, manifest, read_layout(source_dir), hashed, may_change))
+        )
     return checks
+
+
+def read_config(root: Path) -> Described | SurgeryError:
+    """What config.json of a converted checkpoint says, or the error that says why it cannot be read."""
+    try:
+        return read_described(root)
+    except SurgeryError as error:
+        return error
+
+
+def _said(described: Described | SurgeryError) -> Described:
+    if isinstance(described, SurgeryError):
+        raise described
+    return described
 
 
 def _check(name: str, look: Callable[[], Found]) -> Check:
@@ -76,7 +102,7 @@ def _check(name: str, look: Callable[[], Found]) -> Check:
         return Check(name, False, f"{error.filename} cannot be read ({error.strerror})")
 
 
-def _files(root: Path, manifest: dict, progress) -> Found:
+def _files(root: Path, manifest: Manifest, advance: Advance) -> Found:
     present = {path.relative_to(root).as_posix(): path for path in root.rglob("*")}
     present = {name: path for name, path in present.items() if name.split("/")[0] not in NOT_OURS}
     for name, path in sorted(present.items()):
@@ -85,15 +111,15 @@ def _files(root: Path, manifest: dict, progress) -> Found:
         if not path.is_file() and not path.is_dir():
             return False, f"{name} is not a plain file"
     files = {name for name, path in present.items() if path.is_file()}
-    expected = set(manifest["files"])
+    expected = set(manifest.files)
     if missing := sorted(expected - files):
         return False, f"{missing[0]} is missing ({len(missing)} of {len(expected)} files)"
     if extra := sorted(files - expected - {MANIFEST}):
         return False, f"{extra[0]} is not in {MANIFEST} ({len(extra)} files were added)"
     if ADAPTER in files:
         return False, f"{ADAPTER} makes transformers load what it names in place of the model, or on top of it"
-    for name, entry in manifest["files"].items():
-        if present[name].stat().st_size != entry["bytes"] or sha256_of(present[name], progress) != entry["sha256"]:
+    for name, entry in manifest.files.items():
+        if present[name].stat().st_size != entry.bytes or sha256_of(present[name], advance) != entry.sha256:
             return False, f"{name} is not the file that was written (SHA-256 differs)"
     return True, f"{len(expected)} files, SHA-256 as written"
 
@@ -103,71 +129,60 @@ def _in_hub_cache(root: Path, link: Path) -> bool:
     return link.is_file() and link.resolve().parent == root.resolve().parent.parent / "blobs"
 
 
-def _config(root: Path) -> Found:
-    converted_anatomy(root)
-    config = read_config(root)
-    eab, head_norm = config["eab"], config.get("head_norm")
-    found = f"config.json describes {eab['n_slots']} slots in each of {len(eab['sites'])} sites"
-    return True, found if head_norm is None else f"{found}, and norms in {len(head_norm['sites'])} of them"
+def _config(described: Described) -> Found:
+    slots, norms = described.eab, described.head_norm
+    described.anatomy  # noqa: B018  raises where config.json is not such as a run writes for this model
+    found = f"config.json describes {slots.n_slots} slots in each of {len(slots.sites)} sites"
+    return True, found if norms is None else f"{found}, and norms in {len(norms.sites)} of them"
 
 
-def _tensors(layout: Layout, manifest: dict) -> Found:
+def _tensors(layout: Layout, manifest: Manifest) -> Found:
     found = {t.name: (t.shard, t.dtype, list(t.shape)) for t in layout.tensors.values()}
-    planned = {name: (t["shard"], t["dtype"], list(t["shape"])) for name, t in manifest["tensors"].items()}
+    planned = {name: (t.shard, t.dtype, list(t.shape)) for name, t in manifest.tensors.items()}
     for name in sorted(found.keys() | planned.keys()):
         if found.get(name) != planned.get(name):
             return False, f"{name} is {found.get(name, 'missing')}, planned was {planned.get(name, 'nothing')}"
     return True, f"{len(found)} tensors as planned, each in one shard"
 
 
-def _added(root: Path, layout: Layout, manifest: dict) -> list[Check]:
-    """Slots, and norms where there are any: every site has its tensors, and no other tensors were added."""
-    try:
-        config = read_config(root)
-    except SurgeryError as error:
-        return [Check("slots", False, str(error))]
-    eab, head_norm = config["eab"], config.get("head_norm")
-    dims = {
-        f"{site}.attention_bias.{part}": (eab["n_slots"], kv_heads, dim)
-        for site, (kv_heads, key_dim, value_dim) in eab["sites"].items()
-        for part, dim in (("key", key_dim), ("value", value_dim))
-    }
-    kinds = {"slots": dims} if eab["n_slots"] else {}
-    if head_norm is not None:
-        kinds["norms"] = {
-            f"{site}.head_norm.{part}": shape
-            for site, shapes in norm_shapes(head_norm).items()
-            for part, shape in shapes.items()
-        }
-    added = sorted(name for name, entry in manifest["tensors"].items() if entry["status"] == "added")
-    endings = [ending for shapes in kinds.values() for ending in shapes]
+def _added(
+    layout: Layout, manifest: Manifest, described: Described | SurgeryError, changes: Sequence[Operation]
+) -> list[Check]:
+    """What operations added: everything that config.json asks for on their behalf is there, and nothing else is."""
+    if isinstance(described, SurgeryError):
+        return [Check("slots", False, str(described))]
+    kinds = {kind: tensors for change in changes for kind, tensors in change.asks(described).items()}
+    added = sorted(name for name, entry in manifest.tensors.items() if entry.status == "added")
+    endings = [ending for tensors in kinds.values() for ending in tensors]
     unknown = [name for name in added if not any(_is_named(name, ending) for ending in endings)]
-    return [
-        _check(kind, lambda kind=kind, shapes=shapes: _of_kind(kind, shapes, layout, added, unknown))
-        for kind, shapes in kinds.items()
+    checks = [
+        _check(kind, functools.partial(_of_kind, kind, tensors, layout, added, unknown))
+        for kind, tensors in kinds.items()
     ]
+    if unknown and not kinds:
+        checks.append(Check("added", False, f"{unknown[0]} was added, but config.json does not know it"))
+    return checks
 
 
 def _is_named(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
-def _of_kind(
-    kind: str, shapes: dict[str, tuple[int, ...]], layout: Layout, added: list[str], unknown: list[str]
-) -> Found:
+def _of_kind(kind: str, tensors: Mapping[str, Stored], layout: Layout, added: list[str], unknown: list[str]) -> Found:
     """The tensors of one kind have the shapes that config.json says, and hold something."""
     expected = {}
-    for ending, shape in shapes.items():
+    for ending, stored in tensors.items():
         named = [name for name in added if _is_named(name, ending)]
         if len(named) != 1 or named[0] not in layout.tensors:
             return False, f"{ending} is missing: config.json asks for it"
-        expected[named[0]] = shape
+        expected[named[0]] = stored
     if unknown:
         return False, f"{unknown[0]} was added, but config.json does not know it"
-    for name, shape in expected.items():
+    for name, stored in expected.items():
         info = layout.tensors[name]
-        if (info.dtype, info.shape) != ("F32", shape):
-            return False, f"{name} is {info.dtype} of shape {info.shape}, config.json says float32 of shape {shape}"
+        if (info.dtype, info.shape) != (stored.dtype, stored.shape):
+            asked = f"config.json says {stored.dtype} of shape {stored.shape}"
+            return False, f"{name} is {info.dtype} of shape {info.shape}, {asked}"
         with safe_open(layout.root / info.shard, framework="pt") as file:
             tensor = file.get_tensor(name)
         if not bool(torch.isfinite(tensor).all()):
@@ -177,11 +192,11 @@ def _of_kind(
     return True, f"{len(expected)} tensors of {kind}, finite"
 
 
-def _code(root: Path) -> Found:
+def _code(root: Path, described: Described) -> Found:
     """The Python files are exactly what this version writes (safe to run, and tested), and no other code is named."""
-    config = read_config(root)
+    config = described.config
     try:
-        derived = derive(*converted_from(config["model_type"]))
+        derived = derive(*described.converted)
     except KeyError:
         return False, f"config.json: model_type {config['model_type']!r} is not of the installed transformers"
     if config.get("auto_map") != derived.auto_map:
@@ -197,8 +212,8 @@ def _code(root: Path) -> Found:
     return (False, f"{min(files)} is missing") if files else (True, "Python files as this version writes them")
 
 
-def _same_source(source: Source, manifest: dict) -> Found:
-    recorded, found = manifest["source"].get("sha256"), source_hashes(source)
+def _same_source(source: Source, manifest: Manifest) -> Found:
+    recorded, found = manifest.source.get("sha256"), source_hashes(source)
     recorded = recorded if isinstance(recorded, dict) else {}
     if source.kind == "gguf":  # one file, whatever it is called by now
         same = [*found.values()] == [*recorded.values()]
@@ -209,11 +224,11 @@ def _same_source(source: Source, manifest: dict) -> Found:
     return True, f"{source.spec} is what was converted"
 
 
-def _kept(layout: Layout, manifest: dict, original: Layout, hashed: bool) -> Found:
+def _kept(layout: Layout, manifest: Manifest, original: Layout, hashed: bool, may_change: bool) -> Found:
     """Every tensor of the source is there: as it was, or changed where an operation of the recipe changes tensors."""
 
     def identical(a: TensorInfo, b: TensorInfo) -> bool:
-        same_file = hashed and manifest["files"][a.shard]["sha256"] == manifest["source"]["sha256"][b.shard]
+        same_file = hashed and manifest.files[a.shard].sha256 == manifest.source["sha256"][b.shard]
         return (a.dtype, a.shape) == (b.dtype, b.shape) and (
             (same_file and a.start == b.start)
             or all(
@@ -222,9 +237,9 @@ def _kept(layout: Layout, manifest: dict, original: Layout, hashed: bool) -> Fou
             )
         )
 
-    statuses = ("kept", "changed") if _changes(manifest["recipe"]) else ("kept",)
+    statuses = ("kept", "changed") if may_change else ("kept",)
     for name, b in sorted(original.tensors.items()):
-        a, status = layout.tensors.get(name), manifest["tensors"].get(name, {}).get("status")
+        a, status = layout.tensors.get(name), getattr(manifest.tensors.get(name), "status", None)
         if a is None or status not in statuses:
             return False, f"{name} of the source is not kept in the checkpoint"
         if status == "kept" and not identical(a, b):
@@ -233,18 +248,9 @@ def _kept(layout: Layout, manifest: dict, original: Layout, hashed: bool) -> Fou
             return False, f"{name} is {a.dtype} of shape {a.shape}, in the source it is {b.dtype} of shape {b.shape}"
         if status == "changed" and identical(a, b):
             return False, f"{name} is said to be changed, but it is byte-identical to the source"
-    invented = {name for name, entry in manifest["tensors"].items() if entry["status"] != "added"}
-    if invented := sorted(invented - set(original.tensors)):
+    claimed = {name for name, entry in manifest.tensors.items() if entry.status != "added"}
+    if invented := sorted(claimed - set(original.tensors)):
         return False, f"{invented[0]} is said to be of the source, but the source has no such tensor"
-    changed = sum(entry["status"] == "changed" for entry in manifest["tensors"].values())
+    changed = sum(entry.status == "changed" for entry in manifest.tensors.values())
     kept = f"{len(original.tensors) - changed} tensors byte-identical to the source"
     return True, f"{kept}, {changed} changed in place" if changed else kept
-
-
-def _changes(recipe: dict) -> bool:
-    operations, tune = recipe.get("operations"), recipe.get("tune")
-    if isinstance(tune, dict) and tune.get("lora") is not None:
-        return True
-    return isinstance(operations, list) and any(
-        isinstance(operation, dict) and operation.get(name) is not None for operation in operations for name in CHANGING
-    )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 
 from ...errors import SourceError
-from ...recipe import Pretrain
+from ...progress import Advance, unseen
 from ..corpus import Corpus
 from ..loop import BETAS, rate
 from ..objectives import Pass, language_modelling
 from .measure import measure
+from .settings import Pretrain
 from .variants import Variant
 
 WEIGHT_DECAY = 0.1  # of matrices; biases, norms and slots are left alone
@@ -24,7 +24,7 @@ def train(
     settings: Pretrain,
     corpus: Corpus,
     accelerator: Accelerator,
-    progress: Callable[[int, str], None] = lambda done, what: None,
+    advance: Advance = unseen,
 ) -> dict:
     """Train `variant` in place. `losses`: of each step, in nats per token; `measured`: see `measure`, from step 0 on.
 
@@ -55,12 +55,12 @@ def train(
             recent = losses[measured[-1]["step"] :]
             entry = {"step": done, "loss": math.fsum(recent) / len(recent)}
             measured.append({**entry, **measure(variant, corpus.held_out)})
-        progress(1, f"{variant.name}: loss {losses[-1]:.3f}, held-out perplexity {measured[-1]['ppl']:.1f}")
+        advance(1, f"{variant.name}: loss {losses[-1]:.3f}, held-out perplexity {measured[-1]['ppl']:.1f}")
     return {"losses": losses, "measured": measured}
 
 
 def text_loss(model, tokens: torch.Tensor, lead: tuple[int, ...]) -> torch.Tensor:
-    """Mean NLL of tokens 1..T-1 of each text (B, T), behind `lead`; what leads is no target, nor is what follows it.
+    """Mean NLL of tokens 1..T-1 of each text (B, T), after `lead`; what leads is no target, nor is what follows it.
 
     So every variant learns from the same targets.
     """

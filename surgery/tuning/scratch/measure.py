@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -36,8 +37,8 @@ def measure(variant: Variant, chunks: torch.Tensor) -> dict:
     text, whole, auto = MassiveActivations(), MassiveActivations(), AutoMassive()
     attention, likelihood = AttentionStatistics(), Likelihood()
     observers = [text, _Everywhere(whole), _Everywhere(auto), attention, likelihood]
-    stream(variant.model, variant.anatomy, chunks, observers, prefix=variant.lead)
-    rows = {layer: {"layer": layer} for layer in whole.layers}
+    stream(variant.live, chunks, observers, prefix=variant.lead)
+    rows: dict[int, dict[str, Any]] = {layer: {"layer": layer} for layer in whole.layers}
     for layer, row in whole.rows().items():
         rows[layer] |= {key: row[key] for key in ("max", "median", "ratio", "count", "dims")}
     for layer, row in text.rows().items():

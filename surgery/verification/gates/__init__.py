@@ -1,1 +1,21 @@
-"""Gates: what a recipe asks of the converted model, measured and judged; one file each."""
+"""Gates: what a recipe asks of the converted model, one file each; see `base` for what a gate is and how to add one."""
+
+from __future__ import annotations
+
+from .base import Gate
+from .cache_edits import CacheEdits
+from .equivalence import Equivalence
+from .massive_activations import MassiveActivations
+from .perplexity import Perplexity
+from .quantised import Quantised
+from .streaming import Streaming
+from .tasks import Tasks
+
+# In the order in which they are measured and judged.
+GATES: tuple[type[Gate], ...] = (
+    Equivalence, Perplexity, Quantised, Streaming, CacheEdits, Tasks, MassiveActivations,
+)  # fmt: skip
+# In the order in which a verdict shows them: what always applies first.
+SHOWN = tuple(sorted(GATES, key=lambda gate: not gate.always))
+
+__all__ = ["GATES", "SHOWN", "Gate"]

@@ -12,15 +12,20 @@ import copy
 import io
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
 
+from pydantic import Field
 from transformers import PreTrainedModel
 
-from ...errors import SourceError, out_of_memory
-from ...live.loading import one_line
+from ...errors import SourceError, brief, out_of_memory
 from ...live.paired import Interval, mean_interval
+from ...recipe.fields import AsTuple
+from ...table import Table
+from ...words import fixed, interval, number, visible_name
+from .base import Gate, Inputs, Judgement, Measured, Subject, at_most
 
 BATCH = 8
 NONE_IN = 3  # 0 of N documents differed: at 95%, up to 3/N may (the rule of three)
@@ -56,11 +61,11 @@ class TaskSet:
     `max_length`: so many tokens the harness keeps of a text for either model, whatever each could hold.
     """
 
-    load: Callable[[], dict]
+    load: Callable[[], dict[str, Any]]
     limit: int | None
     max_length: int | None
 
-    def measure(self, model: PreTrainedModel, tokenizer) -> TaskScores:
+    def measure(self, model: PreTrainedModel, tokenizer: Any) -> TaskScores:
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -76,7 +81,7 @@ class TaskSet:
             if out_of_memory(error):
                 raise
             raise SourceError(
-                f"verify.tasks: the tasks cannot be evaluated ({one_line(error)}); name other tasks, or mend these."
+                f"verify.tasks: the tasks cannot be evaluated ({brief(error)}); name other tasks, or mend these."
             ) from error
         scores: TaskScores = {}
         for name, task in loaded["tasks"].items():
@@ -87,11 +92,99 @@ class TaskSet:
                         continue
                     label = metric if kept == "none" else f"{metric}, {kept}"
                     stderr = found["results"][name].get(f"{metric}_stderr,{kept}")
-                    error = float(stderr) if isinstance(stderr, numbers.Real) else math.nan
-                    scores[name, label] = TaskScore(tuple(map(float, values)), error)
+                    own = float(stderr) if isinstance(stderr, numbers.Real) else math.nan
+                    scores[name, label] = TaskScore(tuple(map(float, values)), own)
         if missing := set(loaded["tasks"]) - {name for name, _ in scores}:
             raise SourceError(f"verify.tasks: {min(missing)} gave no value for each document; name other tasks.")
         return scores
+
+
+class Tasks(Gate):
+    """How much less the converted model may score than the original on zero-shot tasks of lm-evaluation-harness.
+
+    In each metric that is a mean over documents, at the upper end of the interval paired by document.
+    """
+
+    name: ClassVar[str] = "tasks"
+
+    names: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        AsTuple,
+        Field(min_length=1, examples=[["arc_easy"]], description="tasks of the harness, or of `--tasks DIR`"),
+    ]
+    limit: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, examples=[500], description="so many documents of each task, instead of all"
+    )
+    max_drop: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, examples=[0.02], description="the largest drop, of every metric")
+    ]
+
+    def require_tools(self, device: str) -> None:
+        require_harness()
+
+    def require(self, inputs: Inputs) -> TaskSet:
+        return open_tasks(self.names, self.limit, inputs.tasks, inputs.room)
+
+    @classmethod
+    def refuse(cls, inputs: Inputs) -> None:
+        if inputs.tasks is not None:
+            raise SourceError(
+                f"--tasks {inputs.tasks}: no gate of the recipe is on tasks; name them under verify.tasks."
+            )
+
+    def measure(self, subject: Subject, ready: TaskSet) -> TaskScores:
+        subject.step("on tasks")
+        return ready.measure(subject.live.model, subject.tokenizer)
+
+    def judge(self, original: Measured | None, converted: Measured) -> list[Judgement]:
+        if original is None:
+            return []
+        before: TaskScores = original.further[self.name]
+        return [
+            at_most(f"{self.name}.{task}.{metric}", drop(before[task, metric], after).high, self.max_drop)
+            for (task, metric), after in converted.further[self.name].items()
+        ]
+
+    def found(self, original: Measured | None, converted: Measured, tokenizer: Any) -> dict[str, Any]:
+        """Task -> metric -> both means over documents, their standard errors, and the drop, paired by document."""
+        if original is None:
+            return {}
+        found: dict[str, Any] = {}
+        for (task, metric), after in converted.further[self.name].items():
+            before = original.further[self.name][task, metric]
+            found.setdefault(task, {})[metric] = {
+                "documents": len(after.values),
+                "original": before.mean,
+                "original_stderr": before.stderr,
+                "converted": after.mean,
+                "converted_stderr": after.stderr,
+                "drop": drop(before, after).to_dict(),
+            }
+        return {self.name: found}
+
+    @classmethod
+    def table(cls, verdict: Mapping[str, Any], settings: Self | None = None) -> Table | None:
+        rows = []
+        for task, metrics in (verdict.get(cls.name) or {}).items():
+            for metric, entry in metrics.items():
+                means = [
+                    f"{fixed(entry[name], 3)} ± {fixed(entry[f'{name}_stderr'], 3)}"
+                    for name in ("original", "converted")
+                ]
+                name = visible_name(f"{task}, {metric}")
+                rows.append((name, number(entry["documents"]), *means, interval(entry["drop"])))
+        if not rows:
+            return None
+        return Table(
+            "Zero-shot tasks", ("", "documents", "original", "converted", "drop"), rows,
+            note="± is a standard error.",
+            text="Questions without examples. Drop is what the converted model scores less, with its 95% interval, "
+            "paired by document.",
+        )  # fmt: skip
+
+    @classmethod
+    def label(cls, judgement: str) -> str:
+        return f"drop in {visible_name(judgement.partition('.')[2].replace('.', ', '))}"
 
 
 def open_tasks(names: Sequence[str], limit: int | None, files: Path | None, max_length: int | None) -> TaskSet:
@@ -115,8 +208,8 @@ def open_tasks(names: Sequence[str], limit: int | None, files: Path | None, max_
                 "(lm-eval ls tasks), or give the directory of your own with --tasks."
             )
 
-    def load() -> dict:
-        loaded = manager.load(list(names))
+    def load() -> dict[str, Any]:
+        loaded: dict[str, Any] = manager.load(list(names))
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=0)
         return loaded
@@ -126,7 +219,7 @@ def open_tasks(names: Sequence[str], limit: int | None, files: Path | None, max_
             found = load()["tasks"]
     except Exception as error:  # whatever the readers of so many formats raise
         raise SourceError(
-            f"verify.tasks: {', '.join(names)} cannot be loaded ({one_line(error)}); its data must be here, or the "
+            f"verify.tasks: {', '.join(names)} cannot be loaded ({brief(error)}); its data must be here, or the "
             "network."
         ) from error
     for name, task in found.items():
@@ -139,6 +232,7 @@ def open_tasks(names: Sequence[str], limit: int | None, files: Path | None, max_
 
 
 def require_harness() -> None:
+    """SourceError unless lm-evaluation-harness is installed."""
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
@@ -148,7 +242,7 @@ def require_harness() -> None:
         ) from error
 
 
-def _means(task) -> list[str]:
+def _means(task: Any) -> list[str]:
     """What the task reports as a mean over documents of which more is better."""
     from lm_eval.api.metrics import mean
 
@@ -157,7 +251,7 @@ def _means(task) -> list[str]:
 
 
 @contextlib.contextmanager
-def _silent():
+def _silent() -> Iterator[None]:
     """Its progress bars and advice are not ours."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         yield

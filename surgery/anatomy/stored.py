@@ -1,0 +1,41 @@
+"""Names under which a checkpoint stores the parameters of its model, and their values as it would store them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ..checkpoint.layout import Layout
+from ..checkpoint.values import as_stored
+from ..errors import UnsupportedModel
+from .sites import Anatomy
+
+if TYPE_CHECKING:
+    import torch
+
+
+def find_stored(layout: Layout, anatomy: Anatomy, name: str) -> str | None:
+    """The name in the checkpoint of the trunk's parameter `name`; None where it does not stand there by itself."""
+    # Checkpoints of a bare trunk (GPT-2's own) leave the lead out.
+    return next((stored for stored in (f"{anatomy.lead}{name}", name) if stored in layout.tensors), None)
+
+
+def stored_name(layout: Layout, anatomy: Anatomy, name: str) -> str:
+    """The name in the checkpoint of the causal LM's parameter `name`; UnsupportedModel where there is none."""
+    stored = find_stored(layout, anatomy, name.removeprefix(anatomy.lead))
+    if stored is None:
+        raise UnsupportedModel(
+            f"{layout.root} does not store {name} as it stands in the model (transformers renames or joins tensors "
+            "when it loads), so it cannot be changed; leave lora and smoothing out, or save the model again first."
+        )
+    return stored
+
+
+def stored_values(layout: Layout, anatomy: Anatomy, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Changed parameters of the causal LM by their names in the checkpoint, in the dtypes that it stores them in."""
+    return {stored_name(layout, anatomy, name): stored_value(layout, anatomy, name, w) for name, w in weights.items()}
+
+
+def stored_value(layout: Layout, anatomy: Anatomy, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """`weight`, of the causal LM's parameter `name`, in the dtype that the checkpoint stores it in."""
+    return as_stored(layout.tensors[stored_name(layout, anatomy, name)], weight)

@@ -1,0 +1,123 @@
+"""A converted checkpoint as its config.json describes it: read once, and handed on as one value."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from ..anatomy.sites import Anatomy, examine
+from ..checkpoint.layout import read_json
+from ..errors import DamagedCheckpoint
+from ..live.loading import quiet
+from .entries import FORMAT, EabEntry, Entry, HeadNormEntry
+from .files import lowered_limits
+from .parts import NORMS, Converted, converted_from
+
+AGAIN = "convert the source again"
+OURS = ("eab", "head_norm", "auto_map", "architectures")  # keys of config.json that a run writes anew
+# What is wrong with an entry's value, in words; of the others: "is not as a run writes it".
+_WRONG = {
+    "n_slots": "is {value!r}, not a count",
+    "prefix_ids": "is not a list of {n} token ids",
+    "slots_visible": "is {value!r}",
+    "per_head": "is {value!r}, not true or false",
+    "gated": "is {value!r}, not true or false",
+    "eps": "is {value!r}, not a small number",
+    "sites": "names no attention site",
+}
+_DIMS = {"eab": "[kv_heads, key_dim, value_dim]", "head_norm": "[heads, value_dim]"}
+
+AnEntry = TypeVar("AnEntry", bound=Entry)
+
+
+@dataclass(frozen=True)
+class Described:
+    """The checkpoint in `root`: its config.json, the type it says, and its entries; `head_norm` None without norms."""
+
+    root: Path
+    config: dict
+    converted: Converted
+    eab: EabEntry
+    head_norm: HeadNormEntry | None
+
+    @functools.cached_property
+    def anatomy(self) -> Anatomy:
+        """The anatomy of the model that the checkpoint was converted from, worked out once.
+
+        DamagedCheckpoint where what config.json says of slots and norms is not what a run writes for that model.
+        """
+        base = {key: value for key, value in self.config.items() if key not in OURS}
+        base["model_type"] = self.converted.base
+        n_slots, limit = self.eab.n_slots, base.get("max_position_embeddings")
+        raised = {**base, "max_position_embeddings": limit + n_slots} if type(limit) is int else base
+        with quiet():  # the raised limit is a guess
+            anatomy = examine(raised)
+            if raised != base and not lowered_limits(raised, anatomy, n_slots):  # then a run had left it as it was
+                anatomy = examine(base)
+        if wrong := self._unlike(anatomy):
+            raise damaged(self.root, f"{wrong[0]} is not as a run writes it for {anatomy.model_type}")
+        return anatomy
+
+    def _unlike(self, anatomy: Anatomy) -> list[str]:
+        """Keys of `eab`, and sites of `head_norm`, that are not those of a model of this anatomy."""
+        eab, ids = self.config["eab"], list(self.eab.prefix_ids)
+        expected = {"format": FORMAT, "prefix_ids": ids, **anatomy.eab(self.eab.n_slots, self.eab.slots_visible)}
+        wrong = [f"eab.{key}" for key in sorted(eab.keys() ^ expected)]
+        wrong += [f"eab.{key}" for key in sorted(eab.keys() & expected) if eab[key] != expected[key]]
+        normed = {site.name: (site.heads, site.value_dim) for site in anatomy.sites}
+        sites = {} if self.head_norm is None else self.head_norm.sites
+        return wrong + [f"head_norm.sites.{name}" for name, dims in sites.items() if normed.get(name) != dims]
+
+
+def damaged(root: Path, what: str) -> DamagedCheckpoint:
+    """The error that says what is wrong with the config.json in `root`."""
+    return DamagedCheckpoint(f"{root / 'config.json'}: {what}; {AGAIN}.")
+
+
+def read_described(root: Path) -> Described:
+    """What config.json of a converted checkpoint says; DamagedCheckpoint unless its type and entries are such as a run
+    writes."""
+    path = root / "config.json"
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{path} is missing; {AGAIN}.")
+    config = read_json(path)
+    found = converted_from(config.get("model_type"))
+    if found is None:
+        raise damaged(root, f"model_type {config.get('model_type')!r} is not a converted type")
+    normed = NORMS in found.parts
+    eab, head_norm = _entry(root, config, "eab", EabEntry, found.base), None
+    if eab.n_slots == 0 and not normed:
+        raise damaged(root, "eab.n_slots is 0, not a count")
+    if len(eab.prefix_ids) not in (0, eab.n_slots):  # slots that were trained from nothing have no prefix
+        raise damaged(root, f"eab.prefix_ids is not a list of {eab.n_slots} token ids")
+    if normed != (config.get("head_norm") is not None):
+        says = "has no" if normed else "does not go with a"
+        raise damaged(root, f"model_type {config['model_type']!r} {says} head_norm entry")
+    if normed:
+        head_norm = _entry(root, config, "head_norm", HeadNormEntry, found.base)
+        if unknown := [name for name in head_norm.sites if name not in eab.sites]:
+            raise damaged(root, f"head_norm.sites.{unknown[0]} is not in eab.sites")
+    return Described(root, config, found, eab, head_norm)
+
+
+def _entry(root: Path, config: dict, name: str, kind: type[AnEntry], base: str) -> AnEntry:
+    """The entry `name` of a config.json; DamagedCheckpoint, with what is wrong in words."""
+    raw = config.get(name)
+    if not isinstance(raw, dict):
+        lacks = {
+            "eab": "has no eab entry that describes the slots",
+            "head_norm": "head_norm does not describe the norms",
+        }
+        raise damaged(root, lacks[name])
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        key, *inside = error.errors(include_url=False)[0]["loc"]
+        if key == "sites" and inside:
+            raise damaged(root, f"{name}.sites.{inside[0]} is not {_DIMS[name]}") from error
+        said = _WRONG.get(str(key), f"is not as a run writes it for {base}")
+        raise damaged(root, f"{name}.{key} {said.format(value=raw.get(key), n=raw.get('n_slots'))}") from error

@@ -1,0 +1,57 @@
+"""What a run is asked for besides recipe, source and output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..live.text import CHUNKS, Chunking
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How `surgery run` reads, computes, proves and writes.
+
+    text, calibration: files to evaluate on, and to search, scale and tune on; given one, it is split. chunking: how
+    much of them is read. tasks: a directory of further task files. verify: False writes without proof. surveys: also
+    survey original and converted. keep_failed: where an output goes that failed its gates. tuning: a directory that
+    keeps the state of `tune`, from which a run that was cut off goes on. adapter: a new directory for what was tuned,
+    as a PEFT adapter. link: hard-link unchanged shards. dtype: what a GGUF is dequantised to. revision: of a hub id.
+    device: a torch device, or "auto".
+    """
+
+    text: Sequence[Path] = ()
+    calibration: Sequence[Path] = ()
+    chunking: Chunking = CHUNKS
+    tasks: Path | None = None
+    verify: bool = True
+    surveys: bool = False
+    keep_failed: Path | None = None
+    tuning: Path | None = None
+    adapter: Path | None = None
+    link: bool = False
+    dtype: str | None = None
+    revision: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What `surgery verify` checks besides the files, and how.
+
+    against: the source, a path or a hub id of this revision. text, calibration: files to measure on, and to take static
+    scales from; given one, it is split. chunking: how much of them is read. tasks: a directory of further task files.
+    device: a torch device, or "auto".
+    """
+
+    against: str | None = None
+    text: Sequence[Path] = ()
+    calibration: Sequence[Path] = ()
+    chunking: Chunking = CHUNKS
+    tasks: Path | None = None
+    revision: str | None = None
+    device: str = "cpu"
+
+
+RUN, VERIFY = RunOptions(), VerifyOptions()  # as they are where nothing is said

@@ -1,0 +1,173 @@
+"""`tune:` how to train what the operations added; the last operation of a recipe, though it has a key of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from ..anatomy.linears import linears
+from ..anatomy.stored import stored_name
+from ..converted.card import Section
+from ..errors import SourceError
+from ..live.loading import require_in_memory
+from ..live.model import Live
+from ..live.quantised import loaded_linears
+from ..operations.base import Changes, Exact, Fitting, Operation, Stand, Target
+from ..recipe.fields import Positive, Strict, Targets, Weight
+from ..recipe.training import Training as Steps
+from ..table import Table
+from .words import tuned, tuning_sentence, tuning_table
+
+
+class Objectives(Strict):
+    """Weights of what tuning lowers (`tuning.objectives`); 0 leaves one out."""
+
+    kl: Annotated[Weight, Field(description="divergence from the original after the same prefix")] = 1.0
+    lm: Annotated[Weight, Field(description="negative log-likelihood of the text")] = 0.0
+    hidden: Annotated[Weight, Field(description="distance of the residual stream from the original's")] = 0.0
+    massive: Annotated[Weight, Field(description="how far activations are beyond Sun's criterion")] = 0.0
+    peak_ratio: Annotated[Weight, Field(description="the largest activation over the median, as a logarithm")] = 0.0
+
+    @model_validator(mode="after")
+    def _some(self) -> Objectives:
+        if not any(self.weights().values()):
+            raise ValueError("has no weight above 0, so there is nothing to lower; write 'kl: 1.0'")
+        return self
+
+    def weights(self) -> dict[str, float]:
+        """Name -> weight of those that count."""
+        return {name: weight for name in type(self).model_fields if (weight := getattr(self, name))}
+
+
+class Lora(Strict):
+    """LoRA on linear layers inside the blocks, merged into the weights that are emitted."""
+
+    rank: Annotated[int, Field(ge=1, description="rank of the update")] = 16
+    scale: Annotated[Positive, Field(description="factor on the update (alpha / rank)")] = 2.0
+    targets: Annotated[Targets, Field(description="all linear layers, or a list of names such as q_proj")] = "all"
+    learning_rate: Annotated[Positive, Field(description="learning rate of these parameters")] = 1e-3
+
+    def targeted(self, names: Sequence[str]) -> list[str]:
+        """Of the linear layers `names`, those that `targets` means; SourceError for a target that means none."""
+        if self.targets == "all":
+            return list(names)
+        for target in self.targets:
+            if not any(_means(target, name) for name in names):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+                raise SourceError(f"tune.lora.targets: {target!r} is no linear layer of this model; it has {known}.")
+        return [name for name in names if any(_means(target, name) for target in self.targets)]
+
+
+def _means(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+class Dataset(Strict):
+    """Text to tune on instead of --calibration: a dataset of the hub, or a directory that `datasets` reads as one."""
+
+    name: Annotated[str, Field(min_length=1, examples=["allenai/c4"], description="hub id, or a directory")]
+    config: Annotated[str, Field(min_length=1)] | None = Field(None, description="which, where it has several")
+    split: Annotated[str, Field(min_length=1, description="which split")] = "train"
+    column: Annotated[str, Field(min_length=1, description="the column that holds the text")] = "text"
+    characters: Annotated[int, Field(ge=1, description="how many characters are read")] = 4_000_000
+
+
+class Tune(Steps, Operation):
+    """Train what the operations added, on `dataset` or else on the calibration text.
+
+    A step reads its batch, over all processes, in `accumulate` micro-batches. Judged is, on the first `held_out` chunks
+    of that text, the model as it would be emitted, quantised if `quantised` names a scheme; training stops after
+    `patience` judgements without a better one. The gate of head norms rises from 0 to that of the recipe over the share
+    `anneal` of the steps; one of 0 is learned.
+    """
+
+    name: ClassVar[str] = "tune"
+    key: ClassVar[str | None] = "tuning"
+
+    dataset: Dataset | None = Field(None, description="text to train on in place of the calibration text")
+    accumulate: Annotated[int, Field(ge=1, description="micro-batches of a step, which divide the batch")] = 1
+    precision: Annotated[
+        Literal["float32", "bfloat16"], Field(description="precision of forward and backward passes")
+    ] = "float32"
+    objectives: Annotated[Objectives, Field(description="what is lowered")] = Objectives()
+    quantised: Literal["w8a8_static", "w8a8_dynamic", "w8a8_per_token", "w4a4_static"] | None = Field(
+        None, description="round activations in training as this scheme does, and judge so"
+    )
+    lora: Lora | None = Field(None, description="train low-rank updates of the linear layers too")
+    anneal: Annotated[
+        float, Field(ge=0, le=1, allow_inf_nan=False, description="share of the steps in which head norms' gates open")
+    ] = 0.5
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        None, examples=[3], description="judgements without a better one, after which training stops"
+    )
+
+    @field_validator("accumulate")
+    @classmethod
+    def _divides(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("batch", value) % value:
+            raise ValueError(f"is {value}, which does not divide the batch of {info.data['batch']} sequences")
+        return value
+
+    # ---- as an operation
+
+    @property
+    def exact(self) -> Exact:
+        return "no"
+
+    @property
+    def changes_weights(self) -> bool:
+        return self.lora is not None
+
+    @property
+    def reads(self) -> str | None:
+        return "tune trains" if self.dataset is None else None
+
+    @property
+    def reads_linears(self) -> bool:
+        """Whether it adds to linear layers, or rounds their inputs."""
+        return self.lora is not None or self.quantised is not None
+
+    def plan(self, target: Target, parts: Any = None) -> Changes:
+        """UnsupportedModel where LoRA is to change what the checkpoint stores in another form than the model has it."""
+        anatomy = target.anatomy
+        names = list(linears(anatomy.blank, anatomy)) if self.reads_linears else []
+        merged = [] if self.lora is None else self.lora.targeted(names)
+        stored = [stored_name(target.layout, anatomy, f"{anatomy.lead}{name}.weight") for name in merged]
+        lora = None if self.lora is None else {"rank": self.lora.rank, "layers": len(merged)}
+        return Changes(changed=dict.fromkeys(stored, "changed"), told={"tune": {"steps": self.steps, "lora": lora}})
+
+    def require(self, live: Live) -> None:
+        if self.reads_linears:
+            loaded_linears(live)  # weights that are offloaded
+        require_in_memory(live.model, "tune")
+
+    def fit(self, live: Live, text: Fitting) -> Any:
+        from .tune import train  # PEFT and accelerate take seconds to import, and a plan needs neither
+
+        return train(live, self, text)
+
+    def graft(self, live: Live, parts: Any) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def tensors(self, live: Live, parts: Any) -> Mapping[str, torch.Tensor]:
+        return parts.weights
+
+    def found(self, parts: Any, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+        return {"tuning": parts.record.to_dict()}
+
+    def says(self, parts: Any, target: Target, recipe: Stand) -> Section:
+        trained = [part.called for part in recipe.trains]
+        return Section(text=tuned(self, trained, len(parts.weights), parts.record.to_dict()))
+
+    @classmethod
+    def table(cls, verdict: Mapping[str, Any]) -> Table | None:
+        return tuning_table(verdict.get("tuning"))
+
+    @classmethod
+    def sentence(cls, verdict: Mapping[str, Any]) -> str | None:
+        return tuning_sentence(verdict.get("tuning"))
