@@ -26,7 +26,7 @@ def stored_name(layout: Layout, anatomy: Anatomy, name: str) -> str:
     if stored is None:
         raise UnsupportedModel(
             f"{layout.root} does not store {name} as it stands in the model (transformers renames or joins tensors "
-            "when it loads), so it cannot be changed; leave lora and smoothing out, or save the model again first."
+            "when it loads), so it cannot be changed; leave out what would change it, or save the model again first."
         )
     return stored
 

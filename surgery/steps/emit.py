@@ -16,7 +16,7 @@ from ..checkpoint.layout import INDEX, Layout, TensorInfo, index_json
 from ..checkpoint.manifest import Manifest, build_manifest
 from ..checkpoint.source import source_hashes
 from ..checkpoint.stage import Stage
-from ..checkpoint.values import differs
+from ..checkpoint.values import as_stored, differs
 from ..converted.files import added_layout, converted_config, converted_tokenizer, lowered_limits
 from ..operations.base import Changes
 from .operate import Operated
@@ -29,7 +29,8 @@ def emit(plan: Plan, stage: Stage, directory: Path, operated: Operated, link: bo
     `directory` holds the source as plain files, and keeps them.
     """
     changes, layout = operated.changes, replace(plan.source.layout, root=directory)
-    added = {name: operated.tensors[name] for name in changes.added}
+    _, infos = added_layout(changes.added, plan.added_shard)
+    added = {name: as_stored(infos[name], operated.tensors[name]) for name in changes.added}
     weights = {name: tensor for name, tensor in operated.tensors.items() if name not in added}
     # Training may keep its start, and half precision rounds small changes away.
     changed = {
@@ -39,7 +40,6 @@ def emit(plan: Plan, stage: Stage, directory: Path, operated: Operated, link: bo
     }
     _emit_shards(plan, layout, stage, changed, link)
     stage.add_tensors(plan.added_shard, added, {"format": "pt"})
-    _, infos = added_layout(changes.added, plan.added_shard)
     kept = {
         t.name: TensorInfo(t.name, t.dtype, t.shape, plan.shards[t.shard], t.start, t.stop)
         for t in plan.source.layout.tensors.values()

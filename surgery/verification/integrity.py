@@ -151,7 +151,10 @@ def _added(
     """What operations added: everything that config.json asks for on their behalf is there, and nothing else is."""
     if isinstance(described, SurgeryError):
         return [Check("slots", False, str(described))]
-    kinds = {kind: tensors for change in changes for kind, tensors in change.asks(described).items()}
+    try:
+        kinds = {kind: tensors for change in changes for kind, tensors in change.asks(described).items()}
+    except SurgeryError as error:
+        return [Check("added", False, str(error))]
     added = sorted(name for name, entry in manifest.tensors.items() if entry.status == "added")
     endings = [ending for tensors in kinds.values() for ending in tensors]
     unknown = [name for name in added if not any(_is_named(name, ending) for ending in endings)]

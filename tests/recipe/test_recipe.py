@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from surgery.errors import RecipeError
+from surgery.operations import OPERATIONS
 from surgery.operations.attention_bias import AttentionBias
 from surgery.operations.head_norm import HeadNorm
 from surgery.operations.smoothing import Smoothing
@@ -26,6 +27,7 @@ from surgery.verification.gates.perplexity import Perplexity
 from surgery.verification.verify import Verify
 
 RECIPES = ROOT / "recipes"
+KNOWN = ", ".join(kind.name for kind in OPERATIONS)
 HEAD = "surgery: 1\noperations:\n"
 BASE = HEAD + "  - attention_bias:\n      prefix: auto\n"  # 4 lines
 
@@ -195,7 +197,7 @@ ITEM = "      "  # indentation of a key of attention_bias; on line 5 of BASE + I
         (HEAD + "  - attention_bias:", 3, ["operations[0].attention_bias is empty; it must be a mapping of prefix"]),
         (HEAD + "  - {}", 3, ["operations[0] holds no operation"]),
         (HEAD + "  - head_norm:", 3, ["operations[0].head_norm is empty; it must be a mapping of per_head, gate"]),
-        (HEAD + "  - head_nrm: {}", 3, ["unknown operation 'head_nrm'", "attention_bias, smoothing, head_norm)"]),
+        (HEAD + "  - head_nrm: {}", 3, ["unknown operation 'head_nrm'", f"{KNOWN})"]),
         (HEAD + "  - atention_bias: {}", 3, ["did you mean 'attention_bias'?"]),
         (BASE + "    head_norm: {}", 3, ["operations[0] holds several operations", "its own dash"]),
         (BASE + "  - attention_bias: {}", 2, ["attention_bias more than once"]),
