@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .agreement import Agreement
 from .base import Gate
 from .cache_edits import CacheEdits
 from .equivalence import Equivalence
@@ -13,7 +14,7 @@ from .tasks import Tasks
 
 # In the order in which they are measured and judged.
 GATES: tuple[type[Gate], ...] = (
-    Equivalence, Perplexity, Quantised, Streaming, CacheEdits, Tasks, MassiveActivations,
+    Equivalence, Perplexity, Agreement, Quantised, Streaming, CacheEdits, Tasks, MassiveActivations,
 )  # fmt: skip
 # In the order in which a verdict shows them: what always applies first.
 SHOWN = tuple(sorted(GATES, key=lambda gate: not gate.always))
