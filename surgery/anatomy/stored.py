@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     import torch
 
 
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+NO_LIMIT = 2**31  # of token ids, where nothing says how many there are
+
+
 def find_stored(layout: Layout, anatomy: Anatomy, name: str) -> str | None:
     """The name in the checkpoint of the trunk's parameter `name`; None where it does not stand there by itself."""
     # Checkpoints of a bare trunk (GPT-2's own) leave the lead out.
@@ -39,3 +43,11 @@ def stored_values(layout: Layout, anatomy: Anatomy, weights: Mapping[str, torch.
 def stored_value(layout: Layout, anatomy: Anatomy, name: str, weight: torch.Tensor) -> torch.Tensor:
     """`weight`, of the causal LM's parameter `name`, in the dtype that the checkpoint stores it in."""
     return as_stored(layout.tensors[stored_name(layout, anatomy, name)], weight)
+
+
+def vocabulary_size(layout: Layout, anatomy: Anatomy) -> int:
+    """How many token ids the model has embeddings for, from headers; else as its config says."""
+    for info in layout.tensors.values():
+        if info.name.endswith(EMBEDDINGS) and info.shape:
+            return info.shape[0]
+    return NO_LIMIT if anatomy.vocab_size is None else anatomy.vocab_size

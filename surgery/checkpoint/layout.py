@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's reference implementation
 CHUNK = 8 << 20  # bytes read at a time when a whole tensor need not be in memory
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-NO_LIMIT = 2**31  # of token ids, where nothing says how many there are
 _LFS = b"version https://git-lfs"
 _AGAIN = "download or save the checkpoint again"
 
@@ -71,14 +69,6 @@ class Stored:
 
     dtype: str
     shape: tuple[int, ...]
-
-
-def vocabulary_size(layout: Layout, otherwise: int | None) -> int:
-    """How many token ids the model has embeddings for, from headers; `otherwise`: what its config says, if anything."""
-    for info in layout.tensors.values():
-        if info.name.endswith(EMBEDDINGS) and info.shape:
-            return info.shape[0]
-    return NO_LIMIT if otherwise is None else otherwise
 
 
 def read_layout(root: Path) -> Layout:
@@ -291,31 +281,3 @@ def iter_tensor_chunks(layout: Layout, name: str, size: int = CHUNK) -> Iterator
                 raise DamagedCheckpoint(f"{layout.root / info.shard} was truncated while it was read; restore it.")
             left -= len(chunk)
             yield chunk
-
-
-def plan_file(
-    shard: str, entries: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, dict[str, TensorInfo]]:
-    """(header bytes, where each tensor comes to lie) for a new file of (name, dtype code, shape), in the order given.
-
-    Writing the header and then each tensor's bytes in that order makes a valid file, so it can be written as a stream.
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    spans: list[tuple[str, str, tuple[int, ...], int, int]] = []
-    position = 0
-    for name, dtype, shape in entries:
-        stop = position + math.prod(shape) * BITS[dtype] // 8
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
-        spans.append((name, dtype, tuple(shape), position, stop))
-        position = stop
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8, as loaders that map files expect
-    base = 8 + len(text)
-    infos = {name: TensorInfo(name, dtype, shape, shard, base + a, base + b) for name, dtype, shape, a, b in spans}
-    return len(text).to_bytes(8, "little") + text, infos
-
-
-def index_json(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """The content of model.safetensors.index.json for these tensors (`total_size`: tensor bytes, no headers)."""
-    weight_map = {name: tensors[name].shard for name in sorted(tensors)}
-    return {"metadata": {"total_size": sum(info.nbytes for info in tensors.values())}, "weight_map": weight_map}

@@ -18,7 +18,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..anatomy.sites import Anatomy
-from ..checkpoint.layout import Layout, Stored, vocabulary_size
+from ..anatomy.stored import vocabulary_size
+from ..checkpoint.layout import Layout, Stored
 from ..converted.card import Section
 from ..converted.described import Described
 from ..live.model import Live
@@ -41,7 +42,7 @@ class Target:
     @property
     def vocab_size(self) -> int:
         """How many token ids the model has embeddings for."""
-        return vocabulary_size(self.layout, self.anatomy.vocab_size)
+        return vocabulary_size(self.layout, self.anatomy)
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,12 @@ class Stand:
 class Operation(Named):
     """The settings of one operation. What is not overridden says: nothing.
 
-    `rests`: grafted, it leaves the function as it is, whatever is emitted later (head norms at gate 0). `adds`: it adds
-    something to a site, which a converted checkpoint needs. `key`: of its table in a report, where that is not its
-    name.
+    `example`: its settings, as a recipe writes them. `rests`: grafted, it leaves the function as it is, whatever is
+    emitted later (head norms at gate 0). `adds`: it adds something to a site, which a converted checkpoint needs.
+    `key`: of its table in a report, where that is not its name.
     """
 
+    example: ClassVar[str] = "{}"
     rests: ClassVar[bool] = False
     adds: ClassVar[bool] = False
     key: ClassVar[str | None] = None

@@ -83,10 +83,9 @@ class Strict(BaseModel):
 
 
 class Named(Strict):
-    """Settings that stand under a name of their own; `example` is what follows that name in a recipe."""
+    """Settings that stand under a name of their own. A key without a default has `Field(examples=[...])`."""
 
     name: ClassVar[str]
-    example: ClassVar[str] = "{}"
 
 
 class OneOf(Strict):
@@ -115,11 +114,14 @@ class OneOf(Strict):
         return value
 
 
-def one_of(kinds: Sequence[type[Named]], noun: str) -> Any:
-    """The annotation of a field that is any of `kinds`, written as a mapping from its name to its settings."""
+def one_of(kinds: Sequence[type[Named]], noun: str, example: str) -> Any:
+    """The annotation of a field that is any of `kinds`, written as a mapping from its name to its settings.
+
+    `example`: settings of the first of them, as a recipe writes them.
+    """
     fields: dict[str, Any] = {kind.name: (kind, None) for kind in kinds}
     model = create_model(noun.capitalize(), __base__=OneOf, **fields)
-    model.noun, model.shown = noun, f"{kinds[0].name}: {kinds[0].example}"
+    model.noun, model.shown = noun, f"{kinds[0].name}: {example}"
     return Annotated[
         model,
         AfterValidator(lambda entry: entry.chosen),

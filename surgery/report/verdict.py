@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..operations import OPERATIONS
 from ..operations.base import Operation
 from ..table import FAILED, PASSED, Table
-from ..tuning.settings import Tune
+from ..tuning.operation import Tune
 from ..verification.gates import SHOWN, Gate
 from ..words import asked, count_of, reached, visible_name
 

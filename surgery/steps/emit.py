@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from ..anatomy.stored import stored_values
-from ..checkpoint.layout import INDEX, Layout, TensorInfo, index_json
+from ..checkpoint.layout import INDEX, Layout, TensorInfo
 from ..checkpoint.manifest import Manifest, build_manifest
 from ..checkpoint.source import source_hashes
 from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored, differs
+from ..checkpoint.writing import index_json
 from ..converted.files import added_layout, converted_config, converted_tokenizer, lowered_limits
 from ..operations.base import Changes
 from .operate import Operated

@@ -16,13 +16,13 @@ from ..operations import OPERATIONS
 from ..operations.base import Operation
 from ..recipe.fields import AsTuple, one_of
 from ..recipe.file import Document, load, parse
-from ..tuning.settings import Tune
+from ..tuning.operation import Tune
 from ..verification.verify import Verify
 
 if TYPE_CHECKING:
     Entry = Operation
 else:
-    Entry = one_of(OPERATIONS, "operation")
+    Entry = one_of(OPERATIONS, "operation", OPERATIONS[0].example)
 
 
 class Recipe(Document):

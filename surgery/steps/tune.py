@@ -21,7 +21,7 @@ from ..live.model import Live
 from ..live.text import Chunking, tokenize
 from ..tuning.corpus import Corpus, make_corpus
 from ..tuning.dataset import dataset_text
-from ..tuning.settings import Tune
+from ..tuning.operation import Tune
 from ..tuning.store import Store
 from ..tuning.tune import Training, make_accelerator, require_shares, tune
 from .inputs import Texts

@@ -21,7 +21,7 @@ from torch import nn
 from ..anatomy.linears import linears
 from ..anatomy.sites import ADDED
 from ..live.model import Live
-from .settings import Tune
+from .settings import Settings
 
 ADAPTER = "default"
 Stored = Callable[[str, torch.Tensor], torch.Tensor]  # name in the causal LM, weight -> the weight, as if stored
@@ -39,7 +39,7 @@ class Adapted:
     Close it to have the model without adapters; slots and norms stay as they were trained.
     """
 
-    def __init__(self, live: Live, settings: Tune, gate: float, stored: Stored = as_is) -> None:
+    def __init__(self, live: Live, settings: Settings, gate: float, stored: Stored = as_is) -> None:
         model, anatomy, lora = live.model, live.anatomy, settings.lora
         self.trunk, self.lead, self.gate, self.stored = live.trunk, anatomy.lead, gate, stored
         names = list(linears(model, anatomy)) if lora is not None or settings.quantised is not None else []

@@ -23,7 +23,7 @@ from .adapted import Adapted
 from .corpus import Corpus
 from .fake_quant import fake_quantised
 from .objectives import Objective, Pass
-from .settings import Tune
+from .settings import Settings
 from .store import Snapshot, Store, restore_optimiser
 
 BETAS = (0.9, 0.95)
@@ -58,7 +58,7 @@ class Loop:
         self,
         live: Live,
         adapted: Adapted,
-        settings: Tune,
+        settings: Settings,
         corpus: Corpus,
         accelerator: Accelerator,
         store: Store | None = None,
@@ -202,7 +202,7 @@ def rate(settings: Training, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
 
 
-def held_out_nll(live: Live, adapted: Adapted, settings: Tune, corpus: Corpus) -> float:
+def held_out_nll(live: Live, adapted: Adapted, settings: Settings, corpus: Corpus) -> float:
     """NLL of the held-out text in nats per token, of the model as it would be emitted, quantised if settings say so."""
     with contextlib.ExitStack() as inside:
         inside.enter_context(adapted.merged())

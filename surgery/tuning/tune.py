@@ -1,4 +1,4 @@
-"""Tune a model that has slots in place: prepare, run the loop, take out what was trained."""
+"""Settings a model that has slots in place: prepare, run the loop, take out what was trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..progress import Advance, unseen
 from .adapted import Adapted, Stored, as_is
 from .corpus import Corpus
 from .loop import Loop, Record
-from .settings import Tune
+from .settings import Settings
 from .store import Store
 
 # The main process measures the original while the others wait for it, which may take as long as it likes.
@@ -67,7 +67,7 @@ def make_accelerator(device: str) -> Accelerator:
     )  # fmt: skip
 
 
-def require_shares(settings: Tune, processes: int) -> None:
+def require_shares(settings: Settings, processes: int) -> None:
     """SourceError unless a batch divides among the processes and their micro-batches."""
     if settings.batch % (processes * settings.accumulate):
         raise SourceError(
@@ -76,7 +76,7 @@ def require_shares(settings: Tune, processes: int) -> None:
         )
 
 
-def train(live: Live, settings: Tune, text: Fitting) -> Tuned:
+def train(live: Live, settings: Settings, text: Fitting) -> Tuned:
     """Train what is in place, in the processes that share the work (see `assist`); the main one tells them of it."""
     text.reporter.step("tune what was added")
     parts = send_to_device(dict(text.earlier), "cpu")  # devices differ from process to process
@@ -90,7 +90,7 @@ def train(live: Live, settings: Tune, text: Fitting) -> Tuned:
     return tuned
 
 
-def tune(live: Live, settings: Tune, training: Training, gate: float = 0.0, advance: Advance = unseen) -> Tuned:
+def tune(live: Live, settings: Settings, training: Training, gate: float = 0.0, advance: Advance = unseen) -> Tuned:
     """Train the slots and norms that are in the model, and LoRA where `settings` say so; its own weights stay.
 
     `gate`: what the gates of norms, all 0 now, shall be in the end; 0 has them learned.

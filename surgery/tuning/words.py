@@ -9,7 +9,7 @@ from ..table import Curves, Panel, Table
 from ..words import factor, finite, fixed, listing, visible_name
 
 if TYPE_CHECKING:
-    from .settings import Tune
+    from .settings import Settings
 
 
 def kept_state(tuning: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -52,7 +52,7 @@ def tuning_sentence(found: Mapping[str, Any] | None) -> str | None:
     )
 
 
-def tuned(settings: Tune, trained: Sequence[str], merged: int, found: Mapping[str, Any]) -> str:
+def tuned(settings: Settings, trained: Sequence[str], merged: int, found: Mapping[str, Any]) -> str:
     """For a model card: what was trained for how long, and what it did to perplexity on held-out text.
 
     `trained`: what was trained in full; `merged`: how many tensors LoRA was merged into; `found`: `tuning` of the

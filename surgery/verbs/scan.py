@@ -12,8 +12,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy, examine
+from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
-from ..checkpoint.layout import read_layout, vocabulary_size
+from ..checkpoint.layout import read_layout
 from ..checkpoint.source import materialise, open_source, refuse_adapter
 from ..converted.described import read_described
 from ..converted.reading import is_converted, load_converted
@@ -92,7 +93,7 @@ def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_O
         return
     opened = open_source(source, revision=revision, dtype=dtype)
     anatomy = examine(opened.config, opened.blank)
-    vocab_size = vocabulary_size(opened.layout, anatomy.vocab_size)
+    vocab_size = vocabulary_size(opened.layout, anatomy)
     with tempfile.TemporaryDirectory(prefix="surgery-scan-") as scratch:
         if opened.kind == "gguf":
             require_space(Path(scratch), opened.layout.total_bytes)
@@ -107,7 +108,7 @@ def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_O
 def _converted(root: Path) -> _Opened:
     described = read_described(root)
     refuse_adapter(root)
-    vocab_size = vocabulary_size(read_layout(root), described.anatomy.vocab_size)
+    vocab_size = vocabulary_size(read_layout(root), described.anatomy)
     return _Opened(
         described.anatomy,
         Reader(load_tokenizer(root), vocab_size),

@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
-from ..checkpoint.layout import read_layout, vocabulary_size
+from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from ..checkpoint.source import Source, has_tokenizer, materialise, open_source
 from ..converted.described import Described
@@ -113,7 +114,7 @@ def _measured(
     """What the models are found to be on text, on files whose integrity holds. Their code has been compared."""
     assert texts.evaluation is not None and texts.calibration is not None
     anatomy, tokenizer, prefix = described.anatomy, load_tokenizer(root), described.eab.prefix_ids
-    reader = Reader(tokenizer, vocabulary_size(read_layout(root), anatomy.vocab_size))
+    reader = Reader(tokenizer, vocabulary_size(read_layout(root), anatomy))
     taken = max(len(prefix), *(change.most_positions for change in recipe.changes))  # as `run` cut its text
     chunking = fit_chunks(options.chunking, anatomy, max(taken, 1))
     chunks = reader.cut(texts.evaluation, chunking, "--text")

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from surgery.checkpoint.layout import BITS, INDEX, SINGLE, TensorInfo, plan_file, read_layout
+from surgery.checkpoint.layout import BITS, INDEX, SINGLE, TensorInfo, read_layout
 from surgery.checkpoint.manifest import Manifest, TensorEntry
 from surgery.checkpoint.stage import Stage
 from surgery.checkpoint.values import as_stored, dtype_code
+from surgery.checkpoint.writing import plan_file
 from surgery.errors import SourceError
 from surgery.steps.recipe import Recipe
 from surgery.verification.integrity import _kept

@@ -13,16 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load as load_numpy
 
-from surgery.checkpoint.layout import (
-    BITS,
-    INDEX,
-    SINGLE,
-    index_json,
-    iter_tensor_chunks,
-    plan_file,
-    read_layout,
-    read_tensor_bytes,
-)
+from surgery.checkpoint.layout import BITS, INDEX, SINGLE, iter_tensor_chunks, read_layout, read_tensor_bytes
+from surgery.checkpoint.writing import index_json, plan_file
 from surgery.errors import DamagedCheckpoint, SourceError, SurgeryError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 12345678\n"

@@ -15,8 +15,9 @@ import pytest
 from helpers import ROOT
 from huggingface_hub import errors as hub_errors
 
-from surgery.checkpoint.layout import INDEX, SINGLE, plan_file
+from surgery.checkpoint.layout import INDEX, SINGLE
 from surgery.checkpoint.source import materialise, open_source, source_hashes
+from surgery.checkpoint.writing import plan_file
 from surgery.errors import DamagedCheckpoint, SourceError, SurgeryError
 
 

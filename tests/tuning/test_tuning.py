@@ -24,7 +24,7 @@ from surgery.progress import Advance, unseen
 from surgery.tuning import loop as loop_module
 from surgery.tuning.corpus import Corpus, make_corpus
 from surgery.tuning.loop import Record, rate
-from surgery.tuning.settings import Tune
+from surgery.tuning.operation import Tune
 from surgery.tuning.store import NAME, Store
 from surgery.tuning.tune import Training, require_shares, tune
 

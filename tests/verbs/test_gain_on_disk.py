@@ -10,7 +10,8 @@ import pytest
 from helpers.tiny_checkpoint import MEASURED, Place, surgery_command
 
 import surgery
-from surgery.tuning.settings import Lora, Tune
+from surgery.tuning.operation import Tune
+from surgery.tuning.settings import Lora
 from surgery.tuning.words import tuned
 from surgery.verification.gates.quantised import NAMES
 from surgery.words import WIDTH, wrapped

@@ -26,9 +26,10 @@ from helpers.tiny_checkpoint import (
 )
 from safetensors.numpy import load_file, save_file
 
-from surgery.checkpoint.layout import INDEX, SINGLE, index_json, read_layout
+from surgery.checkpoint.layout import INDEX, SINGLE, read_layout
 from surgery.checkpoint.manifest import Manifest, build_manifest
 from surgery.checkpoint.source import Source
+from surgery.checkpoint.writing import index_json
 from surgery.verification.integrity import _same_source
 
 DAMAGED = 3

@@ -49,7 +49,6 @@ class Agreement(Gate):
     """
 
     name: ClassVar[str] = "agreement"
-    example: ClassVar[str] = "{min_share: 0.99}"
 
     min_share: Annotated[
         float,

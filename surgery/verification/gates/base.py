@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from ...live.score import Score
 from ...recipe.fields import Named
 from ...table import Table
-from ...words import visible_name
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from ...progress import Advance, Reporter
 
 # How the evaluation text is read: by the original as it is, after BOS, after the folded prefix; by the converted model.
+# The control is always measured, after no tokens where nothing was folded; after BOS only what has one.
 Variant = Literal["bare", "bos", "control", "converted"]
 VARIANTS: dict[Variant, str] = {
     "bare": "original, bare",
@@ -116,7 +116,8 @@ class Gate(Named):
     """Its fields are what a recipe says under `verify`, by `name`.
 
     What is measured goes into the verdict as JSON, and tables and sentences are made from that alone: a verdict may
-    come from a file.
+    come from a file. Of a figure that is not a number the report has NaN again, whatever JSON made of it. `judge` and
+    `label` have no default. Observers outlive the pass: they keep little, and nothing on a GPU.
     """
 
     always: ClassVar[bool] = False  # applies with its defaults where a recipe does not name it
@@ -171,5 +172,5 @@ class Gate(Named):
 
     @classmethod
     def label(cls, judgement: str) -> str:
-        """The name of a judgement in words: what its value is."""
-        return visible_name(judgement)
+        """What the value of a judgement is, in words: the name itself is a key."""
+        raise NotImplementedError
