@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import DamagedCheckpoint, OutputError, SourceError
-from .disk import FULL, disk_errors, require_target, sha256_of, translated
+from .disk import FULL, disk_errors, require_space, require_target, sha256_of, translated
 from .layout import CHUNK, Layout, is_plain_name
 from .values import as_stored, dtype_code, tensor_bytes
 from .writing import plan_file
@@ -106,7 +106,8 @@ class Stage:
         """Take `src`, a file that lies in `scratch`, as `name`: linked where the filesystem has links, else copied."""
         try:
             os.link(src, self._new(name))
-        except OSError:
+        except OSError:  # no links here: both are on the disk until `scratch` is removed
+            require_space(self.out.parent, src.stat().st_size)
             self.add_file(src, name)
 
     def add_tensors(

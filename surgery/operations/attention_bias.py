@@ -167,8 +167,11 @@ class AttentionBias(Operation):
             for name, (site, part) in slot_names(live.anatomy).items()
         }
 
-    def asks(self, described: Described) -> Mapping[str, Mapping[str, Stored]]:
+    @classmethod
+    def asks(cls, described: Described) -> Mapping[str, Mapping[str, Stored]]:
         eab = described.eab
+        if not eab.n_slots:
+            return {}
         return {
             "slots": {
                 f"{site}.attention_bias.{part}": Stored("F32", (eab.n_slots, kv_heads, dim))

@@ -207,9 +207,14 @@ class Operation(Named):
     def tensors(self, live: Live, parts: Parts) -> Mapping[str, torch.Tensor]:
         """What it adds and what it changes, by name in the causal language model, with it in place."""
 
+    def remembered(self, parts: Parts) -> Parts:
+        """What `found` and `says` need of its parts, once the tensors are collected: nothing large."""
+        return parts
+
     # ---- what came out
 
-    def asks(self, described: Described) -> Mapping[str, Mapping[str, Stored]]:
+    @classmethod
+    def asks(cls, described: Described) -> Mapping[str, Mapping[str, Stored]]:
         """What the config.json of a converted checkpoint asks for on its behalf: kind -> ending of a name -> tensor."""
         return {}
 

@@ -129,7 +129,8 @@ class HeadNorm(Operation):
             for name, value in norm_values(self.described(live.anatomy), parts).items()
         }
 
-    def asks(self, described: Described) -> Mapping[str, Mapping[str, Stored]]:
+    @classmethod
+    def asks(cls, described: Described) -> Mapping[str, Mapping[str, Stored]]:
         if described.head_norm is None:
             return {}
         shapes = norm_tensors(described.head_norm.to_dict())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -139,7 +139,11 @@ class Rotation(Operation):
         names = (*parts.turned, *parts.slots, *parts.added)
         return {name: live.model.get_parameter(name).detach() for name in names}
 
-    def asks(self, described: Described) -> Mapping[str, Mapping[str, Stored]]:
+    def remembered(self, parts: Rotated) -> Rotated:
+        return replace(parts, turns=replace(parts.turns, changes=()))
+
+    @classmethod
+    def asks(cls, described: Described) -> Mapping[str, Mapping[str, Stored]]:
         if UNTIED not in described.config:
             return {}
         try:

@@ -58,8 +58,8 @@ def changed(weights: Weights, changes: Iterable[Change]) -> Weights:
 def scaled(weight: torch.Tensor, dim: int, by: torch.Tensor) -> torch.Tensor:
     """Channels along `dim` times `by` (d,); those of a vector, which is a bias, divided by it."""
     if weight.ndim == 1:
-        return torch.where(weight == 0, 0.0, weight.double() / by).to(weight)
-    return (weight.movedim(dim, -1).double() * by).movedim(-1, dim).to(weight)
+        return torch.where(weight == 0, 0.0, weight.double() / by.to(weight.device)).to(weight)
+    return (weight.movedim(dim, -1).double() * by.to(weight.device)).movedim(-1, dim).to(weight)
 
 
 def turned(weight: torch.Tensor, dim: int, by: torch.Tensor, channels: torch.Tensor | None = None) -> torch.Tensor:

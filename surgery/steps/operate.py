@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ class Operated:
     changes: Changes
     tensors: Mapping[str, torch.Tensor]
     random_ids: Equivalence | None
+
+    def without_tensors(self, plan: Plan) -> Operated:
+        """The same, once they are written: what is left is small."""
+        parts = {change.name: change.remembered(self.parts[change.name]) for change in plan.recipe.changes}
+        return replace(self, parts=parts, tensors={})
 
 
 def operate(

@@ -35,6 +35,11 @@ class RunOptions:
     revision: str | None = None
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        for name in ("keep_failed", "tuning", "adapter"):  # from Python they may come as text
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(given))
+
 
 @dataclass(frozen=True)
 class VerifyOptions:

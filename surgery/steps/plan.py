@@ -141,6 +141,8 @@ def prepare(
     files = (*_weights(source, shards, weights), FilePlan(added_shard, "add", added_bytes),
              *_others(source, derived, folds_bos))  # fmt: skip
     needed = SMALL_FILES + added_bytes + sum(REWRITTEN.get(file.action, 0) * (file.bytes or 0) for file in files)
+    if source.kind == "gguf" and recipe.changes_weights:
+        needed += source.layout.total_bytes  # its dequantised copy stays until both models are measured
     where = Path.cwd() if out is None else out
     if out is not None:
         require_target(where, source.root if source.root.is_dir() else None)

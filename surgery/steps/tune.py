@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list
 
 from ..anatomy.stored import stored_value
 from ..checkpoint.disk import require_target
@@ -23,7 +23,7 @@ from ..tuning.corpus import Corpus, make_corpus
 from ..tuning.dataset import dataset_text
 from ..tuning.operation import Tune
 from ..tuning.store import Store
-from ..tuning.tune import Training, make_accelerator, require_shares, tune
+from ..tuning.tune import Training, make_accelerator, moved, require_shares, tune
 from .inputs import Texts
 from .options import RunOptions
 from .plan import Plan
@@ -108,7 +108,7 @@ def assist(plan: Plan, training: Training) -> None:
     assert plan.recipe.tune is not None
     found: Any = broadcast_object_list([None])[0]
     live = Live(load_original(found["directory"], device=training.device), plan.anatomy)
-    parts = send_to_device(found["parts"], training.device)
+    parts = moved(found["parts"], training.device)
     with contextlib.ExitStack() as grafts:
         for operation in plan.recipe.operations:
             grafts.enter_context(operation.graft(live, parts[operation.name]))

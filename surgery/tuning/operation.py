@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -70,12 +71,15 @@ class Tune(Settings, Operation):
     def tensors(self, live: Live, parts: Any) -> Mapping[str, torch.Tensor]:
         return parts.weights
 
+    def remembered(self, parts: Any) -> Any:
+        return dataclasses.replace(parts, weights={})
+
     def found(self, parts: Any, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
         return {"tuning": parts.record.to_dict()}
 
     def says(self, parts: Any, target: Target, recipe: Stand) -> Section:
         trained = [part.called for part in recipe.trains]
-        return Section(text=tuned(self, trained, len(parts.weights), parts.record.to_dict()))
+        return Section(text=tuned(self, trained, parts.merged, parts.record.to_dict()))
 
     @classmethod
     def table(cls, verdict: Mapping[str, Any]) -> Table | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, send_to_device
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from ..errors import SourceError
 from ..live.loading import require_in_memory
@@ -56,6 +60,7 @@ class Tuned:
 
     weights: dict[str, torch.Tensor]
     record: Record
+    merged: int  # how many weights that are
 
 
 def make_accelerator(device: str) -> Accelerator:
@@ -79,7 +84,7 @@ def require_shares(settings: Settings, processes: int) -> None:
 def train(live: Live, settings: Settings, text: Fitting) -> Tuned:
     """Train what is in place, in the processes that share the work (see `assist`); the main one tells them of it."""
     text.reporter.step("tune what was added")
-    parts = send_to_device(dict(text.earlier), "cpu")  # devices differ from process to process
+    parts = moved(dict(text.earlier), "cpu")  # devices differ from process to process
     broadcast_object_list([{"directory": text.directory, "parts": parts}])
     with text.reporter.bar("tuning", settings.steps) as advance:
         tuned = tune(live, settings, text.training, text.gate, advance)
@@ -88,6 +93,25 @@ def train(live: Live, settings: Settings, text: Fitting) -> Tuned:
     if tuned.record.best["step"] == 0:
         text.reporter.note("no step was better on held-out text than the start: what is written is untuned")
     return tuned
+
+
+def moved(value: Any, device: str) -> Any:
+    """`value` with all tensors in it on `device`: in containers, in dataclasses, and among what functions are bound to.
+
+    accelerate's own does not look into the latter two.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(moved(item, device) for item in value)
+    if isinstance(value, functools.partial):
+        return functools.partial(value.func, *moved(value.args, device), **moved(value.keywords, device))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **moved(fields, device))
+    return value
 
 
 def tune(live: Live, settings: Settings, training: Training, gate: float = 0.0, advance: Advance = unseen) -> Tuned:
@@ -112,4 +136,4 @@ def tune(live: Live, settings: Settings, training: Training, gate: float = 0.0, 
         adapted.close()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required.get(name, False))
-    return Tuned(weights, record)
+    return Tuned(weights, record, len(weights))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.disk import require_target
+from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
@@ -20,6 +20,7 @@ from ..converted.reading import load_converted
 from ..errors import OutputError, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.text import Chunking
+from ..operations import OPERATIONS
 from ..operations.base import Stand
 from ..progress import SILENT, Reporter
 from ..report.verdict import card_tables
@@ -72,7 +73,7 @@ def run(
         # 4. Write what was fitted.
         reporter.step("write the converted checkpoint")
         manifest = emit(plan, stage, directory, operated, options.link)
-        operated = replace(operated, tensors={})  # as large as the model, which is loaded anew
+        operated = operated.without_tensors(plan)  # as large as the model, which is loaded anew
         # 5. Measure the original and what was written, each freshly loaded.
         findings, surveys = _measure(plan, stage, directory, operated, inputs, texts, options, reporter)
         # 6. Card and manifest; then check all files against the source.
@@ -221,11 +222,15 @@ def _finish(
     )
     reporter.step("check the files against the source")
     # What was dequantised for this run has been linked into the checkpoint: there is nothing left to compare with.
-    shutil.rmtree(stage.scratch, ignore_errors=True)
+    if stage.scratch.exists():
+        with disk_errors(stage.out):
+            shutil.rmtree(stage.scratch)
     source, beside = (plan.source, directory) if plan.source.kind != "gguf" else (None, None)
     manifest = manifest.with_files(stage.hashes())
     stage.add_json(MANIFEST, manifest.to_dict())
-    checks = check_integrity(stage.path, manifest, read_config(stage.path), recipe.changes, source, beside)
+    checks = check_integrity(
+        stage.path, manifest, read_config(stage.path), OPERATIONS, recipe.changes_weights, source, beside
+    )
     return replace(findings, checks=[*checks, *findings.checks]), manifest
 
 

@@ -19,6 +19,7 @@ from ..converted.described import Described
 from ..converted.reading import load_converted, require_converted
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
+from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
 from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
@@ -100,9 +101,9 @@ def _integrity(
         said = f"the recipe in {MANIFEST} does not parse (at {where or 'its top'}), so there are no gates"
         checks.append(Check("recipe", False, f"{said}; convert the source again"))
     described = read_config(root)
-    changes = () if recipe is None else recipe.changes
+    may_change = recipe is None or recipe.changes_weights  # what cannot be read is told, and once is enough
     with reporter.bar("hash", sum(entry.bytes for entry in manifest.files.values())) as advance:
-        checks += check_integrity(root, manifest, described, changes, source, directory, advance)
+        checks += check_integrity(root, manifest, described, OPERATIONS, may_change, source, directory, advance)
     well = any(check.name == "config" and check.passed for check in checks)
     return checks, described if well and isinstance(described, Described) else None, recipe
 

@@ -48,14 +48,16 @@ def check_integrity(
     root: Path,
     manifest: Manifest,
     described: Described | SurgeryError,
-    changes: Sequence[Operation],
+    operations: Sequence[type[Operation]],
+    may_change: bool,
     source: Source | None,
     source_dir: Path | None,
     advance: Advance = unseen,
 ) -> list[Check]:
     """Every check on the files in `root`; against `source` (plain files in `source_dir`) where it is given.
 
-    `described`: what config.json says, or why that cannot be read (`read_config`). `changes`: the recipe's operations.
+    `described`: what config.json says, or why that cannot be read (`read_config`). `operations`: all there are; each
+    knows what config.json asks for on its behalf. `may_change`: whether the recipe changes weights.
     """
     checks = [
         _check("files", lambda: _files(root, manifest, advance)),
@@ -67,12 +69,11 @@ def check_integrity(
     except SurgeryError as error:
         return [*checks, Check("tensors", False, str(error))]
     checks.append(_check("tensors", lambda: _tensors(layout, manifest)))
-    checks += _added(layout, manifest, described, changes)
+    checks += _added(layout, manifest, described, operations)
     if source is not None and source_dir is not None:
         checks.append(_check("source", lambda: _same_source(source, manifest)))
         # Where both sides' files have just been hashed, equal hashes are equal files, and need not be read once more.
         hashed = checks[0].passed and checks[-1].passed and source.kind != "gguf"
-        may_change = any(change.changes_weights for change in changes)
         checks.append(
             _check("kept tensors", lambda: _kept(layout, manifest, read_layout(source_dir), hashed, may_change))
         )
@@ -146,13 +147,13 @@ def _tensors(layout: Layout, manifest: Manifest) -> Found:
 
 
 def _added(
-    layout: Layout, manifest: Manifest, described: Described | SurgeryError, changes: Sequence[Operation]
+    layout: Layout, manifest: Manifest, described: Described | SurgeryError, operations: Sequence[type[Operation]]
 ) -> list[Check]:
     """What operations added: everything that config.json asks for on their behalf is there, and nothing else is."""
     if isinstance(described, SurgeryError):
         return [Check("slots", False, str(described))]
     try:
-        kinds = {kind: tensors for change in changes for kind, tensors in change.asks(described).items()}
+        kinds = {kind: tensors for operation in operations for kind, tensors in operation.asks(described).items()}
     except SurgeryError as error:
         return [Check("added", False, str(error))]
     added = sorted(name for name, entry in manifest.tensors.items() if entry.status == "added")

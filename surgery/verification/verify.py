@@ -34,5 +34,5 @@ else:
         __base__=_Verify,
         __module__=__name__,
         __doc__="The gates. Those that always apply do so with their defaults where they are left out.",
-        **{gate.name: (gate, gate()) if gate.always else (gate | None, None) for gate in GATES},
+        **{gate.name: (gate, gate() if gate.always else None) for gate in GATES},
     )

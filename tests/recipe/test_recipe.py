@@ -238,6 +238,8 @@ ITEM = "      "  # indentation of a key of attention_bias; on line 5 of BASE + I
         # gates
         (BASE + "verify:", 5, ["verify is empty; it must be a mapping"]),
         (BASE + "verify: false", 5, ["verify is false; it must be a mapping"]),
+        (BASE + "verify:\n  quantised:", 6, ["verify.quantised is empty; it must be a mapping of w8a8_static"]),
+        (BASE + "verify:\n  agreement:", 6, ["verify.agreement is empty; it must be a mapping of min_share"]),
         (BASE + "verify:\n  massive_activations: null", 6, ["verify.massive_activations is empty", "mapping of max"]),
         (BASE + "verify:\n  massive_activations: {max: -1}", 6, ["massive_activations.max is -1", "at least 0"]),
         (BASE + "verify:\n  massive_activations: {max: 0.5}", 6, ["max is 0.5, which is not a whole number"]),

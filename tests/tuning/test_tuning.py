@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from surgery.tuning.corpus import Corpus, make_corpus
 from surgery.tuning.loop import Record, rate
 from surgery.tuning.operation import Tune
 from surgery.tuning.store import NAME, Store
-from surgery.tuning.tune import Training, require_shares, tune
+from surgery.tuning.tune import Training, moved, require_shares, tune
 
 PREFIX, CHUNK = (5, 7), 64
 WHOSE = {"tune": {"steps": 6}, "text": "a"}
@@ -397,3 +398,13 @@ def test_a_corpus_is_told_by_its_tokens() -> None:
     one = Corpus(torch.zeros(2, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3), 0)
     other = Corpus(torch.ones(2, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3), 0)
     assert one.sha256 != other.sha256
+
+
+def test_parts_move_to_a_device_whatever_holds_them() -> None:
+    """Slots in a dataclass, norms in a dict, and what a function is bound to."""
+    folded = Folded(Fold((5,), {"a": (torch.ones(2), torch.ones(3))}, "as_prefix"))
+    parts = {"slots": folded, "norms": {"a": {"weight": torch.ones(1)}}, "turn": functools.partial(sum, torch.ones(4))}
+    there = moved(parts, "meta")
+    found = [*there["slots"].fold.slots["a"], there["norms"]["a"]["weight"], *there["turn"].args]
+    assert all(part.is_meta for part in found) and [len(part) for part in found] == [2, 3, 1, 4]
+    assert there["slots"].fold.prefix == (5,) and there["turn"].func is sum
