@@ -83,4 +83,5 @@ def _checks(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _label(judgement: str) -> str:
     """The name of a judgement in words, by the gate that made it."""
     kinds = {gate.name: gate for gate in SHOWN}
-    return kinds.get(judgement.partition(".")[0], Gate).label(judgement)
+    gate = kinds.get(judgement.partition(".")[0])
+    return gate.label(judgement) if gate else visible_name(judgement)

@@ -25,7 +25,8 @@ from surgery.words import times
 SURVEYS = [{"source": name, "layers": [{"layer": 0, "max": 1.0}]} for name in ("original", "converted")]
 # What `make_verdict` holds something of.
 PARTS = [
-    "perplexity", "massive_activations", "quantised", "streaming", "cache_edits", "tasks", "tuning", "gates", "integrity",
+    "perplexity", "massive_activations", "quantised", "streaming", "cache_edits", "tasks",
+    "tuning", "gates", "integrity",
 ]  # fmt: skip
 
 
