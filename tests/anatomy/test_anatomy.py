@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.families import in_tiers
-from helpers.tiny import TINY, one_thread, tiny_config, tiny_model, tiny_text
+from helpers.tiny import TINY, live_of, one_thread, tiny_config, tiny_model, tiny_text
 from transformers import CONFIG_MAPPING
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from surgery.anatomy.calls import observing
 from surgery.anatomy.sites import examine
 from surgery.errors import SourceError, UnsupportedModel
-from surgery.live.model import Live
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +59,7 @@ def test_each_layer_of_a_full_size_model_has_its_site(model_type):
 @pytest.mark.parametrize("model_type", in_tiers(TINY))
 def test_what_is_found_without_weights_is_what_runs(model_type):
     model, calls = tiny_model(model_type), []
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with observing(calls.append), torch.no_grad():
         model(input_ids=tiny_text())
     trunk = live.trunk

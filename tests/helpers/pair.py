@@ -8,11 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from helpers.tiny import tiny_model
-from surgery.anatomy.sites import examine
+from helpers.tiny import live_of, tiny_model
 from surgery.converted.derived import load_derived
 from surgery.live.graft import eab_config, fold, grafted
-from surgery.live.model import Live
 
 PREFIX = [5, 7, 9]
 N = len(PREFIX)
@@ -23,7 +21,7 @@ class Pair:
 
     def __init__(self, model, prefix=PREFIX):
         self.model, self.prefix = model, list(prefix)
-        self.live = Live(model, examine(model.config.to_dict()))
+        self.live = live_of(model)
         self.folded = fold(self.live, self.prefix, "as_prefix")
 
     @torch.no_grad()

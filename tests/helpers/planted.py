@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from helpers.tiny import one_thread, tiny_model, tiny_text
-from surgery.anatomy.sites import examine
+from helpers.tiny import live_of, one_thread, tiny_model, tiny_text
 from surgery.live.model import Live
 from surgery.live.stream import Observer, stream
 
@@ -40,7 +39,7 @@ def planted() -> Live:
                 part.weight[unit, MARK] = size
             mlp.down_proj.weight[:, unit] = 0.0
             mlp.down_proj.weight[DIM, unit] = 20.0
-    return Live(model, examine(model.config.to_dict()))
+    return live_of(model)
 
 
 def planted_text(rows: int = 3) -> torch.Tensor:

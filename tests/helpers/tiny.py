@@ -12,6 +12,9 @@ from collections.abc import Iterator
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from surgery.anatomy.sites import examine
+from surgery.live.model import Live
+
 VOCAB = 97
 FIRST_TEXT_ID = 3  # 0 pads, 1 begins, 2 ends
 
@@ -95,6 +98,11 @@ def tiny_text(rows: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
     """Random token ids (rows, length) without special tokens."""
     source = torch.Generator().manual_seed(seed)
     return torch.randint(FIRST_TEXT_ID, VOCAB, (rows, length), generator=source)
+
+
+def live_of(model: PreTrainedModel) -> Live:
+    """A model in memory with its anatomy."""
+    return Live(model, examine(model.config.to_dict()))
 
 
 @contextlib.contextmanager

@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.families import any_model
-from helpers.tiny import one_thread, tiny_model, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_model, tiny_text
 from helpers.tiny_checkpoint import MEASURED, Place, surgery_command
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.anatomy.linears import linears
-from surgery.anatomy.sites import examine
 from surgery.errors import SourceError
 from surgery.live.executed import executing, require_int8
-from surgery.live.model import Live
 from surgery.live.quantised import SCHEMES, activation_ranges, quantised
 from surgery.live.text import Chunking
 from surgery.progress import unseen
@@ -56,7 +54,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("name", INT8)
 def test_a_layer_computes_with_integers(model_type: str, name: str) -> None:
     model, text = tiny_model(model_type, torch.float32), tiny_text()
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     inside = linears(model, live.anatomy)
     path, layer = list(inside.items())[-1]
     with one_thread(), torch.no_grad():
@@ -90,7 +88,7 @@ def test_a_layer_computes_with_integers(model_type: str, name: str) -> None:
 @pytest.mark.parametrize("name", INT8)
 def test_it_lasts_no_longer_than_it_should(model_type: str, name: str) -> None:
     model, text = any_model(model_type).float(), tiny_text()
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with one_thread(), torch.no_grad():
         before = model(text).logits
@@ -107,7 +105,7 @@ def test_it_lasts_no_longer_than_it_should(model_type: str, name: str) -> None:
 def test_layers_of_a_real_model_compute_what_is_simulated(smollm2, wikipedia_calibration: Path) -> None:
     """Given the same inputs. Given each other's outputs the flips grow into another draw of the same rounding noise."""
     model, tokenizer = smollm2
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     reader = Reader(tokenizer, 10**6)
     text = reader.cut(wikipedia_calibration.read_text(encoding="utf-8")[:4000], Chunking(2, 64), "text")
     layers, inputs = linears(model, live.anatomy), {}
@@ -173,6 +171,6 @@ def test_gates_on_both(place: Place, tmp_path: Path) -> None:
 
 def test_static_scales_are_needed() -> None:
     model = tiny_model("llama", torch.float32)
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with pytest.raises(ValueError, match="calibration"), executing(live, SCHEMES["w8a8_static"]):
         pass

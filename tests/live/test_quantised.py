@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 import torch
 from helpers.families import any_model
-from helpers.tiny import one_thread, tiny_model, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_model, tiny_text
 from helpers.tiny_checkpoint import surgery_command
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from surgery.anatomy.calls import observing
-from surgery.anatomy.sites import examine
 from surgery.errors import UnsupportedModel
 from surgery.live.graft import fold, grafted
 from surgery.live.likelihood import Likelihood
-from surgery.live.model import Live
 from surgery.live.quantised import (
     SCHEMES,
     Scheme,
@@ -76,7 +74,7 @@ def test_the_cache_lies_between_least_and_largest_of_a_token(states: np.ndarray,
 @pytest.mark.parametrize("ranges", ["static", "dynamic", "per_token"])
 def test_a_layer_computes_what_integers_would(model_type: str, ranges: str) -> None:
     model, text = tiny_model(model_type), tiny_text()
-    live, scheme = Live(model, examine(model.config.to_dict())), Scheme(8, 4, ranges=ranges)
+    live, scheme = live_of(model), Scheme(8, 4, ranges=ranges)
     name, layer = list(linears(model, live.anatomy).items())[-1]
     seen = {}
 
@@ -110,7 +108,7 @@ def test_a_layer_computes_what_integers_would(model_type: str, ranges: str) -> N
 def test_schemes_change_the_model_while_they_last_only(model_type: str, name: str) -> None:
     """Every scheme changes the model while it lasts, and not after."""
     model, text = any_model(model_type), tiny_text()
-    live, scheme = Live(model, examine(model.config.to_dict())), SCHEMES[name]
+    live, scheme = live_of(model), SCHEMES[name]
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with one_thread(), torch.no_grad():
         before = model(text).logits
@@ -125,7 +123,7 @@ def test_schemes_change_the_model_while_they_last_only(model_type: str, name: st
 
 def test_embeddings_output_layer_and_slots_are_left_alone() -> None:
     model, text = tiny_model("llama"), tiny_text()
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     assert not {"embed_tokens", "lm_head"} & {name.split(".")[-1] for name in linears(model, live.anatomy)}
     keys = {}
     with one_thread(), torch.no_grad(), grafted(live, fold(live, [1, 5], "as_prefix")):
@@ -144,7 +142,7 @@ def test_embeddings_output_layer_and_slots_are_left_alone() -> None:
 
 def test_static_scales_come_from_calibration_alone() -> None:
     model, text = tiny_model("llama"), tiny_text()
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with pytest.raises(ValueError, match="calibration"), quantised(live, SCHEMES["w8a8_static"]):
         pass
     losses = []
@@ -160,7 +158,7 @@ def test_static_scales_come_from_calibration_alone() -> None:
 
 def test_weights_out_of_reach_are_refused() -> None:
     model = tiny_model("mixtral")  # experts in one tensor
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with pytest.raises(UnsupportedModel, match="no linear layer"), quantised(live, SCHEMES["w4"]):
         pass
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.families import EXACT, OTHERS, OUTCOMES, PREFIX, Family, behind, families, in_tiers
-from helpers.tiny import build, one_thread, tiny_text
+from helpers.tiny import build, live_of, one_thread, tiny_text
 from helpers.ways import LENGTH, WAYS, plain
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -87,7 +87,7 @@ def test_rotary_that_changes_with_length_raises_where_it_would(rope):
     limit = 64
     config = families()["llama"].config(rope_parameters=rope, max_position_embeddings=limit * (1 + (rope is LONGROPE)))
     model = build(config)
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     longest = limit - len(PREFIX)
     with torch.no_grad(), grafted(live, fold(live, PREFIX, "as_prefix")):
         model(input_ids=tiny_text(1, longest))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.families import EXACT, PREFIX, behind, families, in_tiers
-from helpers.tiny import build, one_thread, tiny_model, tiny_text
+from helpers.tiny import build, live_of, one_thread, tiny_model, tiny_text
 from helpers.ways import LENGTH, WAYS
 
 from surgery.anatomy.calls import observing
@@ -96,7 +96,7 @@ def test_at_gate_0_every_family_is_what_it_was(kind):
 def test_random_ids_reveal_a_norm_that_is_not_neutral():
     """The comparison on random ids sees a norm that is not neutral."""
     model = tiny_model("llama")
-    live, operation = Live(model, examine(model.config.to_dict())), Recipe(gate=1.0)
+    live, operation = live_of(model), Recipe(gate=1.0)
     head_norm = operation.described(live.anatomy)
     norms = random_norms(head_norm, 1.0)
     for prefix in ((), PREFIX):
@@ -157,7 +157,7 @@ def test_norms_are_the_formulas_at_the_output_projection(kind, settings):
 
 def test_norms_behind_slots_are_those_behind_the_prefix():
     model = tiny_model("gemma3_text")
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text(2, LENGTH)
+    live, text = live_of(model), tiny_text(2, LENGTH)
     head_norm = Recipe(per_head=True, gate=1.0).described(live.anatomy)
     norms = random_norms(head_norm, 1.0)
     with torch.inference_mode():
@@ -271,7 +271,7 @@ def test_weights_are_the_least_squares_of_every_dim(kind, per_head):
 
 def test_the_fit_is_made_behind_the_slots():
     model = tiny_model("llama")
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text(2, LENGTH)
+    live, text = live_of(model), tiny_text(2, LENGTH)
     head_norm = Recipe(per_head=True).described(live.anatomy)
     with grafted(live, fold(live, PREFIX, "as_prefix")):
         norms, _ = fit_norms(live, head_norm, 0.0, text)
@@ -302,7 +302,7 @@ def test_a_layer_that_is_not_there_is_refused():
 def test_norms_that_would_change_nothing_are_refused():
     """One dim per head: o / |o| * weight; and with all of one size, norms are the identity."""
     model = tiny_model("llama")
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with torch.no_grad():
         for layer in model.model.layers:  # the same value for every token: every mean of values is that value
             layer.input_layernorm.weight.zero_()
@@ -313,7 +313,7 @@ def test_norms_that_would_change_nothing_are_refused():
 
 def test_a_gate_is_only_dropped_where_it_is_1():
     model = tiny_model("llama")
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     pure = Recipe(gate=1.0).described(live.anatomy)
     gated, norms = at_gate(pure, random_norms(pure, 1.0), 1.0)
     assert set(Recipe(gate=1.0).tensors(live, norms)) == {
@@ -327,7 +327,7 @@ def test_a_gate_is_only_dropped_where_it_is_1():
 
 def test_norms_are_no_weights_to_quantise():
     model = tiny_model("llama")
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     head_norm, before = Recipe(per_head=True).described(live.anatomy), list(linears(model, live.anatomy))
     with with_norms(live, head_norm, random_norms(head_norm, 0.0)):
         assert list(linears(model, live.anatomy)) == before

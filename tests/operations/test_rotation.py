@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.families import EXACT, any_model, families, in_tiers
-from helpers.tiny import build, one_thread, tiny_model, tiny_text
+from helpers.tiny import build, live_of, one_thread, tiny_model, tiny_text
 from helpers.tiny_checkpoint import Place, edit_json, rehash, save_tokenizer, write_text
 from transformers import AutoModelForCausalLM
 
@@ -67,10 +67,6 @@ CHUNKS = Chunking(4, 32)
 def _one_thread_for_this_module():
     with one_thread():
         yield
-
-
-def live_of(model) -> Live:
-    return Live(model, examine(model.config.to_dict()))
 
 
 def parameters(model) -> dict[str, torch.Tensor]:

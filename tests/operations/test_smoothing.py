@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.families import any_model
-from helpers.tiny import one_thread, tiny_model, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_model, tiny_text
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from surgery.anatomy.sites import examine
 from surgery.checkpoint.layout import INDEX, read_layout, read_tensor_bytes
 from surgery.checkpoint.stage import Stage
 from surgery.errors import UnsupportedModel
@@ -58,10 +57,6 @@ FIRST_BLOCK = {
     "falcon": (set(), {"ln_attn": 1, "ln_mlp": 1}),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-def live_of(model) -> Live:
-    return Live(model, examine(model.config.to_dict()))
 
 
 def smoothed(live: Live, chunks: torch.Tensor, kinds: Sequence[str] = ("down", "norm")) -> dict[str, torch.Tensor]:

@@ -7,13 +7,11 @@ from functools import cache
 import pytest
 import torch
 from helpers.families import any_model
-from helpers.tiny import one_thread, tiny_model, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_model, tiny_text
 from torch import nn
 
-from surgery.anatomy.sites import examine
 from surgery.errors import UnsupportedModel
 from surgery.live.graft import fold, grafted, on_the_seam
-from surgery.live.model import Live
 from surgery.live.parts import OUTSIDE, parts
 from surgery.operations.orthogonal import rotation_matrix
 from surgery.operations.symmetry import Way, following, heads
@@ -69,10 +67,6 @@ FIXING = {"gpt2", "falcon", "cohere"}  # LayerNorm subtracts the mean
 def _one_thread_for_this_module():
     with one_thread():
         yield
-
-
-def live_of(model) -> Live:
-    return Live(model, examine(model.config.to_dict()))
 
 
 @cache

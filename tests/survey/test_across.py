@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.families import in_tiers
-from helpers.tiny import TINY, one_thread, tiny_model, tiny_text
+from helpers.tiny import TINY, live_of, one_thread, tiny_model, tiny_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.anatomy.sites import examine
-from surgery.live.model import Live
 from surgery.live.stream import Batch, Observer, stream
 from surgery.survey.across import AutoMassive, across, alive, auto_massive, correlations, phases
 from surgery.survey.massive import MassiveActivations, massive
@@ -254,7 +252,7 @@ class SinkRates(Observer):
 def survey(model, chunks: torch.Tensor) -> list[dict]:
     observers = [MassiveActivations(), Spectrum(every=1), AutoMassive()]
     sinks = SinkRates()
-    stream(Live(model, examine(model.config.to_dict())), chunks, [*observers, sinks])
+    stream(live_of(model), chunks, [*observers, sinks])
     tables = [observer.rows() for observer in observers]
     layers = [{"layer": layer, **tables[0][layer], **tables[1][layer], **tables[2][layer]} for layer in tables[0]]
     for layer in layers[1:]:

@@ -9,15 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.families import any_model
-from helpers.tiny import tiny_config, tiny_model, tiny_text
+from helpers.tiny import live_of, tiny_config, tiny_model, tiny_text
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from surgery.anatomy.calls import Call, _Listening, observing
-from surgery.anatomy.sites import examine
 from surgery.live.graft import fold, grafted, on_the_seam
-from surgery.live.model import Live
 from surgery.live.stream import Batch, Observer, down_projections, stream
 from surgery.runtime.eab_runtime import Slots
 from surgery.survey.attention import AttentionStatistics, Selection, ValueVariance, spaced
@@ -97,7 +95,7 @@ def assert_close(found: dict, expected: dict, atol: float) -> None:
 
 
 def observed(model, observers, chunks, prefix=()):
-    stream(Live(model, examine(model.config.to_dict())), chunks, observers, prefix=prefix)
+    stream(live_of(model), chunks, observers, prefix=prefix)
 
 
 # ---- against numpy, on the tensors of real calls
@@ -118,7 +116,7 @@ KINDS = {
 @pytest.mark.parametrize("slots", [0, 2], ids=["plain", "folded"])
 def test_statistics_are_those_of_the_weights_written_out(kind: str, slots: int) -> None:
     model = any_model(kind)
-    live, chunks = Live(model, examine(model.config.to_dict())), tiny_text(rows=3, length=30)
+    live, chunks = live_of(model), tiny_text(rows=3, length=30)
     found, kept = AttentionStatistics(), Keep()
     if slots:
         with grafted(live, fold(live, PREFIX, "as_prefix")):
@@ -137,7 +135,7 @@ def test_statistics_are_those_of_the_weights_written_out(kind: str, slots: int) 
 def test_queries_scaled_by_place_are_so_in_the_statistics() -> None:
     """Queries that a model scales by their place are scaled for the statistics too."""
     model = tiny_model("llama4_text")
-    live, chunks = Live(model, examine(model.config.to_dict())), tiny_text(rows=2, length=12)  # within a chunk of 16
+    live, chunks = live_of(model), tiny_text(rows=2, length=12)  # within a chunk of 16
     found, kept = AttentionStatistics(), Keep()
     with grafted(live, fold(live, PREFIX, "as_prefix")):
         stream(live, chunks, [found, kept])
@@ -151,7 +149,7 @@ def test_queries_scaled_by_place_are_so_in_the_statistics() -> None:
 def test_a_prefix_and_its_slots_give_the_same_figures(kind: str) -> None:
     """A prefix and the slots that were folded from it give the same figures."""
     model = any_model(kind)
-    live, chunks = Live(model, examine(model.config.to_dict())), tiny_text(rows=2, length=20)
+    live, chunks = live_of(model), tiny_text(rows=2, length=20)
     samples = 6 if kind in ("llama", "mistral") else ALL  # where only slots bring the kernel, the others see every row
     before = [AttentionStatistics(samples), ValueVariance(), Selection(rows=6)]
     after = [AttentionStatistics(samples), ValueVariance(), Selection(rows=6)]
@@ -277,7 +275,7 @@ def test_over_many_batches_every_row_is_looked_at_equally_often() -> None:
 def test_with_sampled_rows_scores_are_still_of_every_row(kind, slots) -> None:
     """Scores are of every row, entropy only of the sampled ones."""
     model = tiny_model(kind)
-    live, chunks = Live(model, examine(model.config.to_dict())), tiny_text(rows=2, length=30)
+    live, chunks = live_of(model), tiny_text(rows=2, length=30)
     found, kept = AttentionStatistics(rows=7), Keep()
     with grafted(live, fold(live, PREFIX, "as_prefix")) if slots else on_the_seam(live):
         stream(live, chunks, [found, kept])
@@ -342,7 +340,7 @@ def expected_selection(weights: np.ndarray, values: np.ndarray) -> tuple[int, in
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
 def test_selection_is_what_its_definition_says(kind: str) -> None:
     model = any_model(kind)
-    live, chunks = Live(model, examine(model.config.to_dict())), tiny_text(rows=2, length=30)
+    live, chunks = live_of(model), tiny_text(rows=2, length=30)
     found, kept = Selection(rows=5), Keep()
     with grafted(live, fold(live, PREFIX, "as_prefix")):
         stream(live, chunks, [found, kept])
@@ -394,7 +392,7 @@ def test_units_are_the_input_and_output_of_the_down_projection() -> None:
         def keep(module, args, output, seen=seen):
             seen[module] = (args[0], output)
 
-        live = Live(model, examine(model.config.to_dict()))
+        live = live_of(model)
         trunk = live.trunk
         down = [trunk.get_submodule(f"{block}.{name}") for block in live.anatomy.blocks]
         hooks = [module.register_forward_hook(keep) for module in down]
@@ -411,7 +409,7 @@ def test_units_are_the_input_and_output_of_the_down_projection() -> None:
 
 def test_the_output_projection_of_a_site_is_no_down_projection() -> None:
     model = tiny_model("llama", config=tiny_config("llama", head_dim=16))  # 4 heads of 16 into a stream of 32
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     assert model.model.layers[0].self_attn.o_proj.in_features == 64
     assert down_projections(live) == {i: model.model.layers[i].mlp.down_proj for i in range(4)}
 

@@ -10,13 +10,11 @@ import pytest
 import torch
 from helpers.families import any_model, in_tiers
 from helpers.planted import DIM, LAYER, UNITS, Keep, kept, planted, planted_text
-from helpers.tiny import TINY, one_thread, tiny_config, tiny_model, tiny_text
+from helpers.tiny import TINY, live_of, one_thread, tiny_config, tiny_model, tiny_text
 
-from surgery.anatomy.sites import examine
 from surgery.live.edits import TouchedNothing
 from surgery.live.graft import fold, grafted
 from surgery.live.likelihood import Likelihood
-from surgery.live.model import Live
 from surgery.live.stream import stream
 from surgery.live.text import Chunking, chunk, tokenize
 from surgery.survey.attention import AttentionStatistics
@@ -116,7 +114,7 @@ def test_median_control_takes_those_nearest_to_the_median():
 @pytest.mark.parametrize("layer", [0, 3])
 def test_largest_and_amplified_entries(layer):
     model = tiny_model("gpt2")
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text()
+    live, text = live_of(model), tiny_text()
     plain = kept(live, text).states[layer]
     found, count = altered(zero_largest(live, layer, 5), live, text)
     where = zeroed(plain, found.states[layer])
@@ -138,7 +136,7 @@ OFF_SEAM = ("bloom", "falcon", "mpt", "gptj", "gpt_neo", "codegen", "openai-gpt"
 @pytest.mark.parametrize("model_type", in_tiers([*TINY, *OFF_SEAM]))
 def test_no_token_depends_on_what_is_hidden_from_it(model_type):
     model = any_model(model_type)
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text()
+    live, text = live_of(model), tiny_text()
     others = text.clone()
     others[:, 0] = (others[:, 0] - 3 + 40) % 90 + 3
     close = 1e-5 if model_type in OFF_SEAM else 1e-9  # some of these take their own softmax in float32
@@ -164,7 +162,7 @@ def test_no_token_depends_on_what_is_hidden_from_it(model_type):
 def test_what_looks_at_attention_sees_the_masks(model_type):
     """A pass brings these families onto the seam, where another implementation asks for masks."""
     model = any_model(model_type)
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text()
+    live, text = live_of(model), tiny_text()
     scores = []
     for change in (contextlib.nullcontext(), mask_first(live)):
         statistics = AttentionStatistics()
@@ -179,7 +177,7 @@ def test_what_looks_at_attention_sees_the_masks(model_type):
 def test_a_masked_model_is_the_model_given_that_mask(implementation):
     model = tiny_model("llama")
     model.set_attn_implementation(implementation)
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text(2, 12)
+    live, text = live_of(model), tiny_text(2, 12)
     mask = torch.ones(12, 12, dtype=torch.bool).tril()
     mask[1:, 0] = False
     other = torch.ones(12, 12, dtype=torch.bool).tril()
@@ -197,7 +195,7 @@ def test_a_masked_model_is_the_model_given_that_mask(implementation):
 
 def test_slots_stay_visible():
     model = tiny_model("llama")
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text()
+    live, text = live_of(model), tiny_text()
     prefix = [5, 7]
     behind = torch.cat([torch.tensor([prefix]).expand(len(text), -1), text], dim=1)
     hidden = torch.ones(42, 42, dtype=torch.bool).tril()
@@ -212,7 +210,7 @@ def test_slots_stay_visible():
 
 def test_masks_are_put_back_even_after_an_error():
     model, text = tiny_model("llama"), tiny_text(1, 12)
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with one_thread(), torch.inference_mode():
         before = model(text).logits
         with pytest.raises(ZeroDivisionError), mask_first(live), isolate(live, 3):
@@ -230,7 +228,7 @@ def test_sink_rate_at_a_place_is_the_share_of_heads_on_it():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= 4  # sharp
     model.set_attn_implementation("eager")
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text(3, 20)
+    live, text = live_of(model), tiny_text(3, 20)
     with one_thread(), torch.inference_mode():
         weights = torch.stack(model(text, output_attentions=True).attentions).double().numpy()  # (L, B, H, T, T)
         for place in (0, 14, 18):
@@ -289,7 +287,7 @@ def test_the_table_of_the_planted_model():
 
 def test_without_massive_activations_only_sinks_can_be_moved():
     model = tiny_model("llama")
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text()
+    live, text = live_of(model), tiny_text()
     with one_thread():
         survey = survey_of(live, text)
         rows = run_interventions(live, text, plan_interventions(live, text.shape[1], survey))
@@ -302,7 +300,7 @@ def test_without_massive_activations_only_sinks_can_be_moved():
 def test_an_intervention_that_touches_nothing_says_so():
     """An intervention that finds nothing to touch in the model says so in its row."""
     model = tiny_model("mixtral")  # its experts are fused: no unit can be silenced by itself
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text()
+    live, text = live_of(model), tiny_text()
     with one_thread():
         survey = {**survey_of(live, text), "super_neurons": [{"layer": 2, "unit": 3}]}
         rows = run_interventions(live, text, plan_interventions(live, text.shape[1], survey))
@@ -325,7 +323,7 @@ def test_audit_finds_the_smallest_number(length, most):
         for token in range(96):  # later tokens have the larger entry, so the last of a text goes first
             model.model.embed_tokens.weight[token, token] = 1 + token / 100
             model.lm_head.weight[token + 1, token] = 3.0
-    live, text = Live(model, examine(model.config.to_dict())), torch.arange(3, 3 + length)[None]
+    live, text = live_of(model), torch.arange(3, 3 + length)[None]
     survey = {"layers": [{"layer": 0, "ratio": 1.0}, {"layer": 3, "ratio": 9.0}, {"layer": 4, "ratio": 2.0}]}
     with one_thread():
         found = audit(live, text, survey, most=most)
@@ -344,7 +342,7 @@ def test_the_real_model_stands_on_its_massive_activations(smollm2, wikipedia_eva
     model, tokenizer = smollm2
     text = wikipedia_evaluation.read_text(encoding="utf-8")[:4000]
     chunks = chunk(tokenize(tokenizer, text), Chunking(4, 64), "evaluation")
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with one_thread():
         survey, means = survey_of(live, chunks), MassiveMeans()
     born = survey["across"]["born"]

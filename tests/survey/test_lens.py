@@ -7,12 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import one_thread, tiny_config, tiny_model, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_config, tiny_model, tiny_text
 from torch import nn
 
-from surgery.anatomy.sites import examine
 from surgery.live import stream as stream_module
-from surgery.live.model import Live
 from surgery.live.stream import Batch, Observer, stream
 from surgery.survey import lens
 from surgery.survey.attention import spaced
@@ -46,7 +44,7 @@ def test_layers_predict_through_final_norm_and_output_layer(
 ) -> None:  # fmt: skip
     """Each layer predicts through the final norm and the output layer."""
     model, text, prefix = tiny_model(model_type), tiny_text(3, length), [1, 5]
-    live, keep = Live(model, examine(model.config.to_dict())), Keep()
+    live, keep = live_of(model), Keep()
     monkeypatch.setattr(stream_module, "LOGIT_BYTES", 4 * 97 * (length + 2) * size)
     with one_thread():
         found = LogitLens(live)
@@ -69,7 +67,7 @@ def test_layers_predict_through_final_norm_and_output_layer(
 
 def test_the_rows_of_many_layers_go_to_the_output_layer_in_parts() -> None:
     model, text = tiny_model("llama"), tiny_text(2, 12)
-    live, sizes = Live(model, examine(model.config.to_dict())), []
+    live, sizes = live_of(model), []
     model.get_output_embeddings().register_forward_pre_hook(
         lambda _, args: sizes.append(args[0].numel() // args[0].shape[-1])
     )
@@ -85,7 +83,7 @@ def test_no_lens_where_the_output_layer_is_not_the_prediction(model_type: str) -
     """The lens is silent where the output layer's logits are not yet the prediction."""
     changes = {"logits_scaling": 8.0} if model_type == "granite" else {"final_logit_softcapping": 5.0}
     model = tiny_model(model_type, config=tiny_config(model_type, **changes))
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with one_thread():
         found = LogitLens(live)
         stream(live, tiny_text(), [found])

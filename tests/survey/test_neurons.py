@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.planted import DIM, LAYER, UNITS, kept, planted, planted_text
-from helpers.tiny import one_thread, tiny_config, tiny_model, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_config, tiny_model, tiny_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.anatomy.sites import examine
 from surgery.errors import SurgeryError
 from surgery.live.edits import TouchedNothing, edit_stream
-from surgery.live.model import Live
 from surgery.live.stream import Batch, stream
 from surgery.survey.edits import silence_units, zero_mlp_write
 from surgery.survey.massive import MassiveMeans
@@ -62,14 +60,14 @@ def test_a_prefix_belongs_to_no_text():
 
 def test_random_weights_have_no_super_neurons():
     model = tiny_model("llama")
-    assert neurons(Live(model, examine(model.config.to_dict())), tiny_text()) == []
+    assert neurons(live_of(model), tiny_text()) == []
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
 def test_sums_over_births_of_either_sign(model_type):
     """Tensors handed to the observer, without a pass: births of opposite sign in a dim, one state passed on."""
     model = tiny_model(model_type)
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     projection = {"llama": "layers.1.mlp.down_proj", "gpt2": "h.1.mlp.c_proj", "opt": "decoder.layers.1.fc2"}
     module = model.get_submodule(model.base_model_prefix).get_submodule(projection[model_type])
     weight = module.weight.detach().numpy()
@@ -101,7 +99,7 @@ def test_sums_over_births_of_either_sign(model_type):
 def test_a_block_without_units_is_not_blamed_on_the_one_before():
     """What a block without units writes is not put down to the block before it."""
     model = tiny_model("llama")
-    observer, batch = SuperNeurons(Live(model, examine(model.config.to_dict()))), Batch(torch.zeros(1, 20), 0)
+    observer, batch = SuperNeurons(live_of(model)), Batch(torch.zeros(1, 20), 0)
     quiet, loud = torch.ones(1, 20, 32), torch.ones(1, 20, 32)
     loud[0, 0, 3] = 1e5
     observer.hidden(0, quiet, batch)
@@ -151,7 +149,7 @@ def test_silent_units_are_a_model_without_their_columns():
 def test_without_the_mlps_write_a_token_keeps_what_it_was(model_type):
     """Without the write of the MLP a token keeps the state from before it."""
     model = tiny_model(model_type)
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text()
+    live, text = live_of(model), tiny_text()
     plain = kept(live, text)
     with zero_mlp_write(live, 2, position=5) as touched:
         changed = kept(live, text)
@@ -185,7 +183,7 @@ def test_without_the_write_nothing_is_born():
 )
 def test_what_touches_nothing_is_an_error(change):
     model = tiny_model("mixtral")
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with pytest.raises(TouchedNothing, match="touched nothing on this model and text") as raised:
         with change(live):
             model(tiny_text(1, 8))
@@ -220,4 +218,4 @@ def test_means_are_those_of_first_and_later_tokens_apart():
 
 def test_one_layer():
     model = tiny_model("llama", config=tiny_config("llama", num_hidden_layers=1))
-    assert neurons(Live(model, examine(model.config.to_dict())), tiny_text(1, 2)) == []
+    assert neurons(live_of(model), tiny_text(1, 2)) == []

@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from helpers.planted import DIM, LAYER, Keep, planted, planted_text
-from helpers.tiny import one_thread, tiny_model, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_model, tiny_text
 
-from surgery.anatomy.sites import examine
 from surgery.live.graft import fold, grafted
-from surgery.live.model import Live
 from surgery.live.stream import stream
 from surgery.survey.pictures import HEADS, AttentionMaps, Landscape
 
@@ -31,7 +29,7 @@ def test_the_landscape_is_of_the_layer_of_the_largest_activation() -> None:
 def test_maps_are_eager_attention_weights_strongest_sink_first() -> None:
     """Maps are the weights of eager attention, from the strongest sink to the weakest."""
     model = tiny_model("llama")
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text()
+    live, text = live_of(model), tiny_text()
     with one_thread(), torch.inference_mode():
         found = AttentionMaps()
         stream(live, text, [found])
@@ -48,7 +46,7 @@ def test_maps_are_eager_attention_weights_strongest_sink_first() -> None:
 
 def test_slots_stand_in_front_of_a_map() -> None:
     model = tiny_model("llama")
-    live, text = Live(model, examine(model.config.to_dict())), tiny_text()
+    live, text = live_of(model), tiny_text()
     with one_thread(), torch.inference_mode():
         found, behind = AttentionMaps(), AttentionMaps()
         folded = fold(live, [1, 5], "as_prefix")

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.families import any_model
-from helpers.tiny import one_thread, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.anatomy.sites import examine
 from surgery.errors import DamagedCheckpoint
-from surgery.live.model import Live
 from surgery.live.stream import Batch, Observer, stream
 from surgery.survey.spectrum import Spectrum, entropy, lower_bound, shares, upper_bound
 
@@ -72,7 +70,7 @@ def test_a_pass_gives_what_numpy_finds_in_the_same_states(model_type: str, lengt
     with one_thread():
         model = any_model(model_type)
         keep, spectrum = Keep(), Spectrum(every=1)
-        live = Live(model, examine(model.config.to_dict()))
+        live = live_of(model)
         stream(live, tiny_text(3, length), [keep, spectrum], prefix=[1, 5])
     rows = spectrum.rows()
     assert sorted(rows) == [0, 1, 2, 3, 4]

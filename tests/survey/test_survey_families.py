@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.families import EXACT, any_model, families, in_tiers
-from helpers.tiny import build, one_thread, tiny_config, tiny_model, tiny_text
+from helpers.tiny import build, live_of, one_thread, tiny_config, tiny_model, tiny_text
 from transformers import AutoModelForCausalLM
 
 from surgery.anatomy.sites import examine
@@ -64,7 +64,7 @@ def numbers(found) -> list[float]:
 def test_any_family(kind: str) -> None:
     with families()[kind].default_dtype(), one_thread():
         model, text = any_model(kind), tiny_text(2, 24)
-        live = Live(model, examine(model.config.to_dict()))
+        live = live_of(model)
         found = survey(live, Spelled(), text)
         with spiked(live):
             planned = plan_interventions(live, 24, {**found, **SPIKE})
@@ -100,7 +100,7 @@ def test_a_shared_expert_is_not_the_whole_of_an_mlp(kind: str) -> None:
 @pytest.mark.parametrize("size", [(1, 24), (2, 2), (3, 9)], ids=["one sequence", "two tokens", "few tokens"])
 def test_little_text(size: tuple[int, int]) -> None:
     model, text = tiny_model("llama"), tiny_text(*size)
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with one_thread():
         found = survey(live, Spelled(), text)
         rows = run_interventions(live, text, plan_interventions(live, size[1], found))
@@ -114,7 +114,7 @@ def test_little_text(size: tuple[int, int]) -> None:
 def test_one_layer() -> None:
     model = tiny_model("llama", config=tiny_config("llama", num_hidden_layers=1))
     with one_thread():
-        found = survey(Live(model, examine(model.config.to_dict())), Spelled(), tiny_text())
+        found = survey(live_of(model), Spelled(), tiny_text())
     assert len(found["layers"]) == 2 and found["across"]["phases"] is None and found["across"]["born"] is None
     assert len(found["attention_maps"]) == 4, "all heads of the one block"
 
@@ -125,6 +125,6 @@ def test_spectra_and_lens_take_their_share_of_the_pass() -> None:
         narrow, wide = (
             AutoModelForCausalLM.from_config(tiny_config("llama", hidden_size=width)) for width in (32, 4096)
         )
-    looks = [affordable(Live(model, examine(model.config.to_dict())), 64) for model in (narrow, wide)]
+    looks = [affordable(live_of(model), 64) for model in (narrow, wide)]
     assert looks[0][0] > looks[1][0] == 1
     assert 1 <= looks[0][1] < looks[1][1] == 16

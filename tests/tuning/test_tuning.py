@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
-from helpers.tiny import one_thread, tiny_model
+from helpers.tiny import live_of, one_thread, tiny_model
 from peft import PeftModel
 
-from surgery.anatomy.sites import examine
 from surgery.errors import SourceError
 from surgery.live.graft import Fold, Norms, Slots, at_gate, fold, grafted, normed
 from surgery.live.model import Live
@@ -73,7 +72,7 @@ def trained(
 
 
 def tuned(model, settings: Tune, ids=None, advance: Advance = unseen, **options) -> tuple[Trained, Fold]:
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     folded = fold(live, PREFIX, "as_prefix")
     training = Training(make_corpus(ids or text(), settings, CHUNK), **options)
     with grafted(live, folded):
@@ -120,7 +119,7 @@ def test_the_massive_penalty_takes_a_massive_activation_away() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])  # no norm in float32 inside, whose rounding would drown them
 def test_gradients_of_a_whole_model_match_finite_differences(family: str) -> None:
     model = tiny_model(family)
-    live, tokens = Live(model, examine(model.config.to_dict())), torch.tensor([text(20)[:12]])
+    live, tokens = live_of(model), torch.tensor([text(20)[:12]])
     with grafted(live, fold(live, PREFIX, "as_prefix")):
         module = live.trunk.get_submodule(live.anatomy.sites[1].name).attention_bias
 
@@ -248,7 +247,7 @@ def test_what_is_no_better_is_not_kept(monkeypatch) -> None:
 
 def test_the_adapter_loads_with_stock_peft(tmp_path: Path) -> None:
     model = tiny_model("llama", torch.float32)
-    live, tokens = Live(model, examine(model.config.to_dict())), torch.tensor([text(40)])
+    live, tokens = live_of(model), torch.tensor([text(40)])
     found, folded = tuned(model, settings_of(lora={"rank": 2}, objectives={"lm": 1.0}), adapter=tmp_path)
     with grafted(live, replace(folded, slots=found.slots)):
         kept = {name: model.get_parameter(name).data for name in found.weights}
@@ -328,7 +327,7 @@ def test_uneven_shares_are_refused() -> None:
 def trained_norms(monkeypatch, gate: float, **changes) -> tuple[Trained, list[float]]:
     """What a model with head norms becomes, and the gate at each step."""
     model, seen = tiny_model("llama"), []
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     head_norm = HeadNorm(gate=gate).described(live.anatomy)
     norms = {
         site.name: {

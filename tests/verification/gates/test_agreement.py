@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.measured import measured
-from helpers.tiny import one_thread, tiny_model, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_model, tiny_text
 from helpers.tiny_checkpoint import MEASURED, RECIPE, Place, surgery_command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.anatomy.sites import examine
 from surgery.live.graft import fold, grafted
-from surgery.live.model import Live
 from surgery.live.score import Score
 from surgery.live.stream import Batch, stream
 from surgery.verification.gates.agreement import NONE_IN, Agreement, Greedy
@@ -43,7 +41,7 @@ def both(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[Measured, Measured]:
 def test_the_argmax_after_each_token_of_the_text_is_kept() -> None:
     """With a prefix and without: places of the prefix are left out, and so is the one after the last token."""
     model, text = tiny_model("llama"), tiny_text(3, 12)
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     for prefix in ((), PREFIX):
         observer = Greedy()
         with one_thread(), torch.no_grad():
@@ -55,7 +53,7 @@ def test_the_argmax_after_each_token_of_the_text_is_kept() -> None:
 
 def test_a_folded_model_agrees_with_the_prefixed_original() -> None:
     model, text = tiny_model("mistral"), tiny_text(3, 30)
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     control, folded, bare = Greedy(), Greedy(), Greedy()
     with one_thread():
         stream(live, text, [control], prefix=PREFIX)

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.measured import Told, subject
-from helpers.tiny import one_thread, tiny_model, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_model, tiny_text
 from helpers.tiny_checkpoint import MEASURED, Place, surgery_command
 from transformers import DynamicCache, PreTrainedModel
 
-from surgery.anatomy.sites import examine
 from surgery.live.graft import fold, grafted
-from surgery.live.model import Live
 from surgery.verification.gates.cache_edits import EDITS, CacheEdits, editing
 from surgery.verification.gates.streaming import KEPT
 
@@ -57,7 +55,7 @@ def edited(model: PreTrainedModel, text: torch.Tensor, kind: str, first: int, en
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_mask_computes_what_an_edited_cache_does(edit: str, keep: int, slots: bool) -> None:
     model, text = tiny_model("llama"), tiny_text(2, LENGTH)
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     kind, place = edit.split("_")
     first, end = (keep, TOKENS) if place == "first" else (6, 14)
     with one_thread(), torch.no_grad(), contextlib.ExitStack() as stack:
@@ -72,7 +70,7 @@ def test_a_mask_computes_what_an_edited_cache_does(edit: str, keep: int, slots: 
 
 def test_every_edit_is_scored_on_the_same_second_half() -> None:
     model, text, told = tiny_model("llama"), tiny_text(3, LENGTH), Told()
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with one_thread():
         gate = CacheEdits(tokens=TOKENS, max_ratio=1.0)
         found = gate.measure(subject(live, text, told), None)

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.measured import Told, measured
-from helpers.tiny import tiny_config, tiny_model, tiny_text
+from helpers.tiny import live_of, tiny_config, tiny_model, tiny_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.anatomy.sites import examine
 from surgery.live import stream as stream_module
 from surgery.live.graft import fold, grafted
 from surgery.live.likelihood import Likelihood, scored
-from surgery.live.model import Live
 from surgery.live.paired import Score, mean_interval, paired, student_t
 from surgery.live.stream import Batch, stream
 from surgery.steps.measure import Measuring, is_exact
@@ -35,7 +33,7 @@ nlls = st.floats(0, 1e4, allow_nan=False)
 @pytest.fixture(scope="module")
 def llama():
     model = tiny_model("llama", torch.float64)
-    return Live(model, examine(model.config.to_dict()))
+    return live_of(model)
 
 
 # ---- scores and intervals
@@ -355,7 +353,7 @@ def eager_attention(model, chunks: torch.Tensor) -> list[torch.Tensor]:
 def test_sink_scores_are_eager_attention_to_position_0(kind: str) -> None:
     """Plain, windowed, soft-capped, and with learned sink logits."""
     model = tiny_model(kind, torch.float32)
-    live, chunks = Live(model, examine(model.config.to_dict())), tiny_text(rows=2, length=30)
+    live, chunks = live_of(model), tiny_text(rows=2, length=30)
     seen = AttentionStatistics()
     stream(live, chunks, [seen])
     for block, weights in enumerate(eager_attention(model, chunks)):
@@ -368,7 +366,7 @@ def test_sink_scores_are_eager_attention_to_position_0(kind: str) -> None:
 
 def test_with_slots_what_they_take_is_what_the_text_lacks() -> None:
     model = tiny_model("llama", torch.float32)
-    live, chunks = Live(model, examine(model.config.to_dict())), tiny_text(rows=2, length=30)
+    live, chunks = live_of(model), tiny_text(rows=2, length=30)
     folded, seen = fold(live, PREFIX, "as_prefix"), AttentionStatistics()
     with grafted(live, folded):
         stream(live, chunks, [seen])

@@ -6,12 +6,10 @@ import pytest
 import torch
 from helpers.families import any_model
 from helpers.measured import Told, subject
-from helpers.tiny import one_thread, tiny_model, tiny_text
+from helpers.tiny import live_of, one_thread, tiny_model, tiny_text
 
-from surgery.anatomy.sites import examine
 from surgery.live.edits import TouchedNothing
 from surgery.live.graft import fold, grafted
-from surgery.live.model import Live
 from surgery.verification.gates.streaming import KEPT, Streaming, evicting
 
 PREFIX = [1, 5]
@@ -27,7 +25,7 @@ def visible(length: int, window: int, keep: int) -> torch.Tensor:
 def test_a_query_sees_its_window_and_what_is_kept(keep: int, implementation: str) -> None:
     model, text = tiny_model("llama"), tiny_text(2, 20)
     model.set_attn_implementation(implementation)
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     mask = torch.zeros(20, 20, dtype=torch.float64)
     mask = mask.masked_fill(~visible(20, 6, keep), torch.finfo(torch.float64).min).expand(2, 1, 20, 20)
     with one_thread(), torch.no_grad():
@@ -40,7 +38,7 @@ def test_a_query_sees_its_window_and_what_is_kept(keep: int, implementation: str
 def test_folded_and_keeping_nothing_is_the_prefix_kept(model_type: str) -> None:
     """The prefix as StreamingLLM's first tokens; where a layer has a window of its own, it hides them in both."""
     model, text = any_model(model_type), tiny_text(2, 30)
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     behind = torch.cat([torch.tensor([PREFIX]).expand(2, -1), text], dim=1)
     with one_thread(), torch.no_grad():
         with evicting(live, 5, len(PREFIX)):
@@ -55,7 +53,7 @@ def test_folded_and_keeping_nothing_is_the_prefix_kept(model_type: str) -> None:
 
 def test_every_number_of_kept_tokens_is_scored_on_the_same_text() -> None:
     model, text, told = tiny_model("llama"), tiny_text(3, 20), Told()
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with one_thread():
         gate = Streaming(window=6, max_ratio=1.0)
         found = gate.measure(subject(live, text, told), None)
@@ -70,6 +68,6 @@ def test_every_number_of_kept_tokens_is_scored_on_the_same_text() -> None:
 
 def test_a_window_that_text_never_leaves_is_an_error() -> None:
     model = tiny_model("llama")
-    live = Live(model, examine(model.config.to_dict()))
+    live = live_of(model)
     with one_thread(), torch.no_grad(), pytest.raises(TouchedNothing), evicting(live, 20):
         model(tiny_text(1, 20))
