@@ -1,5 +1,5 @@
 """The command line: commands, and what the screen shows of their results; `--json` gives the same to machines."""
 
-from .commands import main
+from .entry import main
 
 __all__ = ["main"]

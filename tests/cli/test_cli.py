@@ -29,7 +29,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import surgery
 from surgery.checkpoint.layout import read_layout
-from surgery.cli import commands
+from surgery.cli.entry import BUG, INTERRUPTED
 from surgery.live.text import Chunking
 from surgery.steps.options import VerifyOptions
 
@@ -375,7 +375,7 @@ def test_an_interrupt_is_not_a_failed_gate(place: Place, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("surgery.verbs.plan.plan", interrupted)
     ended = surgery_command("plan", place.recipe, place.source)
-    assert ended.code == commands.INTERRUPTED and ended.error.startswith("interrupted")
+    assert ended.code == INTERRUPTED and ended.error.startswith("interrupted")
 
 
 def test_a_bug_keeps_its_traceback_and_has_its_own_exit_code(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +384,7 @@ def test_a_bug_keeps_its_traceback_and_has_its_own_exit_code(place: Place, monke
 
     monkeypatch.setattr("surgery.verbs.plan.plan", broken)
     ended = surgery_command("plan", place.recipe, place.source)
-    assert ended.code == commands.BUG and "two plus two" in ended.err and "Traceback" in ended.err
+    assert ended.code == BUG and "two plus two" in ended.err and "Traceback" in ended.err
     assert "report it" in ended.error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from ..report.verdict import sentences, tables
+from ...report.verdict import sentences, tables
 from .tables import placed
 
 

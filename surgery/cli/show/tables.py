@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from ..table import FAILED, PASSED, Table
+from ...table import FAILED, PASSED, Table
 
 COLOURS = {PASSED: "green", FAILED: "red"}
 

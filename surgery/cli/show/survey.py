@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..words import factor
+from ...words import factor
 from .tables import new_table
 
 

@@ -1,0 +1,29 @@
+"""The command `surgery plan`."""
+
+from __future__ import annotations
+
+import click
+
+from ...checkpoint.results import json_text, require_result_file, write_result
+from ..options import DTYPE, FILE, JSON, LINK, REVISION, options
+from ..options import given as given_paths
+from ..show.console import output
+
+
+@click.command()
+@click.argument("recipe", type=FILE)
+@click.argument("source")
+@options(
+    click.option("--out", type=FILE, help="Also check that this output can be created."),
+    LINK, DTYPE, REVISION, JSON,
+)  # fmt: skip
+def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
+    """Print which tensors and files RECIPE would add, change and keep in SOURCE. Reads headers only, writes nothing."""
+    require_result_file(json_file, "--json", given_paths(recipe, source, out))
+    from ...verbs.plan import plan as verb
+    from ..show.plan import show_plan
+
+    result = verb(recipe, source, out=out, link=link, dtype=dtype, revision=revision).to_dict()
+    write_result(json_file, "--json", json_text(result))
+    show_plan(output(), result)
+    return 0

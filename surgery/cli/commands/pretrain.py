@@ -1,0 +1,34 @@
+"""The command `surgery pretrain`."""
+
+from __future__ import annotations
+
+import click
+
+from ...checkpoint.results import json_text, require_result_file, write_result
+from ..options import FILE, JSON, options
+from ..options import given as given_paths
+from ..show.console import output
+
+
+@click.command()
+@click.argument("recipe", type=FILE)
+@click.argument("out", type=FILE)
+@options(
+    click.option("--text", multiple=True, type=FILE, metavar="FILE", help="Text to train on, UTF-8 (repeatable)."),
+    click.option(
+        "--held-out", multiple=True, type=FILE, metavar="FILE",
+        help="Text to judge on (repeatable); else the first sequences of --text.",
+    ),
+    JSON,
+)  # fmt: skip
+def pretrain(recipe, out, text, held_out, json_file) -> int:
+    """Train the small GPT-2 variants of RECIPE from nothing; checkpoints and curves go to the new directory OUT."""
+    require_result_file(json_file, "--json", given_paths(recipe, out, *text, *held_out))
+    from ...verbs.pretrain import pretrain as verb
+    from ..show.pretrain import show_curves
+    from ..show.progress import TerminalReporter
+
+    result = verb(recipe, out, text=text, held_out=held_out, reporter=TerminalReporter())
+    write_result(json_file, "--json", json_text(result))
+    show_curves(output(), result, out)
+    return 0

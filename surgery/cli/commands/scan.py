@@ -1,0 +1,54 @@
+"""The command `surgery scan`."""
+
+from __future__ import annotations
+
+import click
+
+from ...checkpoint.results import json_text, require_result_file, require_result_folder, write_result
+from ..options import DEVICE, DTYPE, FILE, JSON, REVISION, TEXT, chunking, options
+from ..options import given as given_paths
+from ..show.console import output
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@options(
+    TEXT, chunking(8, 1),
+    click.option(
+        "--interventions", is_flag=True, help="Also change the live model as the survey suggests, and measure."
+    ),
+    click.option("--report", type=FILE, metavar="FILE", help="Write a report as one HTML file."),
+    click.option("--plots", type=FILE, metavar="DIR", help="Write the report's plots as PNG and SVG files."),
+    DTYPE, REVISION, DEVICE, JSON,
+)  # fmt: skip
+def scan(
+    sources, text, chunks, chunk_length, interventions, report, plots, dtype, revision, device, json_file
+) -> int:  # fmt: skip
+    """Survey each SOURCE on text, layer by layer: massive activations, geometry, attention, super neurons."""
+    require_result_file(json_file, "--json", given_paths(*sources, *text, report))
+    require_result_file(report, "--report", given_paths(*sources, *text))
+    require_result_folder(plots, "--plots", given_paths(*sources, *text))
+    from ...live.text import Chunking
+    from ...verbs.scan import scan as verb
+    from ...verification.verdict import plain_json
+    from ..show.progress import TerminalReporter
+    from ..show.survey import show_survey
+
+    surveys: list[dict] = []
+    for source in sources:
+        survey = verb(
+            source, text=text, dtype=dtype, revision=revision, device=device, interventions=interventions,
+            chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
+        )  # fmt: skip
+        surveys.append(survey)
+        show_survey(output(), survey)
+    result = plain_json(surveys[0] if len(surveys) == 1 else {"surveys": surveys})
+    write_result(json_file, "--json", json_text(result))
+    if report is not None or plots is not None:
+        from ...report import write_plots, write_report
+
+        if report is not None:
+            write_report(surveys, report)
+        if plots is not None:
+            write_plots(surveys, plots)
+    return 0

@@ -1,0 +1,45 @@
+"""The command `surgery verify`."""
+
+from __future__ import annotations
+
+import click
+
+from ...checkpoint.results import json_text, require_result_file, write_result
+from ..judged import judged
+from ..options import DEVICE, FILE, JSON, REVISION, TASKS, TEXT, chunking, options
+from ..options import given as given_paths
+from ..show.console import output
+
+
+@click.command()
+@click.argument("checkpoint", type=FILE)
+@options(
+    click.option(
+        "--against", metavar="SOURCE", help="What it was converted from: compare every kept tensor, and measure both."
+    ),
+    TEXT,
+    click.option(
+        "--calibration", multiple=True, type=FILE, metavar="FILE",
+        help="Text for static scales, as given to run (repeatable); else half of --text.",
+    ),
+    TASKS, chunking(64, 2), REVISION, DEVICE,
+    click.option("--junit", type=FILE, metavar="FILE", help="Write gates and checks as JUnit XML."),
+    JSON,
+)  # fmt: skip
+def verify(checkpoint, chunks, chunk_length, junit, json_file, **given) -> int:
+    """Check the converted CHECKPOINT: files and tensors; with --text also quality; with --against also the source."""
+    inputs = given_paths(checkpoint, given["against"], *given["text"], *given["calibration"])
+    require_result_file(json_file, "--json", given_paths(*inputs, junit))
+    require_result_file(junit, "--junit", inputs)
+    from ...live.text import Chunking
+    from ...steps.options import VerifyOptions
+    from ...verbs.verify import verify as verb
+    from ...verification.verdict import junit_xml, plain_json
+    from ..show.progress import TerminalReporter
+    from ..show.verdict import show_verdict
+
+    verdict = verb(checkpoint, VerifyOptions(chunking=Chunking(chunks, chunk_length), **given), TerminalReporter())
+    write_result(json_file, "--json", json_text(plain_json(verdict)))
+    write_result(junit, "--junit", junit_xml(verdict))
+    show_verdict(output(), verdict)
+    return judged(verdict, f"do not use {checkpoint}")

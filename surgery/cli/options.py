@@ -1,0 +1,48 @@
+"""Options that several commands share, and what they are refused for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+FILE = click.Path(path_type=Path)
+
+
+def options(*wanted):
+    def decorate(command):
+        for option in reversed(wanted):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+JSON = click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write the result as JSON too.")
+REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
+DTYPE = click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype to dequantise a GGUF to (float32)."
+)
+LINK = click.option("--link", is_flag=True, help="Hard-link unchanged shards instead of copying them.")
+TASKS = click.option(
+    "--tasks", type=FILE, metavar="DIR", help="Task files of lm-evaluation-harness, beside its own, if gates need them."
+)
+TEXT = click.option("--text", multiple=True, type=FILE, metavar="FILE", help="Evaluation text, UTF-8 (repeatable).")
+DEVICE = click.option(
+    "--device", default="cpu", show_default=True, help="torch device, or auto to spread over GPUs, memory and disk."
+)
+
+
+def chunking(count: int, least: int):
+    return options(
+        click.option(
+            "--chunks", type=click.IntRange(least), default=count, show_default=True, help="Chunks of text to read."
+        ),
+        click.option(
+            "--chunk-length", type=click.IntRange(8), default=512, show_default=True, help="Tokens in a chunk."
+        ),
+    )
+
+
+def given(*paths: Path | str | None) -> list[Path | str]:
+    return [path for path in paths if path is not None]
