@@ -6,11 +6,16 @@ and exits with `exit_code`. Anything else that is raised is a bug in surgery and
 
 from __future__ import annotations
 
+LONGEST_WORD, LONGEST_SENTENCE = 300, 480  # characters; a path may well be long
+
 
 class SurgeryError(Exception):
     """Base of every error that a user can act on. `exit_code` is the process exit status (2: wrong use or input)."""
 
     exit_code = 2
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(shortened(sentence))
 
 
 class RecipeError(SurgeryError):
@@ -37,6 +42,18 @@ class DamagedCheckpoint(SurgeryError):
     """The checkpoint's own bytes are wrong: truncated, inconsistent, tampered with, not finite."""
 
     exit_code = 3
+
+
+def shortened(text: str) -> str:
+    """`text`, the middle left out of words and of the whole where a file from a stranger has made them endless."""
+    words = [_cut(word, LONGEST_WORD) if len(word) > LONGEST_WORD else word for word in text.split(" ")]
+    return _cut(" ".join(words), LONGEST_SENTENCE)
+
+
+def _cut(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]} ... {text[-most // 4 :]}"
 
 
 def out_of_memory(error: BaseException) -> bool:

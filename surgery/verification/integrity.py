@@ -20,7 +20,7 @@ from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.source import ADAPTER, Source, source_hashes
 from ..converted.derived import derive
 from ..converted.described import Described, read_described
-from ..errors import SurgeryError
+from ..errors import SurgeryError, shortened
 from ..progress import Advance, unseen
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ class Check:
     name: str
     passed: bool
     detail: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", shortened(self.detail))
 
 
 def integrity_to_dict(checks: list[Check]) -> dict:
