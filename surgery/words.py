@@ -157,6 +157,11 @@ def visible_name(name: str) -> str:
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in name)
 
 
+def named(name: object, room: int = 80) -> str:
+    """A name from a stranger's file as it may stand in a message: cut to `room` characters, controls visible."""
+    return visible_name(shortened(str(name), room))
+
+
 def quoted(tokens: Sequence[object], most: int = 5) -> str:
     """“␣the” and “⏎”."""
     return listing([f"“{visible(token)}”" for token in tokens], most)

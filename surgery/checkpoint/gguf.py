@@ -15,7 +15,8 @@ from ..progress import Advance, unseen
 from .disk import disk_errors
 from .gguf_header import Header, Stored, read_header
 from .gguf_model import derive, tokenizer_files, write_tokenizer
-from .layout import INDEX, SINGLE, Layout, TensorInfo
+from .header import TensorInfo
+from .layout import INDEX, SINGLE, Layout
 from .values import tensor_bytes
 from .writing import index_json, plan_file
 

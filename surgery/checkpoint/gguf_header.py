@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DamagedCheckpoint, SourceError
-from .layout import is_lfs_pointer, lfs_pointer
+from .regular import is_lfs_pointer, lfs_pointer
 
 _VERSIONS = (2, 3)
 _SCALAR = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from ..errors import DamagedCheckpoint
-from .layout import read_json
+from .regular import read_json
 
 MANIFEST = "surgery.json"
 TYPE_PREFIX = "eab_"  # what the model types of converted checkpoints begin with

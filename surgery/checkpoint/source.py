@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SourceError, brief
 from ..progress import Advance, unseen
 from .disk import sha256_of
-from .layout import INDEX, SINGLE, Layout, is_lfs_pointer, lfs_pointer, read_json, read_layout
+from .layout import INDEX, SINGLE, Layout, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
+from .regular import is_lfs_pointer, lfs_pointer, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

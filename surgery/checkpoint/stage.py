@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import DamagedCheckpoint, OutputError, SourceError
 from .disk import FULL, disk_errors, require_space, require_target, sha256_of, translated
-from .layout import CHUNK, Layout, is_plain_name
+from .layout import CHUNK, Layout
+from .regular import is_plain_name
 from .values import as_stored, dtype_code, tensor_bytes
 from .writing import plan_file
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import SourceError
-from .layout import Layout, TensorInfo, read_tensor_bytes
+from .header import TensorInfo
+from .layout import Layout, read_tensor_bytes
 
 if TYPE_CHECKING:
     import torch

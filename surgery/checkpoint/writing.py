@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .layout import BITS, TensorInfo
+from .header import BITS, TensorInfo
 
 
 def plan_file(

@@ -10,7 +10,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from ..anatomy.sites import Anatomy, examine
-from ..checkpoint.layout import read_json
+from ..checkpoint.regular import read_json
 from ..errors import DamagedCheckpoint
 from ..live.loading import quiet
 from .entries import FORMAT, EabEntry, Entry, HeadNormEntry

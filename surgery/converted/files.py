@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..anatomy.limits import LIMIT, is_only_a_limit
 from ..anatomy.sites import Anatomy
-from ..checkpoint.layout import SINGLE, Layout, Stored, TensorInfo
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.layout import SINGLE, Layout, Stored
 from ..checkpoint.writing import plan_file
 from ..errors import SourceError
 from .bos import silent_processor, silent_template, silent_templates

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..checkpoint.layout import read_json
 from ..checkpoint.manifest import MANIFEST
+from ..checkpoint.regular import read_json
 from ..errors import DamagedCheckpoint, SourceError, brief
 from ..live.loading import quiet, require_fit, require_memory
 from .described import AGAIN

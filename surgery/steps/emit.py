@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..anatomy.stored import stored_values
-from ..checkpoint.layout import INDEX, Layout, TensorInfo
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.layout import INDEX, Layout
 from ..checkpoint.manifest import Manifest, build_manifest
 from ..checkpoint.source import source_hashes
 from ..checkpoint.stage import Stage

@@ -15,8 +15,10 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoint.disk import sha256_of
-from ..checkpoint.layout import Layout, Stored, TensorInfo, iter_tensor_chunks, read_json, read_layout
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.layout import Layout, Stored, iter_tensor_chunks, read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
+from ..checkpoint.regular import read_json
 from ..checkpoint.source import ADAPTER, Source, source_hashes
 from ..converted.derived import derive
 from ..converted.described import Described, read_described

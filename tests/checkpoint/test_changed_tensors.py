@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from surgery.checkpoint.layout import BITS, INDEX, SINGLE, TensorInfo, read_layout
+from surgery.checkpoint.header import BITS, TensorInfo
+from surgery.checkpoint.layout import INDEX, SINGLE, read_layout
 from surgery.checkpoint.manifest import Manifest, TensorEntry
 from surgery.checkpoint.stage import Stage
 from surgery.checkpoint.values import as_stored, dtype_code

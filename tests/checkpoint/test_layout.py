@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load as load_numpy
 
-from surgery.checkpoint.layout import BITS, INDEX, SINGLE, iter_tensor_chunks, read_layout, read_tensor_bytes
+from surgery.checkpoint.header import BITS
+from surgery.checkpoint.layout import INDEX, SINGLE, iter_tensor_chunks, read_layout, read_tensor_bytes
 from surgery.checkpoint.writing import index_json, plan_file
 from surgery.errors import DamagedCheckpoint, SourceError, SurgeryError
 
