@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import wrapt
 
+from .version import VERSION
+
 if TYPE_CHECKING:
     from .steps.options import RunOptions, VerifyOptions
     from .verbs.plan import plan
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from .verbs.scan import scan
     from .verbs.verify import verify
 
-__version__ = "0.1.0"
+__version__ = VERSION
 _HOMES = {
     **{verb: f"verbs.{verb}" for verb in ("plan", "pretrain", "run", "scan", "verify")},
     **dict.fromkeys(("RunOptions", "VerifyOptions"), "steps.options"),

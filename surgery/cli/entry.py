@@ -14,6 +14,7 @@ import warnings
 import click
 
 from ..errors import SurgeryError, out_of_memory
+from ..version import VERSION
 from .commands import COMMANDS
 from .show.console import complain, show_warning
 
@@ -21,7 +22,7 @@ BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="surgery")
+@click.version_option(VERSION, prog_name="surgery")
 def cli() -> None:
     """Turn a checkpoint's massive activations into an explicit attention bias, and prove that nothing was lost."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 FILE = click.Path(path_type=Path)
+RECIPE = click.argument("recipe")  # as it is written: a path loses what tells a file from a name
 
 
 def options(*wanted):

@@ -33,7 +33,8 @@ def require_int8(device: str) -> None:
         _torchao()
     except ImportError as error:
         raise SourceError(
-            f"'executed' in the recipe runs int8 for real, which needs torchao: pip install 'surgery[int8]', {way_out}."
+            "'executed' in the recipe runs int8 for real, which needs torchao: "
+            f"pip install 'checkpoint-surgery[int8]', {way_out}."
         ) from error
     if device == "auto" or torch.device(device).type != "cpu":
         raise SourceError(f"--device {device}: int8 is executed on the CPU alone; give --device cpu, {way_out}.")

@@ -6,14 +6,17 @@ Nothing here knows a key by name: what a key may be, and an example of it, is re
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from ..errors import RecipeError
+from ..errors import RecipeError, brief
+from .builtin import recipe_file
 from .fields import Format, Or, Strict, known
 from .strict_yaml import MAX_BYTES, Key, dotted_key, read_yaml, shown
 
@@ -29,6 +32,28 @@ class Document(Strict):
 D = TypeVar("D", bound=Document)
 
 
+def read(given: object, schema: type[D]) -> D:
+    """The recipe `given`: by itself, or as a mapping of its keys, a Path, or a text as `recipe_file` takes it."""
+    if isinstance(given, schema):
+        return given
+    if isinstance(given, Mapping):
+        return from_mapping(given, schema)
+    if isinstance(given, (str, os.PathLike)):
+        return load(recipe_file(given if isinstance(given, str) else Path(given)), schema)
+    raise RecipeError(f"a recipe is a name, a path or a dict, and not of type {type(given).__name__}; give such a one.")
+
+
+def from_mapping(given: Mapping[str, Any], schema: type[D]) -> D:
+    """The recipe with these keys and values, which are checked as those of a file are."""
+    try:
+        text = json.dumps(given if isinstance(given, dict) else dict(given), ensure_ascii=False)  # is YAML too
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"the recipe holds what no YAML can ({brief(error)}); use dicts, lists, text and numbers."
+        ) from error
+    return parse(text, "the recipe", schema, lined=False)
+
+
 def load(path: Path, schema: type[D]) -> D:
     """Read the recipe in the file `path`. RecipeError when it cannot be read or does not say something we can do."""
     path = Path(path)
@@ -37,7 +62,9 @@ def load(path: Path, schema: type[D]) -> D:
             raw = stream.read(MAX_BYTES + 1)
         text = raw.decode("utf-8-sig")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; give the path of a recipe, such as recipes/eab.yaml.") from None
+        raise RecipeError(
+            f"{path}: no such file; give the path of a recipe, or the name of one: surgery recipes."
+        ) from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe file.") from error
     except UnicodeDecodeError as error:
@@ -48,15 +75,20 @@ def load(path: Path, schema: type[D]) -> D:
     return parse(text, str(path), schema)
 
 
-def parse(text: str, name: str, schema: type[D]) -> D:
+def parse(text: str, name: str, schema: type[D], *, lined: bool = True) -> D:
     """Parse recipe `text` by `schema`; `name` stands for the file in messages.
 
-    RecipeError names the first error of the file and counts the further ones.
+    RecipeError names the first error of the file and counts the further ones; its line too, unless the text has none
+    that a person knows.
     """
     value, lines, problems = read_yaml(text, name)
+
+    def place(line: int) -> str:
+        return f"{name}, line {line}" if lined else name
+
     for key, command in schema.elsewhere.items():
         if isinstance(value, dict) and key in value:
-            raise RecipeError(f"{name}, line {lines[key,]}: '{key}' is what {command} reads; give the recipe to that.")
+            raise RecipeError(f"{place(lines[key,])}: '{key}' is what {command} reads; give the recipe to that.")
     recipe = None
     try:
         recipe = schema.model_validate(value)
@@ -67,7 +99,7 @@ def parse(text: str, name: str, schema: type[D]) -> D:
     if problems or recipe is None:
         line, sentence = min(problems, key=lambda problem: problem[0])
         more = {1: "", 2: " (and 1 further error)"}.get(len(problems), f" (and {len(problems) - 1} further errors)")
-        raise RecipeError(f"{name}, line {line}: {sentence}{more}.")
+        raise RecipeError(f"{place(line)}: {sentence}{more}.")
     return recipe
 
 

@@ -21,6 +21,7 @@ from ..checkpoint.values import as_stored, differs
 from ..checkpoint.writing import index_json
 from ..converted.files import added_layout, converted_config, converted_tokenizer, lowered_limits
 from ..operations.base import Changes
+from ..version import VERSION
 from .operate import Operated
 from .plan import Plan, carried
 
@@ -121,4 +122,5 @@ def _source_entry(plan: Plan) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("surgery", "torch", "transformers", "safetensors")}
+    others = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"surgery": VERSION, **others}

@@ -6,7 +6,7 @@ keys, wrong types and numbers that are not finite are errors, each one sentence 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from ..operations import OPERATIONS
 from ..operations.base import Operation
 from ..recipe.fields import AsTuple, one_of
-from ..recipe.file import Document, load, parse
+from ..recipe.file import Document, parse, read
 from ..tuning.operation import Tune
 from ..verification.verify import Verify
 
@@ -122,9 +122,13 @@ def _inexact(changes: Sequence[Operation]) -> str | None:
     return next((change.inexact for change in changes if change.exact == "no"), None)
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read the recipe in the file `path`. RecipeError when it cannot be read or does not say something we can do."""
-    return load(path, Recipe)
+# How a recipe may be given: the name of one that comes with surgery, a path, its keys, or the recipe itself.
+Given = Recipe | Mapping[str, Any] | Path | str
+
+
+def load_recipe(given: Given) -> Recipe:
+    """The recipe `given`. RecipeError when it cannot be read or does not say something we can do."""
+    return read(given, Recipe)
 
 
 def parse_recipe(text: str, name: str) -> Recipe:

@@ -15,8 +15,8 @@ def dataset_text(wanted: Dataset) -> str:
         import datasets
     except ImportError as error:
         raise SourceError(
-            "tune.dataset is read by the library datasets: pip install 'surgery[datasets]', or leave it out and give "
-            "--calibration FILE."
+            "tune.dataset is read by the library datasets: pip install 'checkpoint-surgery[datasets]', or leave it out "
+            "and give --calibration FILE."
         ) from error
     name = wanted.name if wanted.config is None else f"{wanted.name} ({wanted.config})"
     parts, left = [], wanted.characters

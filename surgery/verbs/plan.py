@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..steps.plan import Plan, prepare
-from ..steps.recipe import Recipe, load_recipe
+from ..steps.recipe import Given, load_recipe
 
 
 def plan(
-    recipe: Recipe | Path | str,
+    recipe: Given,
     source: str,
     *,
     out: Path | None = None,
@@ -18,7 +18,7 @@ def plan(
     revision: str | None = None,
 ) -> Plan:
     """The exact list of tensors and files that `recipe` will change in `source`. Reads headers only, writes nothing."""
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    recipe = load_recipe(recipe)
     found = prepare(
         recipe, str(source), None if out is None else Path(out), needs_tokenizer=False, link=link, dtype=dtype,
         revision=revision,

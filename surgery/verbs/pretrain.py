@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..errors import SourceError
 from ..live.loading import quiet
 from ..live.text import read_texts
 from ..progress import SILENT, Reporter
-from ..recipe.file import load
+from ..recipe.file import read
 from ..report.training import training_curves
 from ..tuning.corpus import Corpus, make_corpus
 from ..tuning.scratch.loop import train
@@ -26,12 +25,13 @@ from ..tuning.scratch.tokenizer import as_pretrained, train_tokenizer
 from ..tuning.scratch.variants import Variant, base_config, build, initial_weights
 from ..tuning.tune import make_accelerator
 from ..verification.verdict import plain_json
+from ..version import VERSION
 
 CURVES = "curves"
 
 
 def pretrain(
-    recipe: FromScratch | Path | str,
+    recipe: FromScratch | Mapping[str, Any] | Path | str,
     out: Path | str,
     *,
     text: Sequence[Path],
@@ -44,7 +44,7 @@ def pretrain(
     a checkpoint of each variant, by its name, with its tokenizer; curves.json, which is what is returned; and
     curves.png and curves.svg. Raises SourceError for text that is too short and for a loss that is not a number.
     """
-    recipe = recipe if isinstance(recipe, FromScratch) else load(Path(recipe), FromScratch)
+    recipe = read(recipe, FromScratch)
     out, settings = Path(out), recipe.pretrain
     require_target(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -68,7 +68,7 @@ def pretrain(
             _save(variant, as_pretrained(tokenizer, leading=bool(variant.lead)), stage.path / name)
         result = plain_json(
             {
-                "surgery": importlib.metadata.version("surgery"),
+                "surgery": VERSION,
                 "recipe": recipe.to_dict(),
                 "vocabulary": tokenizer.get_vocab_size(),
                 "training_tokens": corpus.training.numel(),

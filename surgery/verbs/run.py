@@ -30,7 +30,7 @@ from ..steps.measure import Pair, measure_pair
 from ..steps.operate import Operated, operate
 from ..steps.options import RUN, RunOptions
 from ..steps.plan import Plan, prepare
-from ..steps.recipe import Recipe, load_recipe
+from ..steps.recipe import Given, Recipe, load_recipe
 from ..steps.tune import assist, prepare_training
 from ..verification.gates.base import Inputs
 from ..verification.integrity import check_integrity, read_config
@@ -41,7 +41,7 @@ Verdict = dict[str, Any]
 
 
 def run(
-    recipe: Recipe | Path | str, source: str, out: Path | str, options: RunOptions = RUN,
+    recipe: Given, source: str, out: Path | str, options: RunOptions = RUN,
     reporter: Reporter = SILENT,
 ) -> Verdict | None:  # fmt: skip
     """Convert `source` by `recipe` into the new directory `out`, and return the verdict.
@@ -106,8 +106,8 @@ def _require_measured(options: RunOptions) -> None:
         raise SourceError(f"--tasks {options.tasks} is for gates, which --no-verify leaves out; take one away.")
 
 
-def _plan(recipe: Recipe | Path | str, source: str, out: Path, options: RunOptions) -> Plan:
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+def _plan(recipe: Given, source: str, out: Path, options: RunOptions) -> Plan:
+    recipe = load_recipe(recipe)
     plan = prepare(
         recipe, source, out, needs_tokenizer=options.verify or recipe.reads_text, link=options.link,
         dtype=options.dtype, revision=options.revision,

@@ -136,7 +136,7 @@ def test_what_it_needs_is_said_before_the_work(place: Place, tmp_path: Path, mon
     monkeypatch.setattr("surgery.steps.operate.load_original", lambda *a, **k: pytest.fail("weights were read"))
     for arguments in (("plan", recipe, place.source), ("run", recipe, place.source, tmp_path / "out", *texts)):
         refused = surgery_command(*arguments)
-        assert refused.code == 2 and "surgery[int8]" in refused.error
+        assert refused.code == 2 and "checkpoint-surgery[int8]" in refused.error
 
 
 @pytest.mark.slow

@@ -266,7 +266,7 @@ def test_text_comes_from_a_dataset_too(place: Place, tmp_path: Path, monkeypatch
     ):
         assert said in run(place, recipe(**settings), tmp_path / "bad").error
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'surgery[datasets]'" in run(place, recipe(column="words"), tmp_path / "bad").error
+    assert "pip install 'checkpoint-surgery[datasets]'" in run(place, recipe(column="words"), tmp_path / "bad").error
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import click
 
 from ...checkpoint.results import json_text, require_result_file, write_result
-from ..options import DTYPE, FILE, JSON, LINK, REVISION, options
+from ...recipe.builtin import recipe_file
+from ..options import DTYPE, FILE, JSON, LINK, RECIPE, REVISION, options
 from ..options import given as given_paths
 from ..show.console import output
 
 
 @click.command()
-@click.argument("recipe", type=FILE)
+@RECIPE
 @click.argument("source")
 @options(
     click.option("--out", type=FILE, help="Also check that this output can be created."),
@@ -19,7 +20,7 @@ from ..show.console import output
 )  # fmt: skip
 def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
     """Print which tensors and files RECIPE would add, change and keep in SOURCE. Reads headers only, writes nothing."""
-    require_result_file(json_file, "--json", given_paths(recipe, source, out))
+    require_result_file(json_file, "--json", given_paths(recipe_file(recipe), source, out))
     from ...verbs.plan import plan as verb
     from ..show.plan import show_plan
 

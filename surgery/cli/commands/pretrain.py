@@ -5,13 +5,14 @@ from __future__ import annotations
 import click
 
 from ...checkpoint.results import json_text, require_result_file, write_result
-from ..options import FILE, JSON, options
+from ...recipe.builtin import recipe_file
+from ..options import FILE, JSON, RECIPE, options
 from ..options import given as given_paths
 from ..show.console import output
 
 
 @click.command()
-@click.argument("recipe", type=FILE)
+@RECIPE
 @click.argument("out", type=FILE)
 @options(
     click.option("--text", multiple=True, type=FILE, metavar="FILE", help="Text to train on, UTF-8 (repeatable)."),
@@ -23,7 +24,7 @@ from ..show.console import output
 )  # fmt: skip
 def pretrain(recipe, out, text, held_out, json_file) -> int:
     """Train the small GPT-2 variants of RECIPE from nothing; checkpoints and curves go to the new directory OUT."""
-    require_result_file(json_file, "--json", given_paths(recipe, out, *text, *held_out))
+    require_result_file(json_file, "--json", given_paths(recipe_file(recipe), out, *text, *held_out))
     from ...verbs.pretrain import pretrain as verb
     from ..show.pretrain import show_curves
     from ..show.progress import TerminalReporter

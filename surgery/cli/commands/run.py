@@ -7,14 +7,15 @@ import os
 import click
 
 from ...checkpoint.results import json_text, require_result_file, write_result
+from ...recipe.builtin import recipe_file
 from ..judged import judged
-from ..options import DEVICE, DTYPE, FILE, JSON, LINK, REVISION, TASKS, TEXT, chunking, options
+from ..options import DEVICE, DTYPE, FILE, JSON, LINK, RECIPE, REVISION, TASKS, TEXT, chunking, options
 from ..options import given as given_paths
 from ..show.console import output
 
 
 @click.command()
-@click.argument("recipe", type=FILE)
+@RECIPE
 @click.argument("source")
 @click.argument("out", type=FILE)
 @options(
@@ -35,7 +36,7 @@ def run(recipe, source, out, no_verify, report, chunks, chunk_length, json_file,
     first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
     if first:
         texts = (*given["text"], *given["calibration"])
-        paths = given_paths(recipe, source, out, *texts, given["keep_failed"], given["adapter"])
+        paths = given_paths(recipe_file(recipe), source, out, *texts, given["keep_failed"], given["adapter"])
         require_result_file(json_file, "--json", [*paths, *given_paths(report)])
         require_result_file(report, "--report", paths)
     from ...live.text import Chunking

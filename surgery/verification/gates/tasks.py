@@ -237,8 +237,8 @@ def require_harness() -> None:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise SourceError(
-            "verify.tasks needs lm-evaluation-harness: pip install 'surgery[tasks]', or leave 'tasks' out of the "
-            "recipe."
+            "verify.tasks needs lm-evaluation-harness: pip install 'checkpoint-surgery[tasks]', or leave 'tasks' "
+            "out of the recipe."
         ) from error
 
 

@@ -18,7 +18,7 @@ from surgery.verification.gates.base import Measured
 from surgery.verification.gates.tasks import Tasks, TaskScore, TaskSet, drop
 
 BASE = "surgery: 1\noperations: [attention_bias: {prefix: [5]}]\n"
-WHY = "lm-evaluation-harness is 50 packages, 600 MB, and left out of the test extra: pip install 'surgery[tasks]'"
+WHY = "lm-evaluation-harness is 50 packages, 600 MB, not in the test extra: pip install 'checkpoint-surgery[tasks]'"
 
 
 def test_a_drop_is_paired_by_document() -> None:
@@ -75,7 +75,7 @@ def test_without_the_harness_the_way_out_is_named(place: Place, tmp_path: Path, 
     texts = ("--text", place.text, *MEASURED)
     for arguments in (("plan", recipe, place.source), ("run", recipe, place.source, tmp_path / "out", *texts)):
         refused = surgery_command(*arguments)
-        assert refused.code == 2 and "surgery[tasks]" in refused.error
+        assert refused.code == 2 and "checkpoint-surgery[tasks]" in refused.error
 
 
 def test_texts_are_cut_alike_and_a_broken_task_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
