@@ -7,6 +7,7 @@ it was compared with the size of the file. Offsets in `TensorInfo` count from th
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import mmap
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DamagedCheckpoint, SourceError
+from .elsewhere import NOWHERE, Elsewhere
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -71,8 +73,8 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def read_layout(root: Path) -> Layout:
-    """The layout of the safetensors checkpoint in `root`, from headers only.
+def read_layout(root: Path, elsewhere: Elsewhere = NOWHERE) -> Layout:
+    """The layout of the safetensors checkpoint in `root`, from headers only; of weights `elsewhere`, from there.
 
     Raises SourceError where there is nothing to read (no directory, no weights, only pickles) and DamagedCheckpoint
     where index, headers and file sizes do not agree.
@@ -81,27 +83,28 @@ def read_layout(root: Path) -> Layout:
     if not root.is_dir():
         raise SourceError(f"{root} is not a directory; give the directory that holds config.json and the weights.")
     if os.path.lexists(root / INDEX):
-        return _indexed_layout(root)
-    if not os.path.lexists(root / SINGLE):
+        return _indexed_layout(root, elsewhere)
+    if not elsewhere.holds(root, SINGLE):
         raise _no_weights(root)
-    size, tensors = _read_header(root, SINGLE)
+    size, tensors = _read_header(root, SINGLE, elsewhere.of([SINGLE]).get(SINGLE))
     if not tensors:
         raise DamagedCheckpoint(f"{root / SINGLE} holds no tensors; download or save the checkpoint again.")
     return Layout(root, tensors, (SINGLE,), {SINGLE: size})
 
 
-def _indexed_layout(root: Path) -> Layout:
-    weight_map = _read_index(root)
+def _indexed_layout(root: Path, elsewhere: Elsewhere) -> Layout:
+    weight_map = _read_index(root, elsewhere)
     shards = tuple(sorted(set(weight_map.values())))
-    if os.path.lexists(root / SINGLE) and SINGLE not in shards:
+    if elsewhere.holds(root, SINGLE) and SINGLE not in shards:
         raise DamagedCheckpoint(
             f"{root} holds both {SINGLE} and {INDEX}, which does not name it, so loaders disagree "
             "on which to load; remove the one that is stale."
         )
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[str, int] = {}
+    heads = elsewhere.of(shards)
     for shard in shards:
-        sizes[shard], found = _read_header(root, shard)
+        sizes[shard], found = _read_header(root, shard, heads.get(shard))
         for name, info in found.items():
             if name in tensors:
                 raise DamagedCheckpoint(
@@ -120,7 +123,7 @@ def _indexed_layout(root: Path) -> Layout:
     return Layout(root, tensors, shards, sizes)
 
 
-def _read_index(root: Path) -> dict[str, str]:
+def _read_index(root: Path, elsewhere: Elsewhere) -> dict[str, str]:
     """`weight_map` of the index: tensor name to shard, each shard a plain file name."""
     path = root / INDEX
     index = read_json(path)
@@ -138,7 +141,7 @@ def _read_index(root: Path) -> dict[str, str]:
                 f'{path} puts tensor "{name}" in {shard!r}, which is not a .safetensors file; '
                 "save the checkpoint again with safe serialization."
             )
-        if not os.path.lexists(root / shard):
+        if not elsewhere.holds(root, shard):
             raise DamagedCheckpoint(f"{path} names the shard {shard}, which is missing; {_AGAIN}.")
     return weight_map
 
@@ -203,14 +206,19 @@ def is_lfs_pointer(head: bytes) -> bool:
     return head.startswith(_LFS)
 
 
-def _read_header(root: Path, shard: str) -> tuple[int, dict[str, TensorInfo]]:
-    """(file size, tensors by name) of one safetensors file; DamagedCheckpoint unless header and size fit exactly."""
+def _read_header(
+    root: Path, shard: str, elsewhere: tuple[int, bytes] | None
+) -> tuple[int, dict[str, TensorInfo]]:  # fmt: skip
+    """(file size, tensors by name) of one safetensors file; DamagedCheckpoint unless header and size fit exactly.
+
+    `elsewhere`: size and first bytes of a file that is not in `root`.
+    """
     path = root / shard
-    if not path.is_file():  # follows links: the hub cache keeps its files as links into blobs/
+    if elsewhere is None and not path.is_file():  # follows links: the hub cache keeps its files as links into blobs/
         raise DamagedCheckpoint(f"{path} is missing or not a file; {_AGAIN}.")
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with path.open("rb") if elsewhere is None else io.BytesIO(elsewhere[1]) as file:
+            size = os.fstat(file.fileno()).st_size if elsewhere is None else elsewhere[0]
             head = file.read(len(_LFS))
             if is_lfs_pointer(head):
                 raise lfs_pointer(path)
