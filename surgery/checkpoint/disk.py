@@ -35,6 +35,11 @@ def free_space(where: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def same_disk(where: Path, other: Path) -> bool:
+    """Whether `other` is on the filesystem that will hold `where`, a new entry of a directory."""
+    return Path(where).absolute().parent.stat().st_dev == Path(other).stat().st_dev
+
+
 def require_space(where: Path, needed: int) -> None:
     """Raise NoSpace unless `needed` bytes fit on the filesystem of `where`."""
     free = free_space(where)

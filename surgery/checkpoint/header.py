@@ -7,6 +7,7 @@ it was compared with the size of the file. Offsets in `TensorInfo` count from th
 
 from __future__ import annotations
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,15 @@ class TensorInfo:
         return self.stop - self.start
 
 
-def read_header(root: Path, shard: str) -> tuple[int, dict[str, TensorInfo]]:
-    """(file size, tensors by name) of one safetensors file; DamagedCheckpoint unless header and size fit exactly."""
+def read_header(
+    root: Path, shard: str, elsewhere: tuple[int, bytes] | None = None
+) -> tuple[int, dict[str, TensorInfo]]:  # fmt: skip
+    """(file size, tensors by name) of one safetensors file; DamagedCheckpoint unless header and size fit exactly.
+
+    `elsewhere`: size and first bytes of a file that is not in `root`.
+    """
     path = root / shard
-    size, raw = _raw_header(path)
+    size, raw = _raw_header(path, elsewhere)
     entries = parse_object(raw, f"the header of {path}")
     _check_metadata(path, entries.pop("__metadata__", None))
     base = 8 + len(raw)
@@ -61,13 +67,13 @@ def read_header(root: Path, shard: str) -> tuple[int, dict[str, TensorInfo]]:
     return size, tensors
 
 
-def _raw_header(path: Path) -> tuple[int, bytes]:
+def _raw_header(path: Path, elsewhere: tuple[int, bytes] | None) -> tuple[int, bytes]:
     """The file's size, and the bytes of its header."""
-    if not path.is_file():  # follows links: the hub cache keeps its files as links into blobs/
+    if elsewhere is None and not path.is_file():  # follows links: the hub cache keeps its files as links into blobs/
         raise DamagedCheckpoint(f"{path} is missing or not a file; {AGAIN}.")
     try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_regular(path) if elsewhere is None else io.BytesIO(elsewhere[1]) as file:
+            size = os.fstat(file.fileno()).st_size if elsewhere is None else elsewhere[0]
             head = file.read(64)
             if is_lfs_pointer(head):
                 raise lfs_pointer(path)

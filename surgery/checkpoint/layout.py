@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import DamagedCheckpoint, SourceError
 from ..words import named
+from .elsewhere import NOWHERE, Elsewhere
 from .header import TensorInfo, read_header
 from .regular import AGAIN, is_plain_name, read_json
 
@@ -41,8 +42,8 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def read_layout(root: Path) -> Layout:
-    """The layout of the safetensors checkpoint in `root`, from headers only.
+def read_layout(root: Path, elsewhere: Elsewhere = NOWHERE) -> Layout:
+    """The layout of the safetensors checkpoint in `root`, from headers only; of weights `elsewhere`, from there.
 
     Raises SourceError where there is nothing to read (no directory, no weights, only pickles) and DamagedCheckpoint
     where index, headers and file sizes do not agree.
@@ -51,27 +52,28 @@ def read_layout(root: Path) -> Layout:
     if not root.is_dir():
         raise SourceError(f"{root} is not a directory; give the directory that holds config.json and the weights.")
     if os.path.lexists(root / INDEX):
-        return _indexed_layout(root)
-    if not os.path.lexists(root / SINGLE):
+        return _indexed_layout(root, elsewhere)
+    if not elsewhere.holds(root, SINGLE):
         raise _no_weights(root)
-    size, tensors = read_header(root, SINGLE)
+    size, tensors = read_header(root, SINGLE, elsewhere.of([SINGLE]).get(SINGLE))
     if not tensors:
         raise DamagedCheckpoint(f"{root / SINGLE} holds no tensors; download or save the checkpoint again.")
     return Layout(root, tensors, (SINGLE,), {SINGLE: size})
 
 
-def _indexed_layout(root: Path) -> Layout:
-    weight_map = _read_index(root)
+def _indexed_layout(root: Path, elsewhere: Elsewhere) -> Layout:
+    weight_map = _read_index(root, elsewhere)
     shards = tuple(sorted(set(weight_map.values())))
-    if os.path.lexists(root / SINGLE) and SINGLE not in shards:
+    if elsewhere.holds(root, SINGLE) and SINGLE not in shards:
         raise DamagedCheckpoint(
             f"{root} holds both {SINGLE} and {INDEX}, which does not name it, so loaders disagree "
             "on which to load; remove the one that is stale."
         )
     tensors: dict[str, TensorInfo] = {}
     sizes: dict[str, int] = {}
+    heads = elsewhere.of(shards)
     for shard in shards:
-        sizes[shard], found = read_header(root, shard)
+        sizes[shard], found = read_header(root, shard, heads.get(shard))
         for name, info in found.items():
             if name in tensors:
                 raise DamagedCheckpoint(
@@ -91,7 +93,7 @@ def _indexed_layout(root: Path) -> Layout:
     return Layout(root, tensors, shards, sizes)
 
 
-def _read_index(root: Path) -> dict[str, str]:
+def _read_index(root: Path, elsewhere: Elsewhere) -> dict[str, str]:
     """`weight_map` of the index: tensor name to shard, each shard a plain file name."""
     path = root / INDEX
     index = read_json(path)
@@ -110,7 +112,7 @@ def _read_index(root: Path) -> dict[str, str]:
                 "save the checkpoint again with safe serialization."
             )
     for shard in dict.fromkeys(weight_map.values()):
-        if not os.path.lexists(root / shard):
+        if not elsewhere.holds(root, shard):
             raise DamagedCheckpoint(f"{path} names the shard {named(shard)}, which is missing; {AGAIN}.")
     return weight_map
 

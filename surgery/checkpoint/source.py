@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SourceError, brief
+from ..errors import DamagedCheckpoint, SourceError
 from ..progress import Advance, unseen
 from .disk import sha256_of
+from .elsewhere import NOWHERE, Elsewhere
+from .hub import HubId, Snapshot, download, fetch_some, hub_id, weights_of
 from .layout import INDEX, SINGLE, Layout, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
 from .regular import is_lfs_pointer, lfs_pointer, read_json
@@ -65,7 +66,6 @@ REFUSED_SUFFIXES = (
 )
 # A choice of kernel, not a part of the model: transformers writes neither, and one that is not installed would stop it.
 NOT_CARRIED = ("_attn_implementation", "attn_implementation")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Source:
     `layout` is what lies on disk; for a GGUF what `materialise` will write (its `root` is then the .gguf file, from
     which no tensor can be read by it: call `read_layout` on the materialised directory). `companions` are plain file
     names beside the weights that belong to the model; for a GGUF those that `materialise` will write.
-    `revision` is the commit of a hub snapshot.
+    `revision` is the commit of a hub snapshot, whose weights are not in `root` before `materialise`.
     """
 
     spec: str
@@ -92,13 +92,27 @@ class Source:
         """The model on the meta device, where opening the source has built it: for a GGUF."""
         return None if self.plan is None else self.plan.blank
 
+    @property
+    def repo(self) -> str | None:
+        """The hub's "owner/name", where it comes from there."""
+        found = hub_id(self.spec) if self.kind == "hub" else None
+        return None if found is None else found.repo
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """Bytes of the weight files, by name, that `materialise` will download."""
+        if self.kind != "hub":
+            return {}
+        return {name: self.layout.sizes[name] for name in self.layout.shards if not (self.root / name).exists()}
+
 
 def open_source(spec: str, *, revision: str | None = None, dtype: str | None = None) -> Source:
-    """Open a directory, a `.gguf` file or a hub id "owner/name" (downloaded, pickles left out); no weights are read.
+    """Open a directory, a `.gguf` file or a hub id, "owner/name" or "owner/name@revision"; no weights are read.
 
-    revision: branch, tag or commit, hub ids only. dtype: "float32" (default), "bfloat16" or "float16", GGUF only.
-    Raises SourceError for what is not a checkpoint we take, DamagedCheckpoint for one whose bytes are wrong,
-    UnsupportedModel for a GGUF that would not come out exactly.
+    What exists on this disk is never taken for a hub id. Of the hub's files only small ones are downloaded, and of
+    weights their headers. revision: branch, tag or commit, hub ids only. dtype: "float32" (default), "bfloat16" or
+    "float16", GGUF only. Raises SourceError for what is not a checkpoint we take, DamagedCheckpoint for one whose bytes
+    are wrong, UnsupportedModel for a GGUF that would not come out exactly.
     """
     try:
         spec.encode("utf-8")
@@ -116,21 +130,35 @@ def open_source(spec: str, *, revision: str | None = None, dtype: str | None = N
         return _open_directory(spec, "directory", path, None)
     if path.exists():
         raise SourceError(f"{spec} is a file, but not a .gguf file; give its directory, a .gguf file or a hub id.")
-    if not _HUB_ID.fullmatch(spec):
+    at = hub_id(spec, revision)
+    if at is None:
         raise SourceError(f"{spec} does not exist, nor is it a hub id of the form owner/name; check the path.")
-    root = _download(spec, revision)
-    if not any((root / name).exists() for name in (SINGLE, INDEX)):
+    return _open_hub(at)
+
+
+def fetch_small(at: HubId) -> Snapshot:
+    """What a model on the hub has beside its weights; pickles are left there."""
+    refused = (f"*{suffix}" for suffix in REFUSED_SUFFIXES if suffix != ".py")
+    return fetch_some(at, [CONFIG, MANIFEST, INDEX, "*.py", *COMPANION_PATTERNS], ["*/*", *refused])
+
+
+def _open_hub(at: HubId) -> Source:
+    snapshot = fetch_small(at)
+    weights = weights_of(snapshot)
+    if not any((snapshot.root / name).exists() or name in weights.names for name in (SINGLE, INDEX)):
         raise SourceError(
-            f"{spec} has no safetensors weights on the hub, and its pickles, which can run code, are not "
+            f"{at} has no safetensors weights on the hub, and its pickles, which can run code, are not "
             "downloaded; if you trust them, save them anew with transformers and give that directory."
         )
-    return _open_directory(spec, "hub", root, root.name)
+    return _open_directory(str(at), "hub", snapshot.root, snapshot.commit, weights)
 
 
-def _open_directory(spec: str, kind: str, root: Path, revision: str | None) -> Source:
+def _open_directory(
+    spec: str, kind: str, root: Path, revision: str | None, weights: Elsewhere = NOWHERE
+) -> Source:  # fmt: skip
     config = _read_config(root)
     refuse_adapter(root)
-    layout = read_layout(root)
+    layout = read_layout(root, weights)
     return Source(spec, kind, root, revision, config, layout, _companions(root, config))
 
 
@@ -199,43 +227,6 @@ def _code_files(config: dict[str, Any]) -> set[str]:
     return {f"{item.split('.')[0]}.py" for item in flat if isinstance(item, str) and "--" not in item}
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    """Directory of the hub snapshot, with nothing in it but what the companions and the layout can use."""
-    from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
-
-    at = f"{repo} at revision {revision}" if revision else repo
-    try:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=[CONFIG, MANIFEST, "*.safetensors", INDEX, "*.py", *COMPANION_PATTERNS],
-                ignore_patterns=[
-                    "*/*",
-                    "consolidated*",
-                    *(f"*{suffix}" for suffix in REFUSED_SUFFIXES if suffix not in (".safetensors", ".py")),
-                ],
-            )
-        )
-    except hub.GatedRepoError as error:
-        raise SourceError(f"{repo} is gated on the hub; accept its terms there, then log in: hf auth login.") from error
-    except hub.RevisionNotFoundError as error:
-        raise SourceError(f"The hub has no revision {revision} of {repo}; check the branch, tag or commit.") from error
-    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        raise SourceError(
-            f"{repo} is neither a directory here nor a model on the hub; check the name (a private one "
-            "needs: hf auth login)."
-        ) from error
-    except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) as error:
-        raise SourceError(
-            f"{at} is not complete in the local hub cache and the hub cannot be reached; go online, "
-            "unset HF_HUB_OFFLINE, or give a directory."
-        ) from error
-    except (hub.HTTPError, OSError) as error:
-        raise SourceError(f"{at} could not be downloaded ({brief(error)}); try again or give a directory.") from error
-
-
 def _open_gguf(spec: str, path: Path, dtype: str) -> Source:
     from .gguf import plan_gguf
 
@@ -253,10 +244,20 @@ def source_hashes(source: Source, advance: Advance = unseen) -> dict[str, str]:
 
 
 def materialise(source: Source, into: Path, advance: Advance = unseen) -> Path:
-    """A directory of plain Hugging Face files to load from: the source's own, or `into`, filled from the GGUF."""
-    if source.kind != "gguf":
-        return source.root
-    from .gguf import write_plan
+    """A directory of plain Hugging Face files to load from: the source's own, with the weights of a hub id downloaded
+    into it; or `into`, filled from the GGUF.
 
-    write_plan(source.plan, into, advance)
-    return Path(into)
+    DamagedCheckpoint where what was downloaded has other headers than those that the source was opened by.
+    """
+    if source.kind == "gguf":
+        from .gguf import write_plan
+
+        write_plan(source.plan, into, advance)
+        return Path(into)
+    if source.missing:
+        at = hub_id(source.spec)
+        assert at is not None
+        download(Snapshot(at, source.root), source.missing, advance)
+        if read_layout(source.root) != source.layout:
+            raise DamagedCheckpoint(f"{source.spec}: what was downloaded is not what the hub showed; run again.")
+    return source.root

@@ -81,7 +81,7 @@ def model_card(
     metadata = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation",
         tags=["surgery", *(section.tag for section in adding if section.tag is not None)],
-        base_model=source.spec if source.kind == "hub" else None,
+        base_model=source.repo,
     )  # fmt: skip
     base = source.spec if source.kind == "hub" else source.root.name
     what = "\n\nIt also has ".join(wrapped(section.text) for section in adding)

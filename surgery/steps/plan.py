@@ -11,7 +11,7 @@ from typing import Any
 
 from ..anatomy.linears import linears
 from ..anatomy.sites import Anatomy, examine
-from ..checkpoint.disk import free_space, require_space, require_target
+from ..checkpoint.disk import free_space, require_space, require_target, same_disk
 from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import Source, has_tokenizer, open_source
@@ -103,6 +103,7 @@ class Plan:
             "files": [vars(file) for file in self.files],
             "config": {"lowered": self.lowered},
             "disk": {"needed": self.bytes_needed, "free": self.bytes_free},
+            "download": sum(self.source.missing.values()),
         }
 
 
@@ -146,7 +147,9 @@ def prepare(
     where = Path.cwd() if out is None else out
     if out is not None:
         require_target(where, source.root if source.root.is_dir() else None)
-        require_space(where, needed)
+        download = sum(source.missing.values())
+        require_space(source.root, download)
+        require_space(where, needed + (download if same_disk(where, source.root) else 0))
     return Plan(
         source, recipe, target, changes, by_operation, derived, shards, added_shard, files, needed, free_space(where)
     )

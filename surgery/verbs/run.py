@@ -25,6 +25,7 @@ from ..operations.base import Stand
 from ..progress import SILENT, Reporter
 from ..report.verdict import card_tables
 from ..steps.emit import emit
+from ..steps.fetch import fetch_weights
 from ..steps.inputs import Texts, fit_chunks, gather_texts, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
 from ..steps.operate import Operated, operate
@@ -165,7 +166,7 @@ def _aside(adapter: Path | None) -> contextlib.AbstractContextManager[Stage | No
 def _materialised(plan: Plan, stage: Stage, reporter: Reporter) -> tuple[Plan, Path]:
     """The source as a directory of plain files: its own, or a GGUF's dequantised inside the stage."""
     if plan.source.kind != "gguf":
-        return plan, plan.source.root
+        return plan, fetch_weights(plan.source, reporter)
     reporter.step(f"dequantise {plan.source.root.name}")
     directory = materialise(plan.source, stage.scratch)
     if plan.target.tokenizer is None:

@@ -15,7 +15,7 @@ from ..anatomy.sites import Anatomy, examine
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
-from ..checkpoint.source import materialise, open_source, refuse_adapter
+from ..checkpoint.source import fetch_small, materialise, open_source, refuse_adapter
 from ..converted.described import read_described
 from ..converted.reading import is_converted, load_converted
 from ..errors import DamagedCheckpoint, SourceError
@@ -23,6 +23,7 @@ from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.model import Live
 from ..live.text import FEW_CHUNKS, Chunking, read_texts
 from ..progress import SILENT, Reporter
+from ..steps.fetch import fetch_all, fetch_weights, on_hub
 from ..steps.inputs import Reader, fit_chunks
 from ..steps.plan import source_tokenizer
 from ..survey.full import survey
@@ -40,7 +41,8 @@ def scan(
     chunking: Chunking = FEW_CHUNKS,
     reporter: Reporter = SILENT,
 ) -> dict:
-    """Survey `source` (a directory, hub id, GGUF, or converted checkpoint) on `text`: layer by layer, and across them.
+    """Survey `source` (a directory, hub id "owner/name@revision", GGUF, or converted checkpoint) on `text`: layer by
+    layer, and across them.
 
     Layer 0 is the embedding output and has no attention; layer k carries the attention of block k - 1, which writes it.
     With `interventions`, the live model is also changed in the ways that its survey suggests, and measured each time.
@@ -50,7 +52,7 @@ def scan(
     require_device(device)
     words = read_texts(text)
     reporter.step(f"load {source}")
-    with _opened(str(source), dtype, revision) as opened:
+    with _opened(str(source), dtype, revision, reporter) as opened:
         fitting = fit_chunks(chunking, opened.anatomy, opened.n_slots)
         chunks = opened.reader.cut(words, fitting, "--text")
         live = Live(opened.load(device), opened.anatomy)
@@ -84,12 +86,15 @@ class _Opened:
 
 
 @contextlib.contextmanager
-def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_Opened]:
-    root = Path(source)
+def _opened(source: str, dtype: str | None, revision: str | None, reporter: Reporter) -> Iterator[_Opened]:
+    root, at = Path(source), on_hub(source, revision)
     if is_converted(root):
         if dtype is not None or revision is not None:
             raise SourceError(f"{root} is a converted checkpoint on this disk; leave out --dtype and --revision.")
         yield _converted(root)
+        return
+    if at is not None and dtype is None and is_converted((snapshot := fetch_small(at)).root):
+        yield _converted(fetch_all(snapshot, reporter))
         return
     opened = open_source(source, revision=revision, dtype=dtype)
     anatomy = examine(opened.config, opened.blank)
@@ -97,10 +102,14 @@ def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_O
     with tempfile.TemporaryDirectory(prefix="surgery-scan-") as scratch:
         if opened.kind == "gguf":
             require_space(Path(scratch), opened.layout.total_bytes)
+        else:
+            require_space(opened.root, sum(opened.missing.values()))
         tokenizer = source_tokenizer(opened)
 
         def load(device: str) -> PreTrainedModel:
-            return load_original(materialise(opened, Path(scratch) / "model"), device=device)
+            if opened.kind == "gguf":
+                return load_original(materialise(opened, Path(scratch) / "model"), device=device)
+            return load_original(fetch_weights(opened, reporter), device=device)
 
         yield _Opened(anatomy, Reader(tokenizer, vocab_size), 0, load)
 

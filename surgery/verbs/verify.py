@@ -16,11 +16,12 @@ from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from ..checkpoint.source import Source, has_tokenizer, materialise, open_source
 from ..converted.described import Described
-from ..converted.reading import load_converted, require_converted
+from ..converted.reading import load_converted
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
+from ..steps.fetch import fetch_converted, fetch_weights
 from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyOptions
@@ -36,7 +37,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 def verify(
     checkpoint: Path | str, options: VerifyOptions = VERIFY, reporter: Reporter = SILENT
 ) -> dict[str, Any]:  # fmt: skip
-    """Check the converted `checkpoint` and return the verdict.
+    """Check the converted `checkpoint`, a directory or a hub id ("owner/name@revision"), and return the verdict.
 
     Alone: integrity of files, tensors, slots, code, tokenizer. With text: also perplexity and massive activations of
     the converted model. Against its source: also every kept tensor, and with both, all gates of its recipe.
@@ -44,12 +45,11 @@ def verify(
     that and its second half is measured on.
     Python files in the checkpoint are compared with what this version writes, and never run.
     """
-    root = Path(checkpoint)
     # 1. Everything that can be refused without reading much.
     require_device(options.device)
     _require_use(options)
     texts = gather_texts(options.text, options.calibration, reporter)
-    require_converted(root)
+    root = fetch_converted(checkpoint, reporter)
     try:
         manifest = read_manifest(root)
     except DamagedCheckpoint as error:  # a verdict all the same: CI servers read it from files
@@ -80,7 +80,10 @@ def verify(
 def _require_use(options: VerifyOptions) -> None:
     """SourceError for what is given and would not be used."""
     if options.revision is not None and options.against is None:
-        raise SourceError(f"--revision {options.revision} is that of a hub id; give it with --against.")
+        raise SourceError(
+            f"--revision {options.revision} is that of a hub id given with --against; of the checkpoint it is written "
+            f"owner/name@{options.revision}."
+        )
     if options.calibration and not options.text:
         raise SourceError(
             f"--calibration {options.calibration[0]} is for what is measured on text; give it with --text."
@@ -151,7 +154,7 @@ def _open_source(options: VerifyOptions, manifest: Manifest) -> Source:
 def _plain_files(source: Source | None, reporter: Reporter) -> Iterator[Path | None]:
     """The source as a directory of plain files; a GGUF is dequantised for the time of the check."""
     if source is None or source.kind != "gguf":
-        yield source.root if source is not None else None
+        yield fetch_weights(source, reporter) if source is not None else None
         return
     with tempfile.TemporaryDirectory(prefix="surgery-source-") as scratch:
         require_space(Path(scratch), source.layout.total_bytes)

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from helpers import ROOT
-from huggingface_hub import errors as hub_errors
 
 from surgery.checkpoint.layout import INDEX, SINGLE
 from surgery.checkpoint.source import materialise, open_source, source_hashes
@@ -175,82 +169,3 @@ def test_options_that_do_not_fit_the_source(tmp_path: Path) -> None:
     refused(SourceError, "dtype", spec="owner/name", dtype="bfloat16")
     refused(SourceError, "revision", "hub id", spec=root, revision="main")
     refused(SourceError, "revision", spec=tmp_path / "x.gguf", revision="main")
-
-
-def test_offline_hub_ids_are_one_sentence(tmp_path: Path) -> None:
-    code = (
-        "from surgery.checkpoint.source import open_source\nfrom surgery.errors import SourceError\n"
-        "try: open_source('owner/name')\nexcept SourceError as error: print(error)"
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.count("\n") == 1
-    assert "owner/name" in done.stdout and "HF_HUB_OFFLINE" in done.stdout
-
-
-def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict = {}
-    root = checkpoint(tmp_path / "0123abcd")
-
-    def download(repo: str, **options: object) -> str:
-        asked.update(options, repo=repo)
-        return str(root)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    source = open_source("owner/name", revision="main")
-    assert (source.kind, source.revision, source.root) == ("hub", "0123abcd", root)
-    assert (asked["repo"], asked["revision"]) == ("owner/name", "main")
-    names = [
-        "config.json",
-        "model-00001-of-00002.safetensors",
-        "tokenizer.model",
-        "pytorch_model.bin",
-        "vocab.pkl",
-        "original/model.safetensors",
-        "consolidated.safetensors",
-        "tokenizer.pt",
-        "README.md",
-        "LICENSE",
-    ]
-    taken = huggingface_hub.utils.filter_repo_objects(
-        names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
-    )
-    assert list(taken) == ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "LICENSE"]
-    (root / SINGLE).unlink()
-    refused(SourceError, "no safetensors weights on the hub", "pickles", spec="owner/name")
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (hub_errors.OfflineModeIsEnabled("offline"), ("cache", "HF_HUB_OFFLINE")),
-        (hub_errors.LocalEntryNotFoundError("no network\nmore"), ("cache",)),
-        (hub_errors.HFValidationError("bad id"), ("neither",)),
-        (ConnectionError("reset by peer\nmore"), ("could not be downloaded", "reset by peer")),
-    ],
-)
-def test_hub_failures_are_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, words: tuple[str, ...]
-) -> None:
-    def download(*_: object, **__: object) -> str:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    refused(SourceError, "owner/name", *words, spec="owner/name")
-
-
-def test_http_refusals_of_the_hub_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [
-        (hub_errors.GatedRepoError, "gated"),
-        (hub_errors.RepositoryNotFoundError, "neither"),
-        (hub_errors.RevisionNotFoundError, "no revision v9"),
-    ]
-    for kind, word in cases:
-
-        def download(*_: object, kind: type[Exception] = kind, **__: object) -> str:
-            raise kind.__new__(kind)  # their constructors want a live HTTP response
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        refused(SourceError, word, spec="owner/name", revision="v9")
