@@ -14,6 +14,7 @@ from ..progress import Advance, unseen
 from .disk import sha256_of
 from .layout import INDEX, SINGLE, Layout, is_lfs_pointer, lfs_pointer, read_json, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
+from .provenance import name_of, plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +86,11 @@ class Source:
     layout: Layout
     companions: tuple[str, ...]
     plan: Any = field(default=None, repr=False, compare=False)  # a GGUF's GgufPlan, derived once
+
+    @property
+    def name(self) -> str:
+        """What files may call it: an id of the hub, or the last part of a path."""
+        return self.spec if self.kind == "hub" else plain(name_of(self.spec))
 
     @property
     def blank(self) -> PreTrainedModel | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 from ..anatomy.stored import stored_values
 from ..checkpoint.layout import INDEX, Layout, TensorInfo
 from ..checkpoint.manifest import Manifest, build_manifest
+from ..checkpoint.provenance import Provenance
 from ..checkpoint.source import source_hashes
 from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored, differs
@@ -24,7 +24,9 @@ from .operate import Operated
 from .plan import Plan, carried
 
 
-def emit(plan: Plan, stage: Stage, directory: Path, operated: Operated, link: bool) -> Manifest:
+def emit(
+    plan: Plan, stage: Stage, directory: Path, operated: Operated, provenance: Provenance, link: bool
+) -> Manifest:  # fmt: skip
     """Write every file but the card into the stage; returns the manifest, without file hashes and verdict yet.
 
     `directory` holds the source as plain files, and keeps them.
@@ -53,10 +55,11 @@ def emit(plan: Plan, stage: Stage, directory: Path, operated: Operated, link: bo
     return build_manifest(
         source=_source_entry(plan),
         recipe=plan.recipe.to_dict(),
-        versions=_versions(),
+        versions=provenance.versions,
         tensors=_became(plan, changes, changed),
         files={},
         verdict=None,
+        provenance=provenance,
     )
 
 
@@ -111,13 +114,9 @@ def _source_entry(plan: Plan) -> dict[str, Any]:
     source = plan.source
     dtype = next(iter(source.layout.tensors.values())).dtype if source.kind == "gguf" else None
     return {
-        "spec": source.spec,
+        "spec": source.name,
         "kind": source.kind,
         "revision": source.revision,
         "dtype": dtype,
         "sha256": source_hashes(source),
     }
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("surgery", "torch", "transformers", "safetensors")}
