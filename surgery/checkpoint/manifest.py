@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from ..errors import DamagedCheckpoint
+from .provenance import Provenance
 from .regular import read_json
 
 MANIFEST = "surgery.json"
@@ -68,7 +69,7 @@ class Manifest(_Entry):
 
     `source`: spec, kind, revision, dtype and hashes; `recipe`: as parsed; `versions`: package name to version;
     `files`: every file in the directory, surgery.json itself left out; `verdict`: what verification found. The status
-    is "verified" only where a verdict says it passed.
+    is "verified" only where a verdict says it passed. `provenance`: of the run; older manifests have none.
     """
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
@@ -79,6 +80,7 @@ class Manifest(_Entry):
     tensors: dict[str, TensorEntry]
     files: dict[FileName, FileEntry]
     verdict: dict[str, Any] | None
+    provenance: Provenance | None = None
 
     @property
     def failed(self) -> bool:
@@ -106,6 +108,7 @@ def build_manifest(
     tensors: Mapping[str, Mapping[str, Any]],
     files: Mapping[str, Mapping[str, Any]],
     verdict: dict[str, Any] | None,
+    provenance: Provenance | None = None,
 ) -> Manifest:
     """The manifest of these parts, tensors and files sorted by name.
 
@@ -121,6 +124,7 @@ def build_manifest(
         tensors={name: TensorEntry.model_validate(tensors[name]) for name in sorted(tensors)},
         files={name: FileEntry.model_validate(files[name]) for name in sorted(files) if name != MANIFEST},
         verdict=verdict,
+        provenance=provenance,
     )
 
 

@@ -15,6 +15,7 @@ from .elsewhere import NOWHERE, Elsewhere
 from .hub import HubId, Snapshot, download, fetch_some, hub_id, weights_of
 from .layout import INDEX, SINGLE, Layout, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
+from .provenance import name_of, plain
 from .regular import is_lfs_pointer, lfs_pointer, read_json
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ class Source:
     layout: Layout
     companions: tuple[str, ...]
     plan: Any = field(default=None, repr=False, compare=False)  # a GGUF's GgufPlan, derived once
+
+    @property
+    def name(self) -> str:
+        """What files may call it: an id of the hub, or the last part of a path."""
+        return self.spec if self.kind == "hub" else plain(name_of(self.spec))
 
     @property
     def blank(self) -> PreTrainedModel | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -34,15 +35,28 @@ DEVICE = click.option(
 )
 
 
-def chunking(count: int, least: int):
+def chunking(count: int | None, least: int):
+    """How text is cut; `count` None: as the run that wrote the checkpoint cut it."""
+    unsaid = {"default": None, "show_default": "as run did"}
     return options(
         click.option(
-            "--chunks", type=click.IntRange(least), default=count, show_default=True, help="Chunks of text to read."
+            "--chunks",
+            type=click.IntRange(least),
+            help="Chunks of text to read.",
+            **(unsaid if count is None else {"default": count, "show_default": True}),
         ),
         click.option(
-            "--chunk-length", type=click.IntRange(8), default=512, show_default=True, help="Tokens in a chunk."
+            "--chunk-length",
+            type=click.IntRange(8),
+            help="Tokens in a chunk.",
+            **(unsaid if count is None else {"default": 512, "show_default": True}),
         ),
     )
+
+
+def command() -> tuple[str, ...]:
+    """The words of this command line."""
+    return ("surgery", *sys.argv[1:])
 
 
 def given(*paths: Path | str | None) -> list[Path | str]:

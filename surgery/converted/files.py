@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..anatomy.limits import LIMIT, is_only_a_limit
 from ..anatomy.sites import Anatomy
@@ -17,6 +18,7 @@ from .bos import silent_processor, silent_template, silent_templates
 from .derived import Derived
 
 ADDED_SHARD = "model-attention-bias.safetensors"  # of sources in several shards; head norms lie there too
+LOADED_FROM = ("_name_or_path", "name_or_path")
 FOREVER = 10**12  # tokenizers write "no limit" as a number above this
 
 
@@ -43,12 +45,26 @@ def converted_config(config: dict, derived: Derived, entries: Mapping[str, dict]
 
     `entries` are those of the operations.
     """
-    emitted = copy.deepcopy(config)
+    emitted = without_paths(copy.deepcopy(config))
     emitted.update(lowered)
     emitted.update(
         model_type=derived.model_type, architectures=[derived.causal_class], auto_map=derived.auto_map, **entries
     )
     return emitted
+
+
+def without_paths(value: Any) -> Any:
+    """`value` (JSON) less what says, at any depth, from which directory it was once loaded: an id of the hub stays."""
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: without_paths(v) for k, v in value.items() if not (k in LOADED_FROM and _is_path(v))}
+
+
+def _is_path(name: Any) -> bool:
+    """Whether `name` is no "name" or "owner/name", as the hub has them."""
+    return isinstance(name, str) and (name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name)
 
 
 def lowered_limits(config: dict, anatomy: Anatomy, n_slots: int) -> dict[str, int]:
@@ -77,6 +93,7 @@ def converted_tokenizer(
     """
     name = "tokenizer_config.json"
     settings = json.loads((directory / name).read_text(encoding="utf-8")) if name in files else {}
+    settings = without_paths(settings)
     settings["tokenizer_class"] = type(tokenizer).__name__
     limit = settings.get("model_max_length")
     if isinstance(limit, int) and n_slots < limit < FOREVER:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,18 +14,20 @@ from ..anatomy.stored import stored_values
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import INDEX, Layout
 from ..checkpoint.manifest import Manifest, build_manifest
+from ..checkpoint.provenance import Provenance
 from ..checkpoint.source import source_hashes
 from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored, differs
 from ..checkpoint.writing import index_json
 from ..converted.files import added_layout, converted_config, converted_tokenizer, lowered_limits
 from ..operations.base import Changes
-from ..version import VERSION
 from .operate import Operated
 from .plan import Plan, carried
 
 
-def emit(plan: Plan, stage: Stage, directory: Path, operated: Operated, link: bool) -> Manifest:
+def emit(
+    plan: Plan, stage: Stage, directory: Path, operated: Operated, provenance: Provenance, link: bool
+) -> Manifest:  # fmt: skip
     """Write every file but the card into the stage; returns the manifest, without file hashes and verdict yet.
 
     `directory` holds the source as plain files, and keeps them.
@@ -55,10 +56,11 @@ def emit(plan: Plan, stage: Stage, directory: Path, operated: Operated, link: bo
     return build_manifest(
         source=_source_entry(plan),
         recipe=plan.recipe.to_dict(),
-        versions=_versions(),
+        versions=provenance.versions,
         tensors=_became(plan, changes, changed),
         files={},
         verdict=None,
+        provenance=provenance,
     )
 
 
@@ -113,14 +115,9 @@ def _source_entry(plan: Plan) -> dict[str, Any]:
     source = plan.source
     dtype = next(iter(source.layout.tensors.values())).dtype if source.kind == "gguf" else None
     return {
-        "spec": source.spec,
+        "spec": source.name,
         "kind": source.kind,
         "revision": source.revision,
         "dtype": dtype,
         "sha256": source_hashes(source),
     }
-
-
-def _versions() -> dict[str, str]:
-    others = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
-    return {"surgery": VERSION, **others}

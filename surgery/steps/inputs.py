@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..anatomy.sites import Anatomy
+from ..checkpoint.provenance import TextFiles, described
 from ..errors import SourceError
 from ..live.text import Chunking, chunk, read_texts, split_text, tokenize
 from ..progress import Reporter
@@ -21,10 +22,11 @@ CALIBRATION_CHUNKS = 32
 
 @dataclass(frozen=True)
 class Texts:
-    """Text to search, scale and tune on, and other text to evaluate on; None where none was given."""
+    """Text to search, scale and tune on, and other text to evaluate on; None where none was given. `files`: its own."""
 
     calibration: str | None
     evaluation: str | None
+    files: TextFiles = TextFiles()
 
 
 def gather_texts(text: Sequence[Path], calibration: Sequence[Path], reporter: Reporter) -> Texts:
@@ -32,11 +34,12 @@ def gather_texts(text: Sequence[Path], calibration: Sequence[Path], reporter: Re
     if both := {Path(path).resolve() for path in text} & {Path(path).resolve() for path in calibration}:
         reporter.note(f"{min(both)} is both --text and --calibration: figures are then on text that was fitted to")
     evaluation = read_texts(text) if text else None
-    if calibration:
-        return Texts(read_texts(calibration), evaluation)
-    if evaluation is None:
-        return Texts(None, None)
-    return Texts(*split_text(evaluation))
+    fitted = read_texts(calibration) if calibration else None
+    split = fitted is None and evaluation is not None
+    files = TextFiles(evaluation=described(text), calibration=described(calibration), split=split)
+    if evaluation is None or fitted is not None:
+        return Texts(fitted, evaluation, files)
+    return Texts(*split_text(evaluation), files)
 
 
 def room_after(anatomy: Anatomy, tokens: int) -> int | None:

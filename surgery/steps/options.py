@@ -18,7 +18,7 @@ class RunOptions:
     survey original and converted. keep_failed: where an output goes that failed its gates. tuning: a directory that
     keeps the state of `tune`, from which a run that was cut off goes on. adapter: a new directory for what was tuned,
     as a PEFT adapter. link: hard-link unchanged shards. dtype: what a GGUF is dequantised to. revision: of a hub id.
-    device: a torch device, or "auto".
+    device: a torch device, or "auto". command: the words of the command line, for the manifest.
     """
 
     text: Sequence[Path] = ()
@@ -34,6 +34,7 @@ class RunOptions:
     dtype: str | None = None
     revision: str | None = None
     device: str = "cpu"
+    command: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in ("keep_failed", "tuning", "adapter"):  # from Python they may come as text
@@ -46,17 +47,19 @@ class VerifyOptions:
     """What `surgery verify` checks besides the files, and how.
 
     against: the source, a path or a hub id of this revision. text, calibration: files to measure on, and to take static
-    scales from; given one, it is split. chunking: how much of them is read. tasks: a directory of further task files.
-    device: a torch device, or "auto".
+    scales from; given one, it is split. chunking: how much of them is read; None: as much as the run that wrote it did.
+    tasks: a directory of further task files. device: a torch device, or "auto". command: the words of the command line,
+    for the verdict.
     """
 
     against: str | None = None
     text: Sequence[Path] = ()
     calibration: Sequence[Path] = ()
-    chunking: Chunking = CHUNKS
+    chunking: Chunking | None = None
     tasks: Path | None = None
     revision: str | None = None
     device: str = "cpu"
+    command: Sequence[str] = ()
 
 
 RUN, VERIFY = RunOptions(), VerifyOptions()  # as they are where nothing is said

@@ -65,7 +65,7 @@ def prepare_training(
             store.load()
     device = options.device if processes == 1 else str(accelerator.device)
     stored = functools.partial(stored_value, plan.source.layout, plan.anatomy)
-    return Training(corpus, accelerator, device, store, adapter, stored)
+    return Training(corpus, accelerator, device, store, adapter, stored, plan.source.name)
 
 
 def _require_no_tuning(options: RunOptions, processes: int) -> None:
@@ -93,7 +93,7 @@ def _identity(plan: Plan, corpus: Corpus, calibrating: torch.Tensor | None) -> d
     source, recipe = plan.source, plan.recipe.to_dict()
     fitted = None if calibrating is None else hashlib.sha256(calibrating.numpy().tobytes()).hexdigest()
     return {
-        "source": source.spec,
+        "source": hashlib.sha256(source.spec.encode()).hexdigest(),  # a path is not for others to read
         "revision": source.revision,
         "dtypes": sorted({tensor.dtype for tensor in source.layout.tensors.values()}),
         "operations": recipe["operations"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class FullSurvey:
     To add a metric, write an observer with `rows()` and name it here.
     """
 
-    def __init__(self, live: Live, length: int) -> None:
+    def __init__(self, live: Live, length: int, heads: Sequence[tuple[int, int]] = ()) -> None:
         every, positions = affordable(live, length)
         often = min(every, 4)  # rows of attention cost little, but not nothing
         self._massive, self._likelihood = MassiveActivations(), Likelihood()
@@ -40,11 +41,12 @@ class FullSurvey:
             Selection(every=often),
             LogitLens(live, positions),
         ]  # fmt: skip
-        self._neurons, self._landscape, self._maps = SuperNeurons(live), Landscape(), AttentionMaps()
+        self._neurons, self._landscape, self._maps = SuperNeurons(live), Landscape(), AttentionMaps(heads)
         self._about = {
             "model_type": live.anatomy.model_type,
             "n_slots": slot_count(live),
             "normed_sites": normed_sites(live),
+            "parameters": live.model.num_parameters(),
         }
 
     @property
@@ -73,10 +75,11 @@ def survey(
     tokenizer: PreTrainedTokenizerBase,
     chunks: torch.Tensor,
     *,
+    heads: Sequence[tuple[int, int]] = (),
     advance: Advance = unseen,
 ) -> dict:
-    """Everything about a model on `chunks` (N, T), in one pass."""
-    found = FullSurvey(live, chunks.shape[1])
+    """Everything about a model on `chunks` (N, T), in one pass; `heads` (block, head): whose attention is shown."""
+    found = FullSurvey(live, chunks.shape[1], heads)
     stream(live, chunks, found.observers, advance=advance, what="survey")
     return found.to_dict(tokenizer)
 

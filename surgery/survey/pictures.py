@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..anatomy.calls import Call
@@ -44,9 +46,13 @@ class Landscape(Observer):
 
 
 class AttentionMaps(Observer):
-    """Attention weights of the first sequence's first tokens, slots in front; of all heads, until four are chosen."""
+    """Attention weights of the first sequence's first tokens, slots in front; of all heads, until four are chosen.
 
-    def __init__(self) -> None:
+    `heads` (block, head) are those to show, so that two models can be compared, if the model has them all.
+    """
+
+    def __init__(self, heads: Sequence[tuple[int, int]] = ()) -> None:
+        self._heads = tuple(heads)
         self._weights: dict[int, torch.Tensor] = {}  # block -> (Hq, t, n + t), half precision
         self._slots: dict[int, int] = {}
         self.tokens: list[int] = []
@@ -61,13 +67,17 @@ class AttentionMaps(Observer):
         self.tokens = batch.tokens[0, :stop].tolist()
 
     def to_list(self) -> list[dict]:
-        """Four heads from the strongest sink to the weakest: `block`, `head`, `slots`, `tokens` (ids), `weights`."""
+        """Four heads from the strongest sink to the weakest, or those asked for: `block`, `head`, `slots`, `tokens`
+        (ids), `weights`."""
         scored = sorted(
             (-_sink(weights, self._slots[block]), block, head)
             for block, heads in self._weights.items()
             for head, weights in enumerate(heads.float())
         )
-        chosen = [scored[round(i * (len(scored) - 1) / (HEADS - 1))] for i in range(HEADS)] if scored else []
+        ranked = [scored[round(i * (len(scored) - 1) / (HEADS - 1))] for i in range(HEADS)] if scored else []
+        chosen = list(dict.fromkeys((block, head) for _, block, head in ranked))
+        if self._heads and {*self._heads} <= {(block, head) for _, block, head in scored}:
+            chosen = list(self._heads)
         return [
             {
                 "block": block,
@@ -76,7 +86,7 @@ class AttentionMaps(Observer):
                 "tokens": self.tokens,
                 "weights": [[round(w, 4) for w in row] for row in self._weights[block][head].float().tolist()],
             }
-            for _, block, head in dict.fromkeys(chosen)
+            for block, head in chosen
         ]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
+from ..checkpoint.provenance import name_of
 from ..errors import SourceError
 from ..recipe.fields import Positive, Strict, Targets, Weight
 from ..recipe.training import Training
@@ -63,6 +65,11 @@ class Dataset(Strict):
     split: Annotated[str, Field(min_length=1, description="which split")] = "train"
     column: Annotated[str, Field(min_length=1, description="the column that holds the text")] = "text"
     characters: Annotated[int, Field(ge=1, description="how many characters are read")] = 4_000_000
+
+    @field_serializer("name")
+    def _without_path(self, name: str) -> str:
+        """What is written about a run names no directory of whoever ran it."""
+        return name_of(name) if Path(name).is_absolute() or Path(name).is_dir() else name
 
 
 class Settings(Training):

@@ -35,7 +35,8 @@ class Training:
 
     `accelerator`: the processes that share the work; by default this one. `device`: where each holds the model.
     `store`: checkpoints to go on from, and to save to at each judgement. `adapter`: a new directory for what was tuned,
-    as a PEFT adapter of the model as it came. `stored`: a weight by its name in the causal LM, as it will be stored.
+    as a PEFT adapter of the model as it came, which it calls `base`. `stored`: a weight by its name in the causal LM,
+    as it will be stored.
     """
 
     corpus: Corpus
@@ -44,6 +45,7 @@ class Training:
     store: Store | None = None
     adapter: Path | None = None
     stored: Stored = as_is
+    base: str = ""
 
     @property
     def assists(self) -> bool:
@@ -130,7 +132,7 @@ def tune(live: Live, settings: Settings, training: Training, gate: float = 0.0, 
         record = Loop(live, adapted, settings, training.corpus, accelerator, training.store, advance).run()
         weights = {name: weight.cpu() for name, weight in adapted.weights()}
         if training.adapter is not None and accelerator.is_main_process:
-            adapted.save(training.adapter)
+            adapted.save(training.adapter, training.base)
     finally:
         accelerator.free_memory()  # it would keep the model until the end of the run
         adapted.close()

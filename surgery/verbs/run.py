@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.manifest import MANIFEST, Manifest
+from ..checkpoint.provenance import moment, names_only
 from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
 from ..converted.card import model_card
@@ -24,6 +25,7 @@ from ..operations import OPERATIONS
 from ..operations.base import Stand
 from ..progress import SILENT, Reporter
 from ..report.verdict import card_tables
+from ..steps.act import provenance, told
 from ..steps.emit import emit
 from ..steps.fetch import fetch_weights
 from ..steps.inputs import Texts, fit_chunks, gather_texts, require_inputs, room_after
@@ -54,12 +56,17 @@ def run(
     """
     out = Path(out)
     # 1. Everything that can be refused without a weight.
+    date = moment()
     require_device(options.device)
     _require_measured(options)
     texts = gather_texts(options.text, options.calibration, reporter)
     reporter.step(f"plan {source}")
     plan = _plan(recipe, source, out, options)
     inputs = _inputs(plan, texts, options, reporter)
+    act = provenance(
+        date, command=options.command, device=options.device, files=texts.files, evaluation=inputs.evaluation,
+        calibration=inputs.calibrating, hub_ids=[plan.source.name],
+    )  # fmt: skip
     training = prepare_training(plan, texts, inputs.calibrating, inputs.chunking, options, out)
     if training is not None and training.assists:
         assist(plan, training)
@@ -73,14 +80,16 @@ def run(
         operated = operate(plan, directory, inputs.calibrating, training, options.device, reporter)
         # 4. Write what was fitted.
         reporter.step("write the converted checkpoint")
-        manifest = emit(plan, stage, directory, operated, options.link)
+        manifest = emit(plan, stage, directory, operated, act, options.link)
         operated = operated.without_tensors(plan)  # as large as the model, which is loaded anew
         # 5. Measure the original and what was written, each freshly loaded.
         findings, surveys = _measure(plan, stage, directory, operated, inputs, texts, options, reporter)
         # 6. Card and manifest; then check all files against the source.
         findings, manifest = _finish(plan, stage, directory, operated, findings, manifest, reporter)
         # 7. Judge, and publish or not.
-        verdict = _conclude(stage, aside, build_verdict(findings), manifest, options)
+        found = names_only(build_verdict(findings), [stage.path, out, directory, plan.source.root])
+        verdict = _conclude(stage, aside, found, manifest, options)
+    verdict["provenance"] = told(act, manifest.source, manifest.recipe)
     return {**verdict, "surveys": surveys} if options.surveys else verdict
 
 
@@ -187,7 +196,7 @@ def _measure(
     checks = [check_tokenizer(stage.path, tokenizer, prefix, texts.evaluation)]
     pair = Pair(
         plan.anatomy, prefix, plan.recipe, plan.recipe.verify.gates(), ready.evaluation, ready.calibrating, ready.gates,
-        names=(plan.source.spec, str(stage.out)) if options.surveys else None,
+        names=(f"{plan.source.name}, original", f"{plan.source.name}, converted") if options.surveys else None,
     )  # fmt: skip
     found = measure_pair(
         pair,

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -15,6 +16,7 @@ from ..anatomy.sites import Anatomy, examine
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
+from ..checkpoint.provenance import TextFiles, described, moment, name_of, plain
 from ..checkpoint.source import fetch_small, materialise, open_source, refuse_adapter
 from ..converted.described import read_described
 from ..converted.reading import is_converted, load_converted
@@ -23,6 +25,7 @@ from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.model import Live
 from ..live.text import FEW_CHUNKS, Chunking, read_texts
 from ..progress import SILENT, Reporter
+from ..steps.act import provenance, told
 from ..steps.fetch import fetch_all, fetch_weights, on_hub
 from ..steps.inputs import Reader, fit_chunks
 from ..steps.plan import source_tokenizer
@@ -39,6 +42,8 @@ def scan(
     revision: str | None = None,
     device: str = "cpu",
     chunking: Chunking = FEW_CHUNKS,
+    heads: Sequence[tuple[int, int]] = (),
+    command: Sequence[str] = (),
     reporter: Reporter = SILENT,
 ) -> dict:
     """Survey `source` (a directory, hub id "owner/name@revision", GGUF, or converted checkpoint) on `text`: layer by
@@ -46,24 +51,30 @@ def scan(
 
     Layer 0 is the embedding output and has no attention; layer k carries the attention of block k - 1, which writes it.
     With `interventions`, the live model is also changed in the ways that its survey suggests, and measured each time.
+    `heads` (block, head) are those whose attention is shown, if it has them; else a few from strong sinks to weak ones.
+    `command`: the words of the command line, for the survey's provenance.
     """
     if not text:
         raise SourceError("a scan needs text to read: give --text FILE.")
     require_device(device)
-    words = read_texts(text)
+    date, words = moment(), read_texts(text)
+    files = TextFiles(evaluation=described(text))
     reporter.step(f"load {source}")
     with _opened(str(source), dtype, revision, reporter) as opened:
         fitting = fit_chunks(chunking, opened.anatomy, opened.n_slots)
         chunks = opened.reader.cut(words, fitting, "--text")
         live = Live(opened.load(device), opened.anatomy)
         with reporter.bar("scan", len(chunks)) as advance:
-            found = survey(live, opened.reader.tokenizer, chunks, advance=advance)
+            found = survey(live, opened.reader.tokenizer, chunks, heads=heads, advance=advance)
         if not math.isfinite(found["perplexity"]["nll"]):
             raise DamagedCheckpoint(
                 f"{source}: what it predicts is not finite, so there is nothing to survey; check its weights (download "
                 "them again), or load it in float32 if it is in half precision."
             )
-        found = {"source": str(source), **found}
+        act = provenance(
+            date, command=command, device=device, files=files, evaluation=chunks, hub_ids=[str(opened.source["spec"])]
+        )
+        found = {"source": opened.source["spec"], "provenance": told(act, opened.source, None), **found}
         if interventions:
             reporter.step("intervene")
             planned = plan_interventions(live, chunks.shape[1], found)
@@ -79,6 +90,7 @@ def scan(
 class _Opened:
     """Everything about a checkpoint that can be refused before its weights are read, and how to read them."""
 
+    source: dict[str, Any]  # as provenance has it
     anatomy: Anatomy
     reader: Reader
     n_slots: int
@@ -111,16 +123,23 @@ def _opened(source: str, dtype: str | None, revision: str | None, reporter: Repo
                 return load_original(materialise(opened, Path(scratch) / "model"), device=device)
             return load_original(fetch_weights(opened, reporter), device=device)
 
-        yield _Opened(anatomy, Reader(tokenizer, vocab_size), 0, load)
+        yield _Opened(
+            {"spec": opened.name, "kind": opened.kind, "revision": opened.revision},
+            anatomy,
+            Reader(tokenizer, vocab_size),
+            0,
+            load,
+        )
 
 
 def _converted(root: Path) -> _Opened:
-    described = read_described(root)
+    found = read_described(root)
     refuse_adapter(root)
-    vocab_size = vocabulary_size(read_layout(root), described.anatomy)
+    vocab_size = vocabulary_size(read_layout(root), found.anatomy)
     return _Opened(
-        described.anatomy,
+        {"spec": plain(name_of(root)), "kind": "converted", "revision": None},
+        found.anatomy,
         Reader(load_tokenizer(root), vocab_size),
-        described.eab.n_slots,
+        found.eab.n_slots,
         lambda device: load_converted(root, device=device),
     )

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from ..checkpoint.provenance import moment, names_only
 from ..checkpoint.source import Source, has_tokenizer, materialise, open_source
 from ..converted.described import Described
 from ..converted.reading import load_converted
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
+from ..live.text import CHUNKS, Chunking
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
+from ..steps.act import provenance, told
 from ..steps.fetch import fetch_converted, fetch_weights
 from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyOptions
 from ..steps.recipe import Recipe
+from ..verification.gates import Gate
 from ..verification.gates.base import Inputs
 from ..verification.integrity import Check, check_integrity, read_config
 from ..verification.tokens import check_tokenizer
@@ -45,6 +51,7 @@ def verify(
     that and its second half is measured on.
     Python files in the checkpoint are compared with what this version writes, and never run.
     """
+    date = moment()
     # 1. Everything that can be refused without reading much.
     require_device(options.device)
     _require_use(options)
@@ -53,7 +60,7 @@ def verify(
     try:
         manifest = read_manifest(root)
     except DamagedCheckpoint as error:  # a verdict all the same: CI servers read it from files
-        return build_verdict(Findings([Check("manifest", False, str(error))]))
+        return _told(Findings([Check("manifest", False, str(error))]), [root], date, options, texts)
     if texts.evaluation is not None and not has_tokenizer(manifest.files):
         raise SourceError(f"{root} was converted without a tokenizer, and --text needs one; verify it without text.")
     if manifest.failed:
@@ -62,6 +69,7 @@ def verify(
     # 2. The files.
     reporter.step(f"check the files of {root}")
     with _plain_files(source, reporter) as directory:
+        paths = [root, *([] if source is None or directory is None else [source.root, directory])]
         checks, described, recipe = _integrity(root, manifest, source, directory, reporter)
         if described is not None and has_tokenizer(manifest.files):
             original = None
@@ -69,12 +77,37 @@ def verify(
                 original = load_tokenizer(directory)
             checks.append(check_tokenizer(root, original, described.eab.prefix_ids, texts.evaluation))
         if described is None or recipe is None or not all(check.passed for check in checks):
-            return build_verdict(Findings(checks))
+            return _told(Findings(checks), paths, date, options, texts, manifest)
         if texts.evaluation is None:
-            return build_verdict(Findings(checks))
+            return _told(Findings(checks), paths, date, options, texts, manifest)
         # 3. The models, on text.
-        findings = _measured(root, described, recipe, directory, texts, options, reporter)
-        return build_verdict(Findings(checks, findings.judgements, findings.measured, said=findings.said))
+        ready = _ready(root, described, recipe, directory, texts, options)
+        findings = replace(_measured(root, described, recipe, directory, ready, options, reporter), checks=checks)
+        return _told(findings, paths, date, options, texts, manifest, ready)
+
+
+def chunking_of(root: Path, count: int | None = None, length: int | None = None) -> Chunking:
+    """How the run that wrote `root` cut its evaluation text, so far as its manifest says; but as given here."""
+    try:
+        act = read_manifest(root).provenance
+    except DamagedCheckpoint:  # which `verify` says
+        act = None
+    cut = CHUNKS if act is None or act.chunks.evaluation is None else act.chunks.evaluation
+    return Chunking(cut.count if count is None else count, cut.length if length is None else length)
+
+
+def _told(
+    findings: Findings, paths: Sequence[Path], date: str, options: VerifyOptions, texts: Texts,
+    manifest: Manifest | None = None, ready: _Ready | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The verdict, with the provenance of this verification; source and recipe are those of the checkpoint."""
+    against = [] if options.against is None or Path(options.against).exists() else [options.against]
+    act = provenance(
+        date, command=options.command, device=options.device, files=texts.files, hub_ids=against,
+        **({} if ready is None else {"evaluation": ready.evaluation, "calibration": ready.calibrating}),
+    )  # fmt: skip
+    source, recipe = (None, None) if manifest is None else (manifest.source, manifest.recipe)
+    return {**names_only(build_verdict(findings), paths), "provenance": told(act, source, recipe)}
 
 
 def _require_use(options: VerifyOptions) -> None:
@@ -111,16 +144,26 @@ def _integrity(
     return checks, described if well and isinstance(described, Described) else None, recipe
 
 
-def _measured(
-    root: Path, described: Described, recipe: Recipe, directory: Path | None, texts: Texts, options: VerifyOptions,
-    reporter: Reporter,
-) -> Findings:  # fmt: skip
-    """What the models are found to be on text, on files whose integrity holds. Their code has been compared."""
+@dataclass(frozen=True)
+class _Ready:
+    """Chunks of evaluation text (N, T) and, where it is read, of calibration text (M, T); what gates have ready."""
+
+    tokenizer: Any
+    evaluation: torch.Tensor
+    calibrating: torch.Tensor | None
+    gates: tuple[Gate, ...]
+    by_gate: Mapping[str, Any]
+
+
+def _ready(
+    root: Path, described: Described, recipe: Recipe, directory: Path | None, texts: Texts, options: VerifyOptions
+) -> _Ready:  # fmt: skip
+    """Texts and gates made ready. SourceError where something is missing, or text too short."""
     assert texts.evaluation is not None and texts.calibration is not None
     anatomy, tokenizer, prefix = described.anatomy, load_tokenizer(root), described.eab.prefix_ids
     reader = Reader(tokenizer, vocabulary_size(read_layout(root), anatomy))
     taken = max(len(prefix), *(change.most_positions for change in recipe.changes))  # as `run` cut its text
-    chunking = fit_chunks(options.chunking, anatomy, max(taken, 1))
+    chunking = fit_chunks(options.chunking or chunking_of(root), anatomy, max(taken, 1))
     chunks = reader.cut(texts.evaluation, chunking, "--text")
     gates = recipe.verify.gates(compared=directory is not None)
     for gate in gates:
@@ -129,9 +172,18 @@ def _measured(
     calibrating = None
     if any(gate.calibrates for gate in gates):
         calibrating = reader.cut_calibration(texts.calibration, chunking)
+    return _Ready(tokenizer, chunks, calibrating, gates, ready)
+
+
+def _measured(
+    root: Path, described: Described, recipe: Recipe, directory: Path | None, ready: _Ready, options: VerifyOptions,
+    reporter: Reporter,
+) -> Findings:  # fmt: skip
+    """What the models are found to be on text, on files whose integrity holds. Their code has been compared."""
+    anatomy, tokenizer, prefix = described.anatomy, ready.tokenizer, described.eab.prefix_ids
     own = load_tokenizer(directory) if directory is not None and has_tokenizer(_names(directory)) else tokenizer
     found = measure_pair(
-        Pair(anatomy, prefix, recipe, gates, chunks, calibrating, ready),
+        Pair(anatomy, prefix, recipe, ready.gates, ready.evaluation, ready.calibrating, ready.by_gate),
         original=None if directory is None else lambda: (load_original(directory, device=options.device), own),
         converted=lambda: (load_converted(root, device=options.device), tokenizer),
         reporter=reporter,

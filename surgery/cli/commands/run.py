@@ -9,7 +9,7 @@ import click
 from ...checkpoint.results import json_text, require_result_file, write_result
 from ...recipe.builtin import recipe_file
 from ..judged import judged
-from ..options import DEVICE, DTYPE, FILE, JSON, LINK, RECIPE, REVISION, TASKS, TEXT, chunking, options
+from ..options import DEVICE, DTYPE, FILE, JSON, LINK, RECIPE, REVISION, TASKS, TEXT, chunking, command, options
 from ..options import given as given_paths
 from ..show.console import output
 
@@ -49,7 +49,8 @@ def run(recipe, source, out, no_verify, report, chunks, chunk_length, json_file,
     from ..show.verdict import show_verdict
 
     chosen = RunOptions(
-        verify=not no_verify, surveys=report is not None, chunking=Chunking(chunks, chunk_length), **given
+        verify=not no_verify, surveys=report is not None, chunking=Chunking(chunks, chunk_length), command=command(),
+        **given,
     )  # fmt: skip
     verdict = verb(recipe, source, out, chosen, TerminalReporter() if first else SILENT)
     if verdict is None:  # this process has helped to tune

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ...checkpoint.results import json_text, require_result_file, require_result_folder, write_result
-from ..options import DEVICE, DTYPE, FILE, JSON, REVISION, TEXT, chunking, options
+from ..options import DEVICE, DTYPE, FILE, JSON, REVISION, TEXT, chunking, command, options
 from ..options import given as given_paths
 from ..show.console import output
 
@@ -35,11 +35,13 @@ def scan(
     from ..show.survey import show_survey
 
     surveys: list[dict] = []
+    heads: list[tuple[int, int]] = []  # those of the first source are shown of all, where they have them
     for source in sources:
         survey = verb(
             source, text=text, dtype=dtype, revision=revision, device=device, interventions=interventions,
-            chunking=Chunking(chunks, chunk_length), reporter=TerminalReporter(),
+            chunking=Chunking(chunks, chunk_length), heads=heads, command=command(), reporter=TerminalReporter(),
         )  # fmt: skip
+        heads = heads or [(shown["block"], shown["head"]) for shown in survey["attention_maps"]]
         surveys.append(survey)
         show_survey(output(), survey)
     result = plain_json(surveys[0] if len(surveys) == 1 else {"surveys": surveys})

@@ -6,7 +6,7 @@ import click
 
 from ...checkpoint.results import json_text, require_result_file, write_result
 from ..judged import judged
-from ..options import DEVICE, FILE, JSON, REVISION, TASKS, TEXT, chunking, options
+from ..options import DEVICE, FILE, JSON, REVISION, TASKS, TEXT, chunking, command, options
 from ..options import given as given_paths
 from ..show.console import output
 
@@ -22,7 +22,7 @@ from ..show.console import output
         "--calibration", multiple=True, type=FILE, metavar="FILE",
         help="Text for static scales, as given to run (repeatable); else half of --text.",
     ),
-    TASKS, chunking(64, 2), REVISION, DEVICE,
+    TASKS, chunking(None, 2), REVISION, DEVICE,
     click.option("--junit", type=FILE, metavar="FILE", help="Write gates and checks as JUnit XML."),
     JSON,
 )  # fmt: skip
@@ -31,14 +31,15 @@ def verify(checkpoint, chunks, chunk_length, junit, json_file, **given) -> int:
     inputs = given_paths(checkpoint, given["against"], *given["text"], *given["calibration"])
     require_result_file(json_file, "--json", given_paths(*inputs, junit))
     require_result_file(junit, "--junit", inputs)
-    from ...live.text import Chunking
     from ...steps.options import VerifyOptions
+    from ...verbs.verify import chunking_of
     from ...verbs.verify import verify as verb
     from ...verification.verdict import junit_xml, plain_json
     from ..show.progress import TerminalReporter
     from ..show.verdict import show_verdict
 
-    verdict = verb(checkpoint, VerifyOptions(chunking=Chunking(chunks, chunk_length), **given), TerminalReporter())
+    chosen = VerifyOptions(chunking=chunking_of(checkpoint, chunks, chunk_length), command=command(), **given)
+    verdict = verb(checkpoint, chosen, TerminalReporter())
     write_result(json_file, "--json", json_text(plain_json(verdict)))
     write_result(junit, "--junit", junit_xml(verdict))
     show_verdict(output(), verdict)

@@ -1,0 +1,43 @@
+"""What a verb was given, as provenance: for the manifest, the verdict, the card and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..checkpoint.provenance import Cut, Cuts, Provenance, TextFiles, command_line, plain, versions
+
+DTYPE = "float32"  # models are loaded in it, whatever their files hold
+_SOURCE = ("spec", "kind", "revision", "dtype", "sha256")
+
+
+def provenance(
+    date: str,
+    *,
+    command: Sequence[str],
+    device: str,
+    files: TextFiles,
+    evaluation: torch.Tensor | None = None,
+    calibration: torch.Tensor | None = None,
+    hub_ids: Collection[str] = (),
+) -> Provenance:
+    """The provenance of an act that began at `date`; `evaluation` (N, T) and `calibration` (M, T) are what was read.
+
+    `hub_ids` are arguments of `command` that look like paths and are none.
+    """
+    return Provenance(
+        date=date, command=command_line(command, hub_ids), device=plain(device), dtype=DTYPE, versions=versions(),
+        texts=files, chunks=Cuts(evaluation=_cut(evaluation), calibration=_cut(calibration)),
+    )  # fmt: skip
+
+
+def _cut(chunks: torch.Tensor | None) -> Cut | None:
+    return None if chunks is None else Cut(count=chunks.shape[0], length=chunks.shape[1])
+
+
+def told(act: Provenance, source: Mapping[str, Any] | None, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`provenance` of a verdict: source and recipe too, which a manifest holds beside it."""
+    known = None if source is None else {key: source.get(key) for key in _SOURCE}
+    return {**act.model_dump(), "source": known, "recipe": recipe}
