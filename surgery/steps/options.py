@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..live.text import CHUNKS, Chunking
 
@@ -18,7 +19,7 @@ class RunOptions:
     survey original and converted. keep_failed: where an output goes that failed its gates. tuning: a directory that
     keeps the state of `tune`, from which a run that was cut off goes on. adapter: a new directory for what was tuned,
     as a PEFT adapter. link: hard-link unchanged shards. dtype: what a GGUF is dequantised to. revision: of a hub id.
-    device: a torch device, or "auto".
+    device: a torch device, or "auto". sign: a private key (PEM) to sign what is published with.
     """
 
     text: Sequence[Path] = ()
@@ -34,9 +35,10 @@ class RunOptions:
     dtype: str | None = None
     revision: str | None = None
     device: str = "cpu"
+    sign: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("keep_failed", "tuning", "adapter"):  # from Python they may come as text
+        for name in ("keep_failed", "tuning", "adapter", "sign"):  # from Python they may come as text
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(given))
 
@@ -47,7 +49,8 @@ class VerifyOptions:
 
     against: the source, a path or a hub id of this revision. text, calibration: files to measure on, and to take static
     scales from; given one, it is split. chunking: how much of them is read. tasks: a directory of further task files.
-    device: a torch device, or "auto".
+    device: a torch device, or "auto". digest: of the manifest, as `run` said it ("sha256:..."). public_key: of who
+    signed it (PEM). require: "verified" fails a checkpoint that was written without proof.
     """
 
     against: str | None = None
@@ -57,6 +60,13 @@ class VerifyOptions:
     tasks: Path | None = None
     revision: str | None = None
     device: str = "cpu"
+    digest: str | None = None
+    public_key: Path | None = None
+    require: Literal["verified"] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.public_key, str):  # from Python it may come as text
+            object.__setattr__(self, "public_key", Path(self.public_key))
 
 
 RUN, VERIFY = RunOptions(), VerifyOptions()  # as they are where nothing is said

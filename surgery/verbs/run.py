@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.manifest import MANIFEST, Manifest
+from ..checkpoint.signature import Signer, manifest_digest
 from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
 from ..converted.card import model_card
@@ -55,6 +56,7 @@ def run(
     # 1. Everything that can be refused without a weight.
     require_device(options.device)
     _require_measured(options)
+    signer = None if options.sign is None else Signer(options.sign)
     texts = gather_texts(options.text, options.calibration, reporter)
     reporter.step(f"plan {source}")
     plan = _plan(recipe, source, out, options)
@@ -79,7 +81,7 @@ def run(
         # 6. Card and manifest; then check all files against the source.
         findings, manifest = _finish(plan, stage, directory, operated, findings, manifest, reporter)
         # 7. Judge, and publish or not.
-        verdict = _conclude(stage, aside, build_verdict(findings), manifest, options)
+        verdict = _conclude(stage, aside, build_verdict(findings), manifest, options, signer)
     return {**verdict, "surveys": surveys} if options.surveys else verdict
 
 
@@ -229,19 +231,26 @@ def _finish(
     manifest = manifest.with_files(stage.hashes())
     stage.add_json(MANIFEST, manifest.to_dict())
     checks = check_integrity(
-        stage.path, manifest, read_config(stage.path), OPERATIONS, recipe.changes_weights, source, beside
+        stage.path, manifest, read_config(stage.path), OPERATIONS, plan.changes.changed.keys(), source, beside
     )
     return replace(findings, checks=[*checks, *findings.checks]), manifest
 
 
 def _conclude(
-    stage: Stage, aside: Stage | None, verdict: Verdict, manifest: Manifest, options: RunOptions
+    stage: Stage, aside: Stage | None, verdict: Verdict, manifest: Manifest, options: RunOptions,
+    signer: Signer | None,
 ) -> Verdict:  # fmt: skip
-    """Put `verdict` into the manifest, and checkpoint and adapter where they belong by it; the verdict to report."""
+    """Put `verdict` into the manifest, and checkpoint and adapter where they belong by it; the verdict to report.
+
+    What is reported says besides the digest of that manifest, and what signed it: neither can be inside.
+    """
     if not options.verify:
         verdict["passed"] = None if verdict["passed"] else False
     stage.replace_json(MANIFEST, manifest.concluded(plain_json(verdict)).to_dict())
     if verdict["passed"] is not False:
+        signature = None if signer is None else signer.sign(stage.path)
+        seal = {} if signature is None else {"sealed": {"signature": signature, "digest": None}}
+        verdict = {**verdict, "digest": manifest_digest(stage.path), **seal}
         stage.publish()
     elif options.keep_failed is not None:
         stage.keep(Path(options.keep_failed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from ..checkpoint.signature import PublicKey, parse_digest
 from ..checkpoint.source import Source, has_tokenizer, materialise, open_source
 from ..converted.described import Described
 from ..converted.reading import load_converted, require_converted
@@ -25,8 +27,10 @@ from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inpu
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyOptions
 from ..steps.recipe import Recipe
+from ..verification.checks import Check
 from ..verification.gates.base import Inputs
-from ..verification.integrity import Check, check_integrity, read_config
+from ..verification.integrity import check_integrity, read_config
+from ..verification.seals import check_seals, required_checks, seal_notes, seals_said
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict
 
@@ -38,7 +42,8 @@ def verify(
 ) -> dict[str, Any]:  # fmt: skip
     """Check the converted `checkpoint` and return the verdict.
 
-    Alone: integrity of files, tensors, slots, code, tokenizer. With text: also perplexity and massive activations of
+    Alone: integrity of files, tensors, slots, code, tokenizer; `status`, `digest` and `sealed` of the verdict say what
+    its manifest claims, and what vouches for that. With text: also perplexity and massive activations of
     the converted model. Against its source: also every kept tensor, and with both, all gates of its recipe.
     Text is cut as `run` cuts it: without calibration text, from which static scales are taken, its first half is for
     that and its second half is measured on.
@@ -49,9 +54,12 @@ def verify(
     require_device(options.device)
     _require_use(options)
     texts = gather_texts(options.text, options.calibration, reporter)
+    digest = None if options.digest is None else parse_digest(options.digest)
+    key = None if options.public_key is None else PublicKey(options.public_key)
     require_converted(root)
     try:
         manifest = read_manifest(root)
+        standing = _standing(root, manifest, digest, key, options)
     except DamagedCheckpoint as error:  # a verdict all the same: CI servers read it from files
         return build_verdict(Findings([Check("manifest", False, str(error))]))
     if texts.evaluation is not None and not has_tokenizer(manifest.files):
@@ -68,13 +76,26 @@ def verify(
             if source is not None and directory is not None and has_tokenizer(source.companions):
                 original = load_tokenizer(directory)
             checks.append(check_tokenizer(root, original, described.eab.prefix_ids, texts.evaluation))
-        if described is None or recipe is None or not all(check.passed for check in checks):
-            return build_verdict(Findings(checks))
-        if texts.evaluation is None:
-            return build_verdict(Findings(checks))
+        standing = replace(standing, checks=[*checks, *standing.checks])
+        if described is None or recipe is None or texts.evaluation is None:
+            return build_verdict(standing)
+        if not all(check.passed for check in standing.checks):
+            return build_verdict(standing)
         # 3. The models, on text.
         findings = _measured(root, described, recipe, directory, texts, options, reporter)
-        return build_verdict(Findings(checks, findings.judgements, findings.measured, said=findings.said))
+        said = {**standing.said, **findings.said}
+        return build_verdict(replace(standing, judgements=findings.judgements, measured=findings.measured, said=said))
+
+
+def _standing(
+    root: Path, manifest: Manifest, digest: str | None, key: PublicKey | None, options: VerifyOptions
+) -> Findings:  # fmt: skip
+    """What vouches for the manifest, what it says of itself, and what is not looked at."""
+    held = check_seals(root, digest, key)
+    return Findings(
+        held, said=seals_said(root, manifest, digest, key, held),
+        required=required_checks(manifest, options.require), notes=seal_notes(root, key),
+    )  # fmt: skip
 
 
 def _require_use(options: VerifyOptions) -> None:
@@ -101,7 +122,7 @@ def _integrity(
         said = f"the recipe in {MANIFEST} does not parse (at {where or 'its top'}), so there are no gates"
         checks.append(Check("recipe", False, f"{said}; convert the source again"))
     described = read_config(root)
-    may_change = recipe is None or recipe.changes_weights  # what cannot be read is told, and once is enough
+    may_change = None if recipe is None or recipe.changes_weights else ()  # what cannot be read is told, once
     with reporter.bar("hash", sum(entry.bytes for entry in manifest.files.values())) as advance:
         checks += check_integrity(root, manifest, described, OPERATIONS, may_change, source, directory, advance)
     well = any(check.name == "config" and check.passed for check in checks)

@@ -4,6 +4,7 @@ from .plan import plan
 from .pretrain import pretrain
 from .run import run
 from .scan import scan
+from .seal import seal
 from .verify import verify
 
-COMMANDS = (plan, run, verify, scan, pretrain)
+COMMANDS = (plan, run, verify, seal, scan, pretrain)
