@@ -3,6 +3,7 @@
     surgery.plan(recipe, source)                                   what would change, from headers only
     surgery.run(recipe, source, out, RunOptions(text=[...]))       convert, verify, publish
     surgery.verify(out, VerifyOptions(against=source))             check a converted checkpoint
+    surgery.seal(out)                                              take edited documents into the manifest
     surgery.scan(source, text=[...])                               massive activations and sinks, layer by layer
     surgery.pretrain(recipe, out, text=[...])                      small models from nothing
 
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
     from .verbs.pretrain import pretrain
     from .verbs.run import run
     from .verbs.scan import scan
+    from .verbs.seal import seal
     from .verbs.verify import verify
 
 __version__ = VERSION
 _HOMES = {
-    **{verb: f"verbs.{verb}" for verb in ("plan", "pretrain", "run", "scan", "verify")},
+    **{verb: f"verbs.{verb}" for verb in ("plan", "pretrain", "run", "scan", "seal", "verify")},
     **dict.fromkeys(("RunOptions", "VerifyOptions"), "steps.options"),
 }
-__all__ = ["RunOptions", "VerifyOptions", "plan", "pretrain", "run", "scan", "verify"]
+__all__ = ["RunOptions", "VerifyOptions", "plan", "pretrain", "run", "scan", "seal", "verify"]
 
 
 def __getattr__(name: str):

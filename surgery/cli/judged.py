@@ -12,6 +12,7 @@ def judged(verdict: dict, way_out: str) -> int:
     failed += [
         (1, f"the gate {g['name']} failed, {reached(g)} is not {asked(g)}") for g in verdict["gates"] if not g["passed"]
     ]
+    failed += [(1, f"{c['name']}: {c['detail']}") for c in verdict.get("required", ()) if not c["passed"]]
     if not failed:
         return 0
     code, sentence = failed[0]

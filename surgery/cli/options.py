@@ -29,6 +29,9 @@ LINK = click.option("--link", is_flag=True, help="Hard-link unchanged shards ins
 TASKS = click.option(
     "--tasks", type=FILE, metavar="DIR", help="Task files of lm-evaluation-harness, beside its own, if gates need them."
 )
+SIGN = click.option(
+    "--sign", type=FILE, metavar="KEY", help="Sign all files with this private key (elliptic curve, PEM)."
+)
 TEXT = click.option("--text", multiple=True, type=FILE, metavar="FILE", help="Evaluation text, UTF-8 (repeatable).")
 DEVICE = click.option(
     "--device", default="cpu", show_default=True, help="torch device, or auto to spread over GPUs, memory and disk."

@@ -15,6 +15,12 @@ from ..words import asked, count_of, reached, visible_name
 if TYPE_CHECKING:
     from ..verification.verify import Verify
 
+_STATUS = {
+    "verified": "Status: verified when it was written, as its manifest says.",
+    "unverified": "Status: unverified. It was written without proof, or kept though it failed.",
+}
+_UNSEALED = "Not sealed: whoever can change the files can change the manifest too (--digest, --public-key, --against)."
+
 CHANGES: tuple[type[Operation], ...] = (*OPERATIONS, Tune)
 
 
@@ -31,7 +37,8 @@ def sentences(verdict: Mapping[str, Any]) -> list[str]:
     """The outcome in plain words, what failed first."""
     speaking: tuple[type[Operation] | type[Gate], ...] = (*OPERATIONS, *SHOWN, Tune)
     said = [one.sentence(verdict) for one in speaking]
-    return [*_outcome(verdict), *(sentence for sentence in said if sentence)]
+    notes = [f"Note: {visible_name(note).rstrip('.')}." for note in verdict.get("notes") or []]
+    return [*_outcome(verdict), *_standing(verdict), *notes, *(sentence for sentence in said if sentence)]
 
 
 def card_tables(verdict: Mapping[str, Any], gates: Verify) -> str:
@@ -48,10 +55,22 @@ def _outcome(verdict: Mapping[str, Any]) -> list[str]:
     ]
     said += [
         f"Failed: {visible_name(check['name'])}: {visible_name(check['detail']).rstrip('.')}."
-        for check in checks
+        for check in (*checks, *(verdict.get("required") or []))
         if not check["passed"]
     ]
     return said or [f"Passed: {count_of(len(gates), 'gate')} and {count_of(len(checks), 'check')} of the files."]
+
+
+def _standing(verdict: Mapping[str, Any]) -> list[str]:
+    """What the manifest says was proved when the checkpoint was written, and what vouches for the manifest itself."""
+    said = []
+    if "status" in verdict:
+        said.append(_STATUS.get(verdict["status"], f"Status: {visible_name(str(verdict['status']))}."))
+    if (sealed := verdict.get("sealed")) is not None:
+        by = [f"the key {sealed['signature']}"] if sealed.get("signature") else []
+        by += ["the digest that was given"] if sealed.get("digest") else []
+        said.append(f"Sealed: by {' and '.join(by)}." if by else _UNSEALED)
+    return said
 
 
 def _gates(verdict: Mapping[str, Any]) -> Table | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..live.text import CHUNKS, Chunking
 
@@ -18,7 +19,8 @@ class RunOptions:
     survey original and converted. keep_failed: where an output goes that failed its gates. tuning: a directory that
     keeps the state of `tune`, from which a run that was cut off goes on. adapter: a new directory for what was tuned,
     as a PEFT adapter. link: hard-link unchanged shards. dtype: what a GGUF is dequantised to. revision: of a hub id.
-    device: a torch device, or "auto". command: the words of the command line, for the manifest.
+    device: a torch device, or "auto". sign: a private key (PEM) to sign what is published with. command: the words of
+    the command line, for the manifest.
     """
 
     text: Sequence[Path] = ()
@@ -35,9 +37,10 @@ class RunOptions:
     revision: str | None = None
     device: str = "cpu"
     command: Sequence[str] = ()
+    sign: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("keep_failed", "tuning", "adapter"):  # from Python they may come as text
+        for name in ("keep_failed", "tuning", "adapter", "sign"):  # from Python they may come as text
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(given))
 
@@ -48,8 +51,9 @@ class VerifyOptions:
 
     against: the source, a path or a hub id of this revision. text, calibration: files to measure on, and to take static
     scales from; given one, it is split. chunking: how much of them is read; None: as much as the run that wrote it did.
-    tasks: a directory of further task files. device: a torch device, or "auto". command: the words of the command line,
-    for the verdict.
+    tasks: a directory of further task files. device: a torch device, or "auto". digest: of the manifest, as `run` said
+    it ("sha256:..."). public_key: of who signed it (PEM). require: "verified" fails a checkpoint that was written
+    without proof. command: the words of the command line, for the verdict.
     """
 
     against: str | None = None
@@ -60,6 +64,13 @@ class VerifyOptions:
     revision: str | None = None
     device: str = "cpu"
     command: Sequence[str] = ()
+    digest: str | None = None
+    public_key: Path | None = None
+    require: Literal["verified"] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.public_key, str):  # from Python it may come as text
+            object.__setattr__(self, "public_key", Path(self.public_key))
 
 
 RUN, VERIFY = RunOptions(), VerifyOptions()  # as they are where nothing is said

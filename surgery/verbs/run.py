@@ -14,6 +14,7 @@ import torch
 from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.provenance import moment, names_only
+from ..checkpoint.signature import Signer, manifest_digest
 from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
 from ..converted.card import model_card
@@ -59,6 +60,7 @@ def run(
     date = moment()
     require_device(options.device)
     _require_measured(options)
+    signer = None if options.sign is None else Signer(options.sign)
     texts = gather_texts(options.text, options.calibration, reporter)
     reporter.step(f"plan {source}")
     plan = _plan(recipe, source, out, options)
@@ -88,7 +90,7 @@ def run(
         findings, manifest = _finish(plan, stage, directory, operated, findings, manifest, reporter)
         # 7. Judge, and publish or not.
         found = names_only(build_verdict(findings), [stage.path, out, directory, plan.source.root])
-        verdict = _conclude(stage, aside, found, manifest, options)
+        verdict = _conclude(stage, aside, found, manifest, options, signer)
     verdict["provenance"] = told(act, manifest.source, manifest.recipe)
     return {**verdict, "surveys": surveys} if options.surveys else verdict
 
@@ -239,19 +241,26 @@ def _finish(
     manifest = manifest.with_files(stage.hashes())
     stage.add_json(MANIFEST, manifest.to_dict())
     checks = check_integrity(
-        stage.path, manifest, read_config(stage.path), OPERATIONS, recipe.changes_weights, source, beside
+        stage.path, manifest, read_config(stage.path), OPERATIONS, plan.changes.changed.keys(), source, beside
     )
     return replace(findings, checks=[*checks, *findings.checks]), manifest
 
 
 def _conclude(
-    stage: Stage, aside: Stage | None, verdict: Verdict, manifest: Manifest, options: RunOptions
+    stage: Stage, aside: Stage | None, verdict: Verdict, manifest: Manifest, options: RunOptions,
+    signer: Signer | None,
 ) -> Verdict:  # fmt: skip
-    """Put `verdict` into the manifest, and checkpoint and adapter where they belong by it; the verdict to report."""
+    """Put `verdict` into the manifest, and checkpoint and adapter where they belong by it; the verdict to report.
+
+    What is reported says besides the digest of that manifest, and what signed it: neither can be inside.
+    """
     if not options.verify:
         verdict["passed"] = None if verdict["passed"] else False
     stage.replace_json(MANIFEST, manifest.concluded(plain_json(verdict)).to_dict())
     if verdict["passed"] is not False:
+        signature = None if signer is None else signer.sign(stage.path)
+        seal = {} if signature is None else {"sealed": {"signature": signature, "digest": None}}
+        verdict = {**verdict, "digest": manifest_digest(stage.path), **seal}
         stage.publish()
     elif options.keep_failed is not None:
         stage.keep(Path(options.keep_failed))

@@ -17,6 +17,7 @@ from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from ..checkpoint.provenance import moment, names_only
+from ..checkpoint.signature import PublicKey, parse_digest
 from ..checkpoint.source import Source, has_tokenizer, materialise, open_source
 from ..converted.described import Described
 from ..converted.reading import load_converted
@@ -31,9 +32,11 @@ from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inpu
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyOptions
 from ..steps.recipe import Recipe
+from ..verification.checks import Check
 from ..verification.gates import Gate
 from ..verification.gates.base import Inputs
-from ..verification.integrity import Check, check_integrity, read_config
+from ..verification.integrity import check_integrity, read_config
+from ..verification.seals import check_seals, required_checks, seal_notes, seals_said
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict
 
@@ -45,7 +48,8 @@ def verify(
 ) -> dict[str, Any]:  # fmt: skip
     """Check the converted `checkpoint`, a directory or a hub id ("owner/name@revision"), and return the verdict.
 
-    Alone: integrity of files, tensors, slots, code, tokenizer. With text: also perplexity and massive activations of
+    Alone: integrity of files, tensors, slots, code, tokenizer; `status`, `digest` and `sealed` of the verdict say what
+    its manifest claims, and what vouches for that. With text: also perplexity and massive activations of
     the converted model. Against its source: also every kept tensor, and with both, all gates of its recipe.
     Text is cut as `run` cuts it: without calibration text, from which static scales are taken, its first half is for
     that and its second half is measured on.
@@ -56,9 +60,12 @@ def verify(
     require_device(options.device)
     _require_use(options)
     texts = gather_texts(options.text, options.calibration, reporter)
+    digest = None if options.digest is None else parse_digest(options.digest)
+    key = None if options.public_key is None else PublicKey(options.public_key)
     root = fetch_converted(checkpoint, reporter)
     try:
         manifest = read_manifest(root)
+        standing = _standing(root, manifest, digest, key, options)
     except DamagedCheckpoint as error:  # a verdict all the same: CI servers read it from files
         return _told(Findings([Check("manifest", False, str(error))]), [root], date, options, texts)
     if texts.evaluation is not None and not has_tokenizer(manifest.files):
@@ -76,14 +83,29 @@ def verify(
             if source is not None and directory is not None and has_tokenizer(source.companions):
                 original = load_tokenizer(directory)
             checks.append(check_tokenizer(root, original, described.eab.prefix_ids, texts.evaluation))
-        if described is None or recipe is None or not all(check.passed for check in checks):
-            return _told(Findings(checks), paths, date, options, texts, manifest)
-        if texts.evaluation is None:
-            return _told(Findings(checks), paths, date, options, texts, manifest)
+        standing = replace(standing, checks=[*checks, *standing.checks])
+        if described is None or recipe is None or texts.evaluation is None:
+            return _told(standing, paths, date, options, texts, manifest)
+        if not all(check.passed for check in standing.checks):
+            return _told(standing, paths, date, options, texts, manifest)
         # 3. The models, on text.
         ready = _ready(root, described, recipe, directory, texts, options)
-        findings = replace(_measured(root, described, recipe, directory, ready, options, reporter), checks=checks)
-        return _told(findings, paths, date, options, texts, manifest, ready)
+        found = _measured(root, described, recipe, directory, ready, options, reporter)
+        found = replace(
+            standing, judgements=found.judgements, measured=found.measured, said={**standing.said, **found.said}
+        )
+        return _told(found, paths, date, options, texts, manifest, ready)
+
+
+def _standing(
+    root: Path, manifest: Manifest, digest: str | None, key: PublicKey | None, options: VerifyOptions
+) -> Findings:  # fmt: skip
+    """What vouches for the manifest, what it says of itself, and what is not looked at."""
+    held = check_seals(root, digest, key)
+    return Findings(
+        held, said=seals_said(root, manifest, digest, key, held),
+        required=required_checks(manifest, options.require), notes=seal_notes(root, key),
+    )  # fmt: skip
 
 
 def chunking_of(root: Path, count: int | None = None, length: int | None = None) -> Chunking:
@@ -137,7 +159,7 @@ def _integrity(
         said = f"the recipe in {MANIFEST} does not parse (at {where or 'its top'}), so there are no gates"
         checks.append(Check("recipe", False, f"{said}; convert the source again"))
     described = read_config(root)
-    may_change = recipe is None or recipe.changes_weights  # what cannot be read is told, and once is enough
+    may_change = None if recipe is None or recipe.changes_weights else ()  # what cannot be read is told, once
     with reporter.bar("hash", sum(entry.bytes for entry in manifest.files.values())) as advance:
         checks += check_integrity(root, manifest, described, OPERATIONS, may_change, source, directory, advance)
     well = any(check.name == "config" and check.passed for check in checks)

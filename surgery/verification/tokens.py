@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import SurgeryError
 from ..live.loading import load_tokenizer
 from ..live.text import tokenize
-from .integrity import Check
+from .checks import Check
 
 SAMPLE = 200_000  # characters; tokenizers differ in the first few hundred if they differ
 SENTENCE = "The quick brown fox jumps over the lazy dog."

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..words import asked
+from .checks import Check, integrity_to_dict
 from .equivalence import Equivalence
 from .gates import Gate
 from .gates.base import Judgement, Measured
-from .integrity import Check, integrity_to_dict
 
 # What XML 1.0 cannot hold, escaped or not: control characters, lone surrogates, two non-characters.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -23,7 +23,8 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 class Findings:
     """What the steps of a verification found; empty or None where a step did not run.
 
-    `measured`: what `found_by` gives; `said`: keys of the verdict that operations bring.
+    `measured`: what `found_by` gives; `said`: keys of the verdict that operations bring; `required`: what the caller
+    asked for besides; `notes`: what has to be told though it is no fault.
     """
 
     checks: list[Check]
@@ -31,6 +32,8 @@ class Findings:
     measured: dict[str, Any] = field(default_factory=dict)
     random_ids: Equivalence | None = None
     said: dict[str, Any] = field(default_factory=dict)
+    required: list[Check] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
 
 def judged(
@@ -59,10 +62,14 @@ def build_verdict(findings: Findings) -> dict[str, Any]:
     """The JSON of `verdict.json`: passed only if every gate and every integrity check passed."""
     integrity = integrity_to_dict(findings.checks)
     passed = integrity["passed"] and all(judgement.passed for judgement in findings.judgements)
+    passed = passed and all(check.passed for check in findings.required)
     gates = [judgement.to_dict() for judgement in findings.judgements]
     random_ids = {} if findings.random_ids is None else {"random_ids": findings.random_ids.to_dict()}
+    required = {"required": [check.to_dict() for check in findings.required]} if findings.required else {}
+    notes = [*(note for check in findings.checks for note in check.notes), *findings.notes]
     return {
-        "passed": passed, "gates": gates, "integrity": integrity, **findings.said, **random_ids, **findings.measured
+        "passed": passed, "gates": gates, "integrity": integrity, **required, **({"notes": notes} if notes else {}),
+        **findings.said, **random_ids, **findings.measured,
     }  # fmt: skip
 
 
@@ -83,8 +90,14 @@ def junit_xml(verdict: dict) -> str:
     """The gates and checks of a verdict as JUnit XML, one test case each, for CI servers."""
     suite = ElementTree.Element("testsuite", name="surgery verify")
     failures = 0
+    told = {key: verdict[key] for key in ("status", "digest") if verdict.get(key) is not None}
+    if told or verdict.get("notes"):
+        properties = ElementTree.SubElement(suite, "properties")
+        for name, value in [*told.items(), *(("note", note) for note in verdict.get("notes", ()))]:
+            ElementTree.SubElement(properties, "property", name=name, value=_xml_text(value))
     cases = [(f"gate.{g['name']}", g["passed"], f"{g['value']}, asked for {asked(g)}") for g in verdict["gates"]]
     cases += [(f"integrity.{c['name']}", c["passed"], c["detail"]) for c in verdict["integrity"]["checks"]]
+    cases += [(f"required.{c['name']}", c["passed"], c["detail"]) for c in verdict.get("required", ())]
     for name, passed, detail in ((_xml_text(name), passed, _xml_text(detail)) for name, passed, detail in cases):
         case = ElementTree.SubElement(suite, "testcase", classname="surgery", name=name)
         if passed:

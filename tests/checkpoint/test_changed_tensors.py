@@ -24,7 +24,7 @@ from surgery.checkpoint.values import as_stored, dtype_code
 from surgery.checkpoint.writing import plan_file
 from surgery.errors import SourceError
 from surgery.steps.recipe import Recipe
-from surgery.verification.integrity import _kept
+from surgery.verification.against import kept_tensors
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -169,8 +169,9 @@ def looked_at(tmp_path: Path, recipe: dict, new: dict[str, torch.Tensor], status
     original = read_layout(source(tmp_path / "source", {"a": torch.ones(3), "b": torch.ones(2, 2)}))
     layout = read_layout(source(tmp_path / "new", {"a": torch.ones(3), "b": torch.ones(2, 2), **new}))
     entries = {name: TensorEntry.model_construct(status=became) for name, became in status.items()}
-    may_change = bool(recipe) and Recipe.model_validate(recipe).changes_weights
-    return _kept(layout, Manifest.model_construct(tensors=entries), original, False, may_change)
+    changes = bool(recipe) and Recipe.model_validate(recipe).changes_weights
+    changeable = set(original.tensors) if changes else set()
+    return kept_tensors(layout, Manifest.model_construct(tensors=entries), original, False, changeable)
 
 
 SMOOTHING = {"surgery": 1, "operations": [{"attention_bias": {}}, {"smoothing": {}}]}

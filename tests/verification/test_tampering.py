@@ -30,7 +30,7 @@ from surgery.checkpoint.layout import INDEX, SINGLE, read_layout
 from surgery.checkpoint.manifest import Manifest, build_manifest
 from surgery.checkpoint.source import Source
 from surgery.checkpoint.writing import index_json
-from surgery.verification.integrity import _same_source
+from surgery.verification.against import same_source
 
 DAMAGED = 3
 KEPT, SLOTS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -163,7 +163,7 @@ PLAIN: dict[str, tuple[Tamper, str, str]] = {
     "a deleted file": (lambda root: (root / "generation_config.json").unlink(), "files", "generation_config.json"),
     "config.json deleted": (lambda root: (root / "config.json").unlink(), "files", "config.json"),
     "the slots deleted": (lambda root: (root / SLOTS).unlink(), "files", SLOTS),
-    "an added file": (lambda root: (root / "notes.txt").write_text("hello"), "files", "notes.txt"),
+    "an added file": (lambda root: (root / "notes.json").write_text("{}"), "files", "notes.json"),
     "a file added below": (lambda root: save_model(root / "more"), "files", "more/config.json"),
     "a link in place of a file": (link_file, "files", SLOTS),
     "a link to a directory": (lambda root: (root / "more").symlink_to(root.parent), "files", "more"),
@@ -171,7 +171,7 @@ PLAIN: dict[str, tuple[Tamper, str, str]] = {
     "a file cut short": (lambda root: os.truncate(root / SLOTS, 100), "files", SLOTS),
     "the tokenizer": (add_bos_again, "files", "tokenizer.json"),
     "the code": (lambda root: (root / CODE).write_text("# nothing\n"), "files", CODE),
-    "the card": (lambda root: (root / "README.md").write_text("Trust me.\n"), "files", "README.md"),
+    "a licence": (lambda root: (root / "LICENSE").write_text("Trust me.\n"), "files", "LICENSE"),
 }
 
 # ---- changes after which every hash in the manifest was computed anew
@@ -336,9 +336,9 @@ def test_a_gguf_is_known_by_its_content_whatever_it_is_called(tmp_path: Path) ->
         parts = {"recipe": {}, "versions": {}, "tensors": {}, "files": {}, "verdict": None}
         return build_manifest(source={"sha256": hashes}, **parts)
 
-    assert _same_source(source, recorded({"model.gguf": digest}))[0]
-    assert not _same_source(source, recorded({"renamed.gguf": "0" * 64}))[0]
-    assert not _same_source(source, recorded({"renamed.gguf": []}))[0]
+    assert same_source(source, recorded({"model.gguf": digest}))[0]
+    assert not same_source(source, recorded({"renamed.gguf": "0" * 64}))[0]
+    assert not same_source(source, recorded({"renamed.gguf": []}))[0]
 
 
 def test_a_manifest_whose_dtype_is_nonsense_opens_no_gguf(copy: Path, tmp_path: Path) -> None:

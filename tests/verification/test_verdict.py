@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import xml.etree.ElementTree as ElementTree
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 
 from surgery.checkpoint.results import json_text
 from surgery.live.paired import Score
+from surgery.verification.checks import Check
 from surgery.verification.gates.base import Judgement, at_least
-from surgery.verification.integrity import Check
 from surgery.verification.verdict import Findings, build_verdict, found_by, junit_xml, plain_json
 from surgery.verification.verify import Verify
 
@@ -64,6 +65,8 @@ def test_a_real_verdict_has_them_all(place: Place) -> None:
     assert tokens == {4 * 31}  # every variant on the same targets: the first token of a chunk is never one
     assert verdict["prefix"]["tokens"] == ["<s>", "\n"]
     manifest = json.loads((place.converted / "surgery.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256((place.converted / "surgery.json").read_bytes()).hexdigest()
+    assert verdict.pop("digest") == f"sha256:{digest}"  # of the manifest, so it cannot be inside
     assert manifest["verdict"] == verdict and manifest["status"] == "verified"
 
 

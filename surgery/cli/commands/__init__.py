@@ -5,6 +5,7 @@ from .pretrain import pretrain
 from .recipes import recipes
 from .run import run
 from .scan import scan
+from .seal import seal
 from .verify import verify
 
-COMMANDS = (plan, run, verify, scan, pretrain, recipes)
+COMMANDS = (plan, run, verify, seal, scan, pretrain, recipes)

@@ -9,7 +9,7 @@ import click
 from ...checkpoint.results import json_text, require_result_file, write_result
 from ...recipe.builtin import recipe_file
 from ..judged import judged
-from ..options import DEVICE, DTYPE, FILE, JSON, LINK, RECIPE, REVISION, TASKS, TEXT, chunking, command, options
+from ..options import DEVICE, DTYPE, FILE, JSON, LINK, RECIPE, REVISION, SIGN, TASKS, TEXT, chunking, command, options
 from ..options import given as given_paths
 from ..show.console import output
 
@@ -29,14 +29,15 @@ from ..show.console import output
     click.option("--report", type=FILE, metavar="FILE", help="What was gained, and surveys of both, in one HTML file."),
     click.option("--tuning", type=FILE, metavar="DIR", help="Keep the state of tuning here, and go on from it."),
     click.option("--adapter", type=FILE, metavar="DIR", help="Also write what was tuned as a PEFT adapter."),
-    TASKS, chunking(64, 2), LINK, DTYPE, REVISION, DEVICE, JSON,
+    SIGN, TASKS, chunking(64, 2), LINK, DTYPE, REVISION, DEVICE, JSON,
 )  # fmt: skip
 def run(recipe, source, out, no_verify, report, chunks, chunk_length, json_file, **given) -> int:
     """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified."""
     first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
     if first:
         texts = (*given["text"], *given["calibration"])
-        paths = given_paths(recipe_file(recipe), source, out, *texts, given["keep_failed"], given["adapter"])
+        outputs = given["keep_failed"], given["adapter"]
+        paths = given_paths(recipe_file(recipe), source, out, *texts, *outputs, given["sign"])
         require_result_file(json_file, "--json", [*paths, *given_paths(report)])
         require_result_file(report, "--report", paths)
     from ...live.text import Chunking

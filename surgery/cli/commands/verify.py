@@ -22,13 +22,18 @@ from ..show.console import output
         "--calibration", multiple=True, type=FILE, metavar="FILE",
         help="Text for static scales, as given to run (repeatable); else half of --text.",
     ),
+    click.option("--digest", metavar="SHA256", help="The digest of surgery.json that run printed: compare it."),
+    click.option("--public-key", type=FILE, metavar="KEY", help="Check the signature of all files by this key (PEM)."),
+    click.option(
+        "--require", type=click.Choice(["verified"]), help="Fail (1) unless it was verified when it was written."
+    ),
     TASKS, chunking(None, 2), REVISION, DEVICE,
     click.option("--junit", type=FILE, metavar="FILE", help="Write gates and checks as JUnit XML."),
     JSON,
 )  # fmt: skip
 def verify(checkpoint, chunks, chunk_length, junit, json_file, **given) -> int:
     """Check the converted CHECKPOINT: files and tensors; with --text also quality; with --against also the source."""
-    inputs = given_paths(checkpoint, given["against"], *given["text"], *given["calibration"])
+    inputs = given_paths(checkpoint, given["against"], *given["text"], *given["calibration"], given["public_key"])
     require_result_file(json_file, "--json", given_paths(*inputs, junit))
     require_result_file(junit, "--junit", inputs)
     from ...steps.options import VerifyOptions

@@ -51,4 +51,4 @@ def show_output(console: Console, out, verdict: dict) -> None:
     state = "" if verdict["passed"] else ", unverified"
     console.print(f"\n{out}: {len(files)} files, {human(total)}{state}", markup=False)
     console.print(f'Load it:  AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)', markup=False)
-    console.print(f"Check it: surgery verify {out}", markup=False)
+    console.print(f"Check it: surgery verify {out} --digest {verdict['digest']}", markup=False)

@@ -1,0 +1,57 @@
+"""A converted checkpoint against its source: what was kept is byte-identical."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.layout import Layout, iter_tensor_chunks
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.source import Source, source_hashes
+from .checks import Found
+
+
+def same_source(source: Source, manifest: Manifest) -> Found:
+    recorded, found = manifest.source.get("sha256"), source_hashes(source)
+    recorded = recorded if isinstance(recorded, dict) else {}
+    if source.kind == "gguf":  # one file, whatever it is called by now
+        same = [*found.values()] == [*recorded.values()]
+        return same, f"{source.spec} is {'' if same else 'not '}what was converted" + ("" if same else " (SHA-256)")
+    for name in sorted(found.keys() | recorded.keys()):
+        if recorded.get(name) != found.get(name):
+            return False, f"{source.spec}: {name} is not the file that was converted (SHA-256 differs)"
+    return True, f"{source.spec} is what was converted"
+
+
+def kept_tensors(
+    layout: Layout, manifest: Manifest, original: Layout, hashed: bool, changeable: Collection[str] | None
+) -> Found:
+    """Every tensor of the source is there: as it was, or changed where an operation of the recipe changes tensors."""
+
+    def identical(a: TensorInfo, b: TensorInfo) -> bool:
+        same_file = hashed and manifest.files[a.shard].sha256 == manifest.source["sha256"][b.shard]
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and (
+            (same_file and a.start == b.start)
+            or all(
+                x == y
+                for x, y in zip(iter_tensor_chunks(layout, a.name), iter_tensor_chunks(original, b.name), strict=True)
+            )
+        )
+
+    for name, b in sorted(original.tensors.items()):
+        statuses = ("kept", "changed") if changeable is None or name in changeable else ("kept",)
+        a, status = layout.tensors.get(name), getattr(manifest.tensors.get(name), "status", None)
+        if a is None or status not in statuses:
+            return False, f"{name} of the source is not kept in the checkpoint"
+        if status == "kept" and not identical(a, b):
+            return False, f"{name} is not byte-identical to the source"
+        if status == "changed" and (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False, f"{name} is {a.dtype} of shape {a.shape}, in the source it is {b.dtype} of shape {b.shape}"
+        if status == "changed" and identical(a, b):
+            return False, f"{name} is said to be changed, but it is byte-identical to the source"
+    claimed = {name for name, entry in manifest.tensors.items() if entry.status != "added"}
+    if invented := sorted(claimed - set(original.tensors)):
+        return False, f"{invented[0]} is said to be of the source, but the source has no such tensor"
+    changed = sum(entry.status == "changed" for entry in manifest.tensors.values())
+    kept = f"{len(original.tensors) - changed} tensors byte-identical to the source"
+    return True, f"{kept}, {changed} changed in place" if changed else kept

@@ -1,0 +1,107 @@
+"""The files of a converted checkpoint: those of the manifest, of kinds that a run writes, and no code but ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.contents import SETTINGS, SIGNATURE, all_files, begins_as_code, is_document, is_foreign, may_change
+from ..checkpoint.disk import sha256_of
+from ..checkpoint.hub import in_hub_cache
+from ..checkpoint.layout import INDEX
+from ..checkpoint.manifest import MANIFEST, Manifest
+from ..checkpoint.source import ADAPTER, CONFIG
+from ..converted.derived import derive
+from ..converted.described import Described
+from ..progress import Advance
+from .checks import Found
+
+# Keys by which a JSON file makes transformers load classes from Python files, its own or another repository's.
+NAMES_CODE = ("auto_map", "custom_pipelines")
+
+
+def same_files(root: Path, manifest: Manifest, advance: Advance) -> Found:
+    """Every file is there as it was written, and no other. Documents and generation settings may be others: a note."""
+    present = all_files(root)
+    for name, path in present.items():
+        if path.is_symlink() and not in_hub_cache(root, path):  # links to directories too, which a walk does not enter
+            return False, f"{name} is a link, and its target is not part of the checkpoint"
+        if not path.is_file() and not path.is_dir():
+            return False, f"{name} is not a plain file"
+    files = {name for name, path in present.items() if path.is_file()}
+    expected = set(manifest.files)
+    gone = {name for name in expected - files if is_document(name)}
+    if missing := sorted(expected - files - gone):
+        return False, f"{missing[0]} is missing ({len(missing)} of {len(expected)} files)"
+    more = files - expected - {MANIFEST, SIGNATURE}
+    added = {name for name in more if may_change(name)}
+    if extra := sorted(more - added):
+        return False, f"{extra[0]} is not in {MANIFEST} ({len(extra)} files were added)"
+    if ADAPTER in files:
+        return False, f"{ADAPTER} makes transformers load what it names in place of the model, or on top of it"
+    edited = set()
+    for name in sorted(expected - gone):
+        entry, path = manifest.files[name], present[name]
+        if path.stat().st_size != entry.bytes or sha256_of(path, advance) != entry.sha256:
+            if not may_change(name):
+                return False, f"{name} is not the file that was written (SHA-256 differs)"
+            edited.add(name)
+    notes = [f"{name} was {what} since" for what, names in
+             (("edited", edited), ("added", added), ("removed", gone)) for name in sorted(names)]  # fmt: skip
+    return True, "; ".join([f"{len(expected) - len(gone | edited)} files, SHA-256 as written", *notes]), tuple(notes)
+
+
+def known_kinds(root: Path, shards: Collection[str]) -> Found:
+    """Nothing is there that a run does not write and that something might load, whatever the manifest says of it."""
+    files = {name: path for name, path in all_files(root).items() if path.is_file()}
+    for name, path in files.items():
+        if is_foreign(name, shards):
+            return False, f"{name} is none of the files that surgery writes, and something might load it"
+        if name not in shards and begins_as_code(path):
+            return False, f"{name} begins as a pickle, an archive or a program does"
+    return True, f"{len(files)} files, all of kinds that surgery writes"
+
+
+def same_code(root: Path, described: Described) -> Found:
+    """The Python files are exactly what this version writes (safe to run, and tested), and no other code is named."""
+    config = described.config
+    try:
+        derived = derive(*described.converted)
+    except KeyError:
+        return False, f"config.json: model_type {config['model_type']!r} is not of the installed transformers"
+    if config.get("auto_map") != derived.auto_map:
+        return False, "config.json: auto_map names other code than what surgery writes"
+    for name, path in all_files(root).items():
+        if path.is_file() and name.lower().endswith(".json") and name not in (MANIFEST, INDEX):
+            try:
+                content = json.loads(path.read_bytes())
+            except (ValueError, RecursionError):
+                return False, f"{name} is not JSON"
+            if name == SETTINGS and not isinstance(content, dict):
+                return False, f"{name} is not a JSON object"
+            if name == CONFIG and isinstance(content, dict):
+                content.pop("auto_map", None)
+            if key := _names_code(content):
+                return False, f"{name}: {key} names code, and surgery writes none there"
+    files = derived.files()
+    for name, path in all_files(root).items():
+        if name.endswith(".py") and files.pop(name, None) != path.read_text(encoding="utf-8", errors="replace"):
+            return False, f"{name} is not what this version of surgery writes; verify with the version in {MANIFEST}"
+    return (False, f"{min(files)} is missing") if files else (True, "Python files as this version writes them")
+
+
+def _names_code(content: Any) -> str | None:
+    """The first key anywhere in `content` that names code. A number under it is the id of a token of that text."""
+    left = [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        elif isinstance(value, dict):
+            named = (key for key in NAMES_CODE if not isinstance(value.get(key), (int, float, type(None))))
+            if (key := next(named, None)) is not None:
+                return key
+            left += value.values()
+    return None
