@@ -6,7 +6,7 @@ and exits with `exit_code`. Anything else that is raised is a bug in surgery and
 
 from __future__ import annotations
 
-LONGEST_WORD, LONGEST_SENTENCE = 300, 480  # characters; a path may well be long
+LONGEST_WORD, LONGEST_SENTENCE = 300, 900  # characters; a path may well be long
 
 
 class SurgeryError(Exception):

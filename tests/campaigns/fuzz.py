@@ -31,7 +31,7 @@ from .isolated import watched
 from .mutations import HOSTILE, as_json_bytes, bytes_edit
 
 SECONDS, MEMORY = 20, 1 << 30
-SENTENCE = 500  # characters; a path may be part of it
+SENTENCE = 1000  # characters; a path may be part of it
 TEMPLATES = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}",
     "{% for i in range(10**9) %}{{ i }}{% endfor %}", "{{ 'a' * 10**10 }}", "{{ 1/0 }}", "{{ messages[99].x.y }}",

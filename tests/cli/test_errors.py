@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from surgery.errors import LONGEST_SENTENCE, DamagedCheckpoint, shortened
+from surgery.errors import LONGEST_SENTENCE, LONGEST_WORD, DamagedCheckpoint, shortened
 
 
 @given(st.text(max_size=LONGEST_SENTENCE))
 def test_a_sentence_of_usual_length_stays_as_it_is(text: str) -> None:
-    if all(len(word) <= 300 for word in text.split(" ")):
+    if all(len(word) <= LONGEST_WORD for word in text.split(" ")):
         assert shortened(text) == text
 
 
