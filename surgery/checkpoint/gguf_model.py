@@ -7,6 +7,7 @@ the derived config here, and refused where the model would compute something els
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bounded import GIB, bounded
 from ..errors import DamagedCheckpoint, SurgeryError, UnsupportedModel, brief
 from .disk import disk_errors
 from .gguf_header import Header
@@ -27,6 +29,7 @@ _NEEDED = ("block_count", "embedding_length", "attention.head_count", "context_l
 _HARMLESS = ("tensor_data_layout", "use_parallel_residual", "vocab_size", "feed_forward_length")
 _GPT2_SPLITS = ("default", "gpt-2", "gpt2")  # pre-tokenizers for which falling back to GPT-2's is right
 _PROBE_TEXT = "Hello,  World 2024!\n\tdef f(x): return x<|im_end|> \u00fcn\u00ef \u6f22\u5b57 </s>"
+TOKENIZER_SECONDS, TOKENIZER_MEMORY = 180, 4 * GIB  # vocabularies are converted in Python
 _INSTEAD = "give the original safetensors checkpoint instead"
 
 
@@ -268,16 +271,28 @@ def _known_splits() -> frozenset[str]:
 
 
 def write_tokenizer(header: Header, into: Path) -> None:
-    """Write the file's tokenizer to `into` (which has config.json), and check that it reads back to the same ids."""
+    """Write the file's tokenizer to `into` (which has config.json), and check that it reads back to the same ids.
+
+    The vocabulary and its patterns are a stranger's, so all of it happens in a child with limits of time and memory.
+    """
+    # Other tokenizer files beside the GGUF must not mix in, and the child must not write to `into`.
+    with tempfile.TemporaryDirectory() as alone, tempfile.TemporaryDirectory() as saved:
+        (Path(alone) / header.path.name).symlink_to(header.path.resolve())
+        shutil.copyfile(into / "config.json", Path(saved) / "config.json")
+        with deriving(header):
+            memory = TOKENIZER_MEMORY + header.path.stat().st_size  # it is mapped
+            same = bounded(_save, alone, header.path.name, saved, seconds=TOKENIZER_SECONDS, memory=memory)
+        if not same:
+            raise UnsupportedModel(f"The tokenizer of {header.path} gives other token ids once saved; {_INSTEAD}.")
+        with disk_errors(into):
+            for file in Path(saved).iterdir():
+                shutil.copyfile(file, into / file.name)
+
+
+def _save(directory: str, name: str, into: str) -> bool:
+    """Save the tokenizer of a GGUF to `into`; whether it reads back to the same ids."""
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as alone:  # other tokenizer files beside the GGUF must not mix in
-        (Path(alone) / header.path.name).symlink_to(header.path.resolve())
-        with deriving(header):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(alone, gguf_file=header.path.name)
-    with disk_errors(into):
-        tokenizer.save_pretrained(into)
-    with deriving(header):
-        saved = AutoTokenizer.from_pretrained(into)
-        if saved(_PROBE_TEXT).input_ids != tokenizer(_PROBE_TEXT).input_ids:
-            raise UnsupportedModel(f"The tokenizer of {header.path} gives other token ids once saved; {_INSTEAD}.")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+    tokenizer.save_pretrained(into)
+    return bool(AutoTokenizer.from_pretrained(into)(_PROBE_TEXT).input_ids == tokenizer(_PROBE_TEXT).input_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,6 +210,10 @@ def _companions(root: Path, config: dict[str, Any]) -> tuple[str, ...]:
         listed = any(fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)
         if not entry.is_file() or not (name in code or listed and not name.lower().endswith(REFUSED_SUFFIXES)):
             continue
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise SourceError(f"{root} has a file {name!a}, which is no UTF-8 name; rename or remove it.") from None
         with entry.open("rb") as file:
             if is_lfs_pointer(file.read(64)):
                 raise lfs_pointer(entry)
@@ -223,6 +227,21 @@ def has_tokenizer(names: Iterable[str]) -> bool:
         name.startswith(("tokenizer", "vocab", "merges", "tekken")) or name.endswith((".model", ".tiktoken"))
         for name in names
     )
+
+
+def without_tokenizer(source: Source) -> Source:
+    """`source` as if it had no files of a tokenizer, nor chat templates."""
+    others = ("special_tokens_map.json", "added_tokens.json")
+    kept = tuple(
+        name
+        for name in source.companions
+        if not has_tokenizer([name])
+        and name not in others
+        and not name.startswith("chat_template")
+        and ".jinja" not in name
+    )
+    plan = None if source.plan is None else replace(source.plan, companions=kept)
+    return replace(source, companions=kept, plan=plan)
 
 
 def _code_files(config: dict[str, Any]) -> set[str]:

@@ -7,26 +7,22 @@ word of a text (prepend_scheme "first") mark that of a chat too, which stood unm
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-# What a chat template is tried on: each line is a system message or none, then turns of user and assistant.
-_CONVERSATIONS = [
-    [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
-    for roles in (["user"], ["user", "assistant"] * 2 + ["user"], ["system", "user", "assistant", "user"])
-]
-
+from ..live.templates import equals_less
 
 # ---- chat templates
 
 
-def silent_templates(templates, tokenizer: PreTrainedTokenizerBase):
-    """`chat_template` of tokenizer_config.json (one template, or a list of named ones) without the BOS in front."""
-    if isinstance(templates, str):
-        return silent_template(templates, tokenizer)
-    return [{**entry, "template": silent_template(entry["template"], tokenizer)} for entry in templates]
+def silent_templates(templates: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """`chat_template` of a JSON file (one template, a list of named ones, or a mapping) without the BOS in front."""
+    if isinstance(templates, dict):
+        return {name: silent_templates(template, tokenizer) for name, template in templates.items()}
+    if isinstance(templates, list):
+        return [{**entry, "template": silent_templates(entry["template"], tokenizer)} for entry in templates]
+    return silent_template(templates, tokenizer) if isinstance(templates, str) else templates
 
 
 def silent_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -41,7 +37,7 @@ def silent_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return template
     # trim_blocks, which chat templates are rendered with, eats the newline; what follows begins a line as before.
     emptied = "{%- set bos_token = '' %}\n" + template
-    if bos not in template and _equals_less_bos(emptied, template, tokenizer):
+    if bos not in template and equals_less(emptied, template, bos, tokenizer):
         return emptied
     inner = template.removesuffix("\n")  # as Jinja removes it at the end of a template
     text = json.dumps(bos, ensure_ascii=False)
@@ -49,38 +45,6 @@ def silent_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
         f"{{%- set rendered %}}\n{inner}{{%+ endset %}}"
         f"{{{{- rendered[{len(bos)}:] if rendered.startswith({text}) else rendered }}}}"
     )
-
-
-def _equals_less_bos(candidate: str, template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `candidate` writes what `template` does less a leading BOS, on every conversation that it accepts."""
-    tried = 0
-    for conversation in _CONVERSATIONS:
-        for prompt in (True, False):
-
-            def render(source: str, conversation=conversation, prompt=prompt):
-                return tokenizer.apply_chat_template(
-                    conversation, chat_template=source, tokenize=False, add_generation_prompt=prompt
-                )
-
-            if (expected := _rendered(render, template)) is None:
-                continue
-            tried += 1
-            if _rendered(render, candidate) != expected.removeprefix(tokenizer.bos_token):
-                return False
-    return tried > 0
-
-
-def _rendered(render: Callable[[str], str], template: str) -> str | None:
-    try:
-        return render(template)
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ):  # a template's way to refuse a conversation
-        return None
 
 
 # ---- post-processors of the tokenizers library

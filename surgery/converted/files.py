@@ -12,8 +12,10 @@ from ..anatomy.limits import LIMIT, is_only_a_limit
 from ..anatomy.sites import Anatomy
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import SINGLE, Layout, Stored
+from ..checkpoint.regular import read_json
 from ..checkpoint.writing import plan_file
 from ..errors import SourceError
+from ..live.templates import PROCESSORS
 from .bos import silent_processor, silent_template, silent_templates
 from .derived import Derived
 
@@ -82,6 +84,13 @@ def lowered_limits(config: dict, anatomy: Anatomy, n_slots: int) -> dict[str, in
 # ---- tokenizer
 
 
+def may_rewrite(directory: Path, name: str, folds_bos: bool) -> bool:
+    """Whether `converted_tokenizer` may change the file `name` of `directory`."""
+    if name in PROCESSORS:
+        return folds_bos and "chat_template" in read_json(directory / name)
+    return name == "tokenizer_config.json" or folds_bos and name.endswith(("tokenizer.json", ".jinja"))
+
+
 def converted_tokenizer(
     directory: Path, files: Sequence[str], tokenizer, n_slots: int, folded_bos: str | None
 ) -> dict[str, str]:
@@ -92,9 +101,10 @@ def converted_tokenizer(
     * A folded BOS replaces the real one (`folded_bos` is its text): no flag, post-processor or chat template adds it.
     """
     name = "tokenizer_config.json"
-    settings = json.loads((directory / name).read_text(encoding="utf-8")) if name in files else {}
+    settings = read_json(directory / name) if name in files else {}
     settings = without_paths(settings)
     settings["tokenizer_class"] = type(tokenizer).__name__
+    settings.pop("auto_map", None)  # it has loaded without the code that this names, and that code is not carried
     limit = settings.get("model_max_length")
     if isinstance(limit, int) and n_slots < limit < FOREVER:
         settings["model_max_length"] = limit - n_slots
@@ -107,9 +117,22 @@ def converted_tokenizer(
             settings["chat_template"] = silent_templates(settings["chat_template"], tokenizer)
         for template in (file for file in files if file.endswith(".jinja")):
             changed[template] = silent_template((directory / template).read_text(encoding="utf-8"), tokenizer)
+        for other in (file for file in files if file in PROCESSORS and may_rewrite(directory, file, True)):
+            data = read_json(directory / other)
+            changed[other] = _dumped({**data, "chat_template": silent_templates(data["chat_template"], tokenizer)})
         if "tokenizer.json" in files:
             data = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
             data["post_processor"] = silent_processor(data.get("post_processor"), tokenizer.bos_token_id)
             changed["tokenizer.json"] = json.dumps(data, ensure_ascii=False, indent=2)
-    changed[name] = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
+    changed[name] = _dumped(settings)
     return changed
+
+
+def _dumped(content: dict) -> str:
+    """A file of JSON, its text as it is, or escaped where it cannot be written (halves of character pairs)."""
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=2) + "\n"
+    return text

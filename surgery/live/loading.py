@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
+from ..bounded import GIB, Unbounded, bounded
+from ..checkpoint.regular import read_json
 from ..checkpoint.source import has_tokenizer
 from ..errors import DamagedCheckpoint, NoSpace, SourceError, brief, out_of_memory
+from .templates import require_templates
+
+GENERATION = "generation_config.json"
+LOADING_SECONDS, LOADING_MEMORY = 60, 4 * GIB  # a vocabulary of 256,000 tokens takes some seconds and one GiB
+# What a tokenizer is tried on: what this program has it read besides texts, and a bit of everything.
+TRIED = (
+    "\n",
+    " ",
+    ".",
+    " the",
+    "The quick brown fox jumps over the lazy dog.",
+    "Hello,  World 2024!\n\tf(x) \u00fcn\u6f22",
+)
 
 
 def require_device(device: str) -> None:
@@ -43,7 +66,7 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
                 directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
                 local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
+    except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
         require_memory(directory, error)
         raise SourceError(
             f"{directory}: transformers cannot load it ({brief(error)}); give a complete checkpoint."
@@ -78,19 +101,54 @@ def require_fit(directory: Path, report: dict) -> None:
             )
 
 
-def load_tokenizer(directory: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`, or in its GGUF file; SourceError if there is none that loads."""
-    way_out = "add its files, or leave text out and give the prefix as token ids (run --no-verify)"
-    if gguf_file is None and not has_tokenizer(path.name for path in directory.iterdir()):
-        raise SourceError(f"{directory} has no tokenizer files, and text needs them; {way_out}.")
+def require_generation(directory: Path) -> None:
+    """DamagedCheckpoint or SourceError for a generation_config.json with which transformers would load no model."""
+    path = directory / GENERATION
+    if not os.path.lexists(path):
+        return
+    settings = read_json(path)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = settings.get(name)
+        if not all(type(token) is int for token in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
+            raise SourceError(f"{path}: {name} is neither a token id nor a list of them; mend or remove it.")
     try:
         with quiet():
-            named = {} if gguf_file is None else {"gguf_file": gguf_file}
-            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **named)
-    except Exception as error:  # the tokenizers library raises plain Exception for files it cannot read
+            GenerationConfig.from_dict(settings)
+    except Exception as error:
         raise SourceError(
-            f"{directory} has no tokenizer that loads ({brief(error)}), and text needs one; {way_out}."
+            f"{path}: transformers does not accept it ({brief(error)}); mend or remove the file."
         ) from error
+
+
+def load_tokenizer(directory: Path, name: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`, called `name` in errors; SourceError if there is none that loads and reads text.
+
+    Its files are a stranger's program: they are tried in a child with limits of time and memory before they are loaded
+    here, and so are its chat templates.
+    """
+    name = str(directory) if name is None else name
+    if not has_tokenizer(path.name for path in directory.iterdir()):
+        raise SourceError(f"{name} has no tokenizer files; put the model's own there.")
+    try:
+        bounded(_try_tokenizer, directory, seconds=LOADING_SECONDS, memory=LOADING_MEMORY)
+        tokenizer = _tokenizer(directory)
+    except Exception as error:  # the tokenizers library raises plain Exception for files it cannot read
+        why = (str(error) if isinstance(error, Unbounded) else brief(error))[:100]
+        raise SourceError(f"{name} has no tokenizer that loads ({why}); put the model's own files there.") from error
+    require_templates(directory, name, tokenizer)
+    return tokenizer
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    with quiet():
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _try_tokenizer(directory: Path) -> None:
+    tokenizer = _tokenizer(directory)
+    for text in TRIED:
+        for special in (False, True):
+            tokenizer.decode(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 class quiet:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..bounded import GIB, Unbounded, bounded
 from ..errors import SourceError
 
 
@@ -20,6 +21,8 @@ class Chunking:
 
 
 CHUNKS = Chunking()
+READING_SECONDS, SLOWEST = 30, 20_000  # the slowest tokenizers, in Python, read 100,000 characters a second
+READING_MEMORY, PER_CHARACTER = 2 * GIB, 400  # bytes
 FEW_CHUNKS = Chunking(8)  # enough to see massive activations, not to measure perplexity
 
 
@@ -50,9 +53,21 @@ def split_text(text: str) -> tuple[str, str]:
 
 
 def tokenize(tokenizer, text: str, *, special: bool = False) -> list[int]:
-    """Token ids of `text`; without the tokens a tokenizer adds around a text, unless `special`."""
+    """Token ids of `text`; without the tokens a tokenizer adds around a text, unless `special`.
+
+    A tokenizer's patterns may take for ever on one text and not on another, so each is read in a child with limits.
+    SourceError where it does not end well.
+    """
+    seconds, memory = READING_SECONDS + len(text) // SLOWEST, READING_MEMORY + PER_CHARACTER * len(text)
+    try:
+        return list(bounded(_encode, tokenizer, text, special, seconds=seconds, memory=memory))
+    except Unbounded as error:
+        raise SourceError(f"the tokenizer cannot read the text ({error}); give another text, or mend it.") from error
+
+
+def _encode(tokenizer, text: str, special: bool) -> list[int]:
     # A tokenizer warns about texts longer than the model; we cut the text into chunks ourselves.
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return [int(token) for token in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
 
 
 def chunk(ids: Sequence[int], chunking: Chunking, name: str) -> torch.Tensor:

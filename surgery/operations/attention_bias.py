@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,6 +24,7 @@ from ..converted.described import Described
 from ..errors import SourceError
 from ..live.graft import Fold, eab_config, fold, grafted
 from ..live.model import Live
+from ..live.text import tokenize
 from ..recipe.fields import Prefix
 from ..words import listing, quoted
 from .base import Changes, Exact, Fitting, Operation, Stand, Target, Trained
@@ -242,7 +243,7 @@ def one_token(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
     vocabulary = tokenizer.get_vocab()
     if text in vocabulary:
         return vocabulary[text]
-    ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenize(tokenizer, text)
     if ids == [tokenizer.unk_token_id]:
         raise SourceError(
             f"attention_bias.prefix: {text!r} is not in the vocabulary; give another token, or a token id."

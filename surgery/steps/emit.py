@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,10 +98,6 @@ def _emit_companions(plan: Plan, stage: Stage, directory: Path, changes: Changes
     if tokenizer is not None:
         folded_bos = tokenizer.bos_token if tokenizer.bos_token_id in (changes.prefix or ()) else None
         changed = converted_tokenizer(directory, files, tokenizer, changes.positions, folded_bos)
-        settings = json.loads(changed["tokenizer_config.json"])
-        # It loads without the code that an auto_map names, and that code is not carried.
-        if settings.pop("auto_map", None) is not None:
-            changed["tokenizer_config.json"] = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
     for name in files:
         if name not in changed:
             stage.add_file(directory / name, name)

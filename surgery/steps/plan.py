@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import operator
+import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +15,15 @@ from typing import Any
 from ..anatomy.linears import linears
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.disk import free_space, require_space, require_target, same_disk
+from ..checkpoint.gguf_model import write_tokenizer
 from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST
-from ..checkpoint.source import Source, has_tokenizer, open_source
+from ..checkpoint.source import Source, has_tokenizer, open_source, without_tokenizer
 from ..converted.derived import Derived, derive
-from ..converted.files import added_layout, lowered_limits, shard_names
-from ..errors import UnsupportedModel
+from ..converted.files import added_layout, lowered_limits, may_rewrite, shard_names
+from ..errors import SourceError, UnsupportedModel
 from ..live.graft import eab_config
-from ..live.loading import load_tokenizer
+from ..live.loading import load_tokenizer, require_generation
 from ..operations.base import Changes, Parts, Target
 from .inputs import Reader
 from .recipe import Recipe
@@ -118,8 +122,10 @@ def prepare(
     """
     source = open_source(spec, revision=revision, dtype=dtype)
     anatomy = examine(source.config, source.blank)  # before the tokenizer, which would complain in its own words
+    if source.kind != "gguf":
+        require_generation(source.root)
     wanted = needs_tokenizer or any(change.needs_tokenizer for change in recipe.changes)
-    tokenizer = source_tokenizer(source) if wanted or has_tokenizer(source.companions) else None
+    source, tokenizer = _with_tokenizer(source, recipe, wanted)
     target = Target(anatomy, source.layout, tokenizer)
     by_operation = {change.name: change.plan(target) for change in recipe.changes}
     changes = _together(anatomy, by_operation)
@@ -161,11 +167,30 @@ def _together(anatomy: Anatomy, by_operation: Mapping[str, Changes]) -> Changes:
     return functools.reduce(operator.add, (*by_operation.values(), sites))
 
 
+def _with_tokenizer(source: Source, recipe: Recipe, wanted: bool) -> tuple[Source, Any]:
+    """The source and its tokenizer. One that does not load, and is not `wanted`, is left out of the source."""
+    if not wanted and not has_tokenizer(source.companions):
+        return source, None
+    try:
+        return source, source_tokenizer(source)
+    except (SourceError, UnsupportedModel) as error:
+        if wanted or recipe.reads_text:
+            way_out = "" if recipe.reads_text else ", or list the prefix as ids and run --no-verify"
+            raise type(error)(f"{str(error).removesuffix('.')}{way_out}.") from error
+        warnings.warn(f"{str(error).rpartition('; ')[0]}; its files are left out.", stacklevel=3)
+        return without_tokenizer(source), None
+
+
 def source_tokenizer(source: Source):
-    """The source's tokenizer; SourceError if it has none that loads."""
-    if source.kind == "gguf":
-        return load_tokenizer(source.root.parent, gguf_file=source.root.name)
-    return load_tokenizer(source.root)
+    """The source's tokenizer; SourceError (UnsupportedModel for some of GGUF files) if it has none that loads."""
+    if source.kind != "gguf":
+        return load_tokenizer(source.root)
+    if not has_tokenizer(source.companions):
+        raise SourceError(f"{source.spec} holds no tokenizer; give a file that has one.")
+    with tempfile.TemporaryDirectory(prefix="surgery-tokenizer-") as folder:  # as `run` will write it
+        (Path(folder) / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
+        write_tokenizer(source.plan.header, Path(folder))
+        return load_tokenizer(Path(folder), source.spec)
 
 
 def carried(source: Source) -> tuple[str, ...]:
@@ -187,9 +212,9 @@ def _others(source: Source, derived: Derived, folds_bos: bool) -> list[FilePlan]
     companions = carried(source)
     for name in companions:
         path = source.root / name
-        changes = name == "tokenizer_config.json" or folds_bos and name.endswith(("tokenizer.json", ".jinja"))
         size = path.stat().st_size if path.is_file() else None
-        files.append(FilePlan(name, "change" if changes else "copy", size, name))
+        action = "change" if may_rewrite(source.root, name, folds_bos) else "copy"
+        files.append(FilePlan(name, action, size, name))
     if "tokenizer_config.json" not in companions and has_tokenizer(companions):
         files.append(FilePlan("tokenizer_config.json", "add", None))
     files += [FilePlan(name, "add", len(text.encode())) for name, text in derived.files().items()]
