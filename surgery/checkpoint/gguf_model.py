@@ -7,7 +7,6 @@ the derived config here, and refused where the model would compute something els
 from __future__ import annotations
 
 import math
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, SurgeryError, UnsupportedModel, brief
 from .disk import disk_errors
 from .gguf_header import Header
@@ -271,8 +271,8 @@ def write_tokenizer(header: Header, into: Path) -> None:
     """Write the file's tokenizer to `into` (which has config.json), and check that it reads back to the same ids."""
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as alone:  # other tokenizer files beside the GGUF must not mix in
-        (Path(alone) / header.path.name).symlink_to(header.path.resolve())
+    with temporary() as alone:  # other tokenizer files beside the GGUF must not mix in
+        (alone / header.path.name).symlink_to(header.path.resolve())
         with deriving(header):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(alone, gguf_file=header.path.name)
     with disk_errors(into):

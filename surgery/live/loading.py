@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.source import has_tokenizer
+from ..endings.temporary import of_temporary
 from ..errors import DamagedCheckpoint, NoSpace, SourceError, brief, out_of_memory
 
 
@@ -17,16 +19,30 @@ def require_device(device: str) -> None:
     """SourceError unless `device` is "auto" or a torch device that this machine has."""
     if device == "auto":
         return
+    here = ", ".join(["cpu", *(f"{kind}:{i}" for kind in (_accelerator(),) if kind for i in range(_count()))])
     try:
-        kind = torch.device(device).type
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # names of old devices are refused below
+            kind = torch.device(device).type
     except RuntimeError as error:
-        raise SourceError(f"--device {device} is no torch device; give cpu, auto or cuda:0.") from error
+        raise SourceError(f"--device {device} is no torch device; this machine has {here}, or give auto.") from error
     if kind == "meta":
-        raise SourceError(f"--device {device} computes nothing; give cpu, auto or cuda:0.")
+        raise SourceError(f"--device {device} computes nothing; this machine has {here}, or give auto.")
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SourceError(f"--device {device} cannot be used ({brief(error)}); give cpu or auto.") from error
+    except Exception as error:  # a backend that is not built, not installed or not plugged in: each says so in its way
+        raise SourceError(
+            f"--device {device} cannot be used ({brief(error)}); this machine has {here}, or give auto."
+        ) from error
+
+
+def _accelerator() -> str | None:
+    found = torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
+    return None if found is None else found.type
+
+
+def _count() -> int:
+    return torch.accelerator.device_count()
 
 
 def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -61,7 +77,9 @@ def require_in_memory(model: PreTrainedModel, what: str) -> None:
 
 
 def require_memory(directory: Path, error: Exception) -> None:
-    """NoSpace if `error`, raised while a model was loaded, says that memory ran out."""
+    """NoSpace or OutputError if `error`, raised while a model was loaded, is of memory or of a temporary directory."""
+    if (temporary := of_temporary(error)) is not None:
+        raise temporary from error
     if out_of_memory(error):
         raise NoSpace(f"{directory} does not fit into memory; try --device auto, which also uses the disk.") from error
 
@@ -88,6 +106,7 @@ def load_tokenizer(directory: Path, gguf_file: str | None = None) -> PreTrainedT
             named = {} if gguf_file is None else {"gguf_file": gguf_file}
             return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **named)
     except Exception as error:  # the tokenizers library raises plain Exception for files it cannot read
+        require_memory(directory, error)
         raise SourceError(
             f"{directory} has no tokenizer that loads ({brief(error)}), and text needs one; {way_out}."
         ) from error

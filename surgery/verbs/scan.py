@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,12 @@ from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy, examine
 from ..anatomy.stored import vocabulary_size
-from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
 from ..checkpoint.source import materialise, open_source, refuse_adapter
 from ..converted.described import read_described
 from ..converted.reading import is_converted, load_converted
+from ..endings.signals import caught
+from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.model import Live
@@ -94,15 +94,12 @@ def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_O
     opened = open_source(source, revision=revision, dtype=dtype)
     anatomy = examine(opened.config, opened.blank)
     vocab_size = vocabulary_size(opened.layout, anatomy)
-    with tempfile.TemporaryDirectory(prefix="surgery-scan-") as scratch:
-        if opened.kind == "gguf":
-            require_space(Path(scratch), opened.layout.total_bytes)
-        tokenizer = source_tokenizer(opened)
-
-        def load(device: str) -> PreTrainedModel:
-            return load_original(materialise(opened, Path(scratch) / "model"), device=device)
-
-        yield _Opened(anatomy, Reader(tokenizer, vocab_size), 0, load)
+    reader = Reader(source_tokenizer(opened), vocab_size)
+    if opened.kind != "gguf":
+        yield _Opened(anatomy, reader, 0, lambda device: load_original(opened.root, device=device))
+        return
+    with caught(), temporary(opened.layout.total_bytes) as scratch:
+        yield _Opened(anatomy, reader, 0, lambda device: load_original(materialise(opened, scratch), device=device))
 
 
 def _converted(root: Path) -> _Opened:
