@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import NoSpace, OutputError, SurgeryError
+from ..errors import NoTemporary
 from ..words import human
 from .owned import Owned
 
@@ -23,22 +23,22 @@ _OF_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers raise
 def temporary_root() -> Path:
     """$TMPDIR where it is set: one that cannot be used is refused, not passed over for /tmp. Else what the system has.
 
-    Raises OutputError where there is none.
+    Raises NoTemporary where there is none.
     """
     if given := os.environ.get("TMPDIR"):
         root = Path(os.path.abspath(given))
         if not os.path.isdir(root):
-            raise OutputError(f"the temporary directory {root} (TMPDIR) is not a directory; {_INSTEAD}.")
+            raise NoTemporary(f"the temporary directory {root} (TMPDIR) is not a directory; {_INSTEAD}.")
         return root
     try:
         return Path(tempfile.gettempdir())
     except FileNotFoundError as error:
-        raise OutputError(f"there is no temporary directory that can be written to; {_INSTEAD}.") from error
+        raise NoTemporary(f"there is no temporary directory that can be written to; {_INSTEAD}.") from error
 
 
 @contextlib.contextmanager
 def temporary(needed: int = 0) -> Iterator[Path]:
-    """A new empty directory for `needed` bytes, gone at the end of the block. OutputError or NoSpace without one."""
+    """A new empty directory for `needed` bytes, gone at the end of the block. NoTemporary without one."""
     root = temporary_root()
     with contextlib.ExitStack() as opened:
         with temporary_errors():
@@ -46,7 +46,7 @@ def temporary(needed: int = 0) -> Iterator[Path]:
             owned = opened.enter_context(Owned(root))
             owned.inside.mkdir()
         if needed > free:
-            raise NoSpace(
+            raise NoTemporary(
                 f"the temporary directory {root} needs {human(needed)} and has {human(free)} free; {_INSTEAD}."
             )
         yield owned.inside
@@ -70,8 +70,8 @@ def temporary_errors() -> Iterator[None]:
         raise _told(error) from error
 
 
-def of_temporary(error: BaseException, where: Path | None = None) -> SurgeryError | None:
-    """OutputError or NoSpace if `error`, or what caused it, is of a temporary file; None if not.
+def of_temporary(error: BaseException, where: Path | None = None) -> NoTemporary | None:
+    """NoTemporary if `error`, or what caused it, is of a temporary file; None if not.
 
     `where`: what was written when it was raised, for errors that do not say so.
     """
@@ -79,6 +79,8 @@ def of_temporary(error: BaseException, where: Path | None = None) -> SurgeryErro
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         seen.add(id(link))
+        if isinstance(link, NoTemporary):
+            return link
         if (found := as_os_error(link)) is not None and _is_temporary(found, where):
             return _told(found)
         link = link.__cause__ or link.__context__
@@ -107,11 +109,11 @@ def _is_temporary(error: OSError, where: Path | None) -> bool:
     return False
 
 
-def _told(error: OSError) -> SurgeryError:
+def _told(error: OSError) -> NoTemporary:
     root = temporary_root()
     if error.errno in FULL:
-        return NoSpace(f"the disk of the temporary directory {root} is full; {_INSTEAD}.")
-    return OutputError(f"the temporary directory {root} cannot be written ({error.strerror or error}); {_INSTEAD}.")
+        return NoTemporary(f"the disk of the temporary directory {root} is full; {_INSTEAD}.")
+    return NoTemporary(f"the temporary directory {root} cannot be written ({error.strerror or error}); {_INSTEAD}.")
 
 
 def _free(root: Path) -> int:

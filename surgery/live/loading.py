@@ -19,7 +19,7 @@ def require_device(device: str) -> None:
     """SourceError unless `device` is "auto" or a torch device that this machine has."""
     if device == "auto":
         return
-    here = ", ".join(["cpu", *(f"{kind}:{i}" for kind in (_accelerator(),) if kind for i in range(_count()))])
+    here = ", ".join(_devices())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names of old devices are refused below
@@ -36,13 +36,10 @@ def require_device(device: str) -> None:
         ) from error
 
 
-def _accelerator() -> str | None:
-    found = torch.accelerator.current_accelerator(check_available=True) if hasattr(torch, "accelerator") else None
-    return None if found is None else found.type
-
-
-def _count() -> int:
-    return torch.accelerator.device_count()
+def _devices() -> list[str]:
+    """The torch devices of this machine."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu"] if kind is None else ["cpu", *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
 def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -77,7 +74,7 @@ def require_in_memory(model: PreTrainedModel, what: str) -> None:
 
 
 def require_memory(directory: Path, error: Exception) -> None:
-    """NoSpace or OutputError if `error`, raised while a model was loaded, is of memory or of a temporary directory."""
+    """NoSpace or NoTemporary if `error`, raised while something was loaded, is of memory or of temporary files."""
     if (temporary := of_temporary(error)) is not None:
         raise temporary from error
     if out_of_memory(error):
