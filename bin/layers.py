@@ -28,9 +28,10 @@ FLOORS = (
     ("live",),
     ("anatomy", "recipe"),
     ("checkpoint",),
+    ("endings",),
     ("runtime",),
 )
-BESIDE = ("table", "bounded", "words", "progress", "errors", "version")  # for every room; each may know those after it
+BESIDE = ("table", "bounded", "words", "progress", "errors", "plain", "version")  # for every room; each may know those after it
 ALONE = "runtime"  # is copied into checkpoints, so it imports nothing of ours
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -6,20 +6,21 @@
     surgery.seal(out)                                              take edited documents into the manifest
     surgery.scan(source, text=[...])                               massive activations and sinks, layer by layer
     surgery.pretrain(recipe, out, text=[...])                      small models from nothing
+    surgery.clean(directory)                                       remove what killed runs left behind
 
 Importing surgery also makes the converted model types (`eab_llama`, ...) known to transformers' Auto classes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import wrapt
+import sys
 
 from .version import VERSION
 
+TYPE_CHECKING = False  # what typing calls so
 if TYPE_CHECKING:
     from .steps.options import RunOptions, VerifyOptions
+    from .verbs.clean import clean
     from .verbs.plan import plan
     from .verbs.pretrain import pretrain
     from .verbs.run import run
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 _HOMES = {
-    **{verb: f"verbs.{verb}" for verb in ("plan", "pretrain", "run", "scan", "seal", "verify")},
+    **{verb: f"verbs.{verb}" for verb in ("clean", "plan", "pretrain", "run", "scan", "seal", "verify")},
     **dict.fromkeys(("RunOptions", "VerifyOptions"), "steps.options"),
 }
-__all__ = ["RunOptions", "VerifyOptions", "plan", "pretrain", "run", "scan", "seal", "verify"]
+__all__ = ["RunOptions", "VerifyOptions", "clean", "plan", "pretrain", "run", "scan", "seal", "verify"]
 
 
 def __getattr__(name: str):
@@ -44,8 +45,37 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-@wrapt.when_imported("transformers.models.auto.configuration_auto")
-def _register_derived_types(module) -> None:
+def _register() -> None:
     from .converted.registration import register
 
     register()
+
+
+class _Awaiting:
+    """Registers the converted types as soon as transformers' table of model types is imported, by whoever it is."""
+
+    name = "transformers.models.auto.configuration_auto"
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != cls.name:
+            return None
+        from importlib.util import find_spec
+
+        sys.meta_path.remove(cls)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module):
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if _Awaiting.name in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _Awaiting)

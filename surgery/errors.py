@@ -38,6 +38,10 @@ class NoSpace(SurgeryError):
     """The disk cannot hold what the plan writes, or memory what is loaded."""
 
 
+class NoTemporary(SurgeryError):
+    """Temporary files cannot be written: says nothing about what was given, and so is never a part of a verdict."""
+
+
 class DamagedCheckpoint(SurgeryError):
     """The checkpoint's own bytes are wrong: truncated, inconsistent, tampered with, not finite."""
 

@@ -26,6 +26,16 @@ def finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
+def human(size: int) -> str:
+    """Bytes as a person reads them: 1536 -> "1.5 kB" (powers of 1000)."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
 def factor(difference: float | None) -> float:
     """exp of a mean NLL, or of a difference of two (then a ratio); infinite beyond floats, NaN where there is none."""
     if difference is None:

@@ -10,21 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..endings.owned import Owned
+from ..endings.temporary import FULL, as_os_error, of_temporary
 from ..errors import NoSpace, OutputError, SurgeryError
 from ..progress import Advance, unseen
+from ..words import human as human
 from .layout import CHUNK
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def human(size: int) -> str:
-    """Bytes as a person reads them: 1536 -> "1.5 kB" (powers of 1000)."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
+_UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
 
 
 def free_space(where: Path) -> int:
@@ -53,14 +46,28 @@ def require_space(where: Path, needed: int) -> None:
 def require_target(out: Path, source_root: Path | None = None) -> None:
     """Raise OutputError unless `out` can become a new directory, outside `source_root` where that is given."""
     out, parent = Path(out), Path(out).parent
+    require_name(out)
     if os.path.lexists(out):
         raise OutputError(f"{out} exists already; choose another path or remove it first.")
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise OutputError(f"{parent}, which is to hold {out.name}, is not a directory; create it first.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} is not writable, so {out.name} cannot be created there; choose another path.")
     if source_root is not None and Path(source_root).resolve() in (parent.resolve(), *parent.resolve().parents):
         raise OutputError(f"{out} lies inside the source {source_root}, which stays untouched; choose another path.")
+
+
+def require_name(path: Path) -> None:
+    """Raise OutputError for a name that the file system or a manifest in UTF-8 cannot hold."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise OutputError(f"{path} is not UTF-8, and a manifest could not name it; choose another path.") from None
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in _UNUSABLE:
+            raise OutputError(f"{path} cannot be written ({error.strerror}); choose another path.") from error
 
 
 @contextmanager
@@ -69,14 +76,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Until then `path` keeps its content. Errors are the operating system's own.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as written:
+    with Owned(path.parent, path.name) as owned:
+        yield owned.inside
+        with owned.inside.open("rb") as written:
             os.fsync(written.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        os.replace(owned.inside, path)
 
 
 @contextmanager
@@ -84,12 +88,16 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turn the operating system's errors of writing below `where` into NoSpace or OutputError."""
     try:
         yield
-    except OSError as error:
-        raise translated(error, where) from error
+    except Exception as error:
+        if (found := as_os_error(error)) is not None:
+            raise translated(found, where) from error
+        raise
 
 
 def translated(error: OSError, where: Path) -> SurgeryError:
     """NoSpace or OutputError for an error of the operating system while `where` was written."""
+    if (temporary := of_temporary(error, where)) is not None:
+        return temporary
     if error.errno in FULL:
         return NoSpace(
             f"The disk filled up while {where} was written ({human(free_space(where))} free); nothing was "

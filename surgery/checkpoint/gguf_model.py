@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bounded import GIB, bounded
+from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, SurgeryError, UnsupportedModel, brief
 from .disk import disk_errors
 from .gguf_header import Header
@@ -276,16 +276,16 @@ def write_tokenizer(header: Header, into: Path) -> None:
     The vocabulary and its patterns are a stranger's, so all of it happens in a child with limits of time and memory.
     """
     # Other tokenizer files beside the GGUF must not mix in, and the child must not write to `into`.
-    with tempfile.TemporaryDirectory() as alone, tempfile.TemporaryDirectory() as saved:
-        (Path(alone) / header.path.name).symlink_to(header.path.resolve())
-        shutil.copyfile(into / "config.json", Path(saved) / "config.json")
+    with temporary() as alone, temporary() as saved:
+        (alone / header.path.name).symlink_to(header.path.resolve())
+        shutil.copyfile(into / "config.json", saved / "config.json")
         with deriving(header):
             memory = TOKENIZER_MEMORY + header.path.stat().st_size  # it is mapped
-            same = bounded(_save, alone, header.path.name, saved, seconds=TOKENIZER_SECONDS, memory=memory)
+            same = bounded(_save, str(alone), header.path.name, str(saved), seconds=TOKENIZER_SECONDS, memory=memory)
         if not same:
             raise UnsupportedModel(f"The tokenizer of {header.path} gives other token ids once saved; {_INSTEAD}.")
         with disk_errors(into):
-            for file in Path(saved).iterdir():
+            for file in saved.iterdir():
                 shutil.copyfile(file, into / file.name)
 
 

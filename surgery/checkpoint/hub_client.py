@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from ..endings.temporary import FULL
 from ..errors import SourceError, SurgeryError, brief
 from ..progress import Advance
-from .disk import FULL, translated
+from .disk import translated
 
 WORKERS = 8  # requests at a time, as many as the client makes by itself
 _T = TypeVar("_T")

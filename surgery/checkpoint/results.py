@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..endings.owned import Owned
 from ..errors import OutputError
-from .disk import replacing
+from .disk import replacing, require_name
 
 
 def require_result_file(path: Path | None, option: str, apart_from: Iterable[Path | str] = ()) -> None:
@@ -19,6 +19,7 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
     """
     if path is None:
         return
+    require_name(path)
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give a file for {option}.")
     require_apart(path, option, apart_from)
@@ -53,7 +54,7 @@ def require_result_folder(path: Path | None, option: str, apart_from: Iterable[P
     made = not path.exists()
     try:
         path.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        with Owned(path):
             pass
         if made:
             path.rmdir()

@@ -6,17 +6,17 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..endings.owned import Owned
+from ..endings.signals import caught, has_published, held
+from ..endings.temporary import FULL
 from ..errors import DamagedCheckpoint, OutputError, SourceError
-from .disk import FULL, disk_errors, require_space, require_target, sha256_of, translated
+from .disk import disk_errors, require_space, require_target, sha256_of, translated
 from .layout import CHUNK, Layout
 from .regular import is_plain_name
 from .values import as_stored, dtype_code, tensor_bytes
@@ -25,44 +25,46 @@ from .writing import plan_file
 if TYPE_CHECKING:
     import torch
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-
 
 class Stage:
     """A hidden directory beside OUT that becomes OUT by `publish`, or goes elsewhere by `keep`, or is removed.
 
-    Use as a context manager. SIGTERM and SIGHUP are turned into SystemExit while it is open (main thread only, and only
-    where nobody else handles them), so that they clean up as KeyboardInterrupt does.
+    Use as a context manager. Signals that end the process remove it too (`endings`). A process that is killed leaves it
+    behind, and it can be told by then that nobody works in it.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = Path(out)
-        self._path: Path | None = None
+        self._owned: Owned | None = None
+        self._caught = caught()
         self._hashes: dict[str, tuple[tuple[int, int], str]] = {}  # name -> ((size, mtime in ns), sha256)
-        self._handlers: dict[int, Any] = {}
 
     @property
     def path(self) -> Path:
-        if self._path is None:
-            raise RuntimeError("the stage is not open")
-        return self._path
+        return self._open.inside
 
     @property
     def scratch(self) -> Path:
-        """Where a source may be written out as plain files; to be removed before the stage is hashed."""
-        return self.path / ".source"
+        """Where a source may be written out as plain files, on the same file system."""
+        return self._open.path / "source"
+
+    @property
+    def _open(self) -> Owned:
+        if self._owned is None:
+            raise RuntimeError("the stage is not open")
+        return self._owned
 
     def __enter__(self) -> Stage:
         require_target(self.out)
-        parent = self.out.parent.resolve()
-        self._catch_signals()
+        self._caught.__enter__()
         try:
             with disk_errors(self.out):
-                path = parent / f".{self.out.name}.surgery-{secrets.token_hex(8)}"
-                path.mkdir()  # not tempfile: its 0700 would become the mode of OUT
-                self._path = path
+                self._owned = Owned(self.out.parent.resolve(), self.out.name)
+                self._owned.__enter__()
+                self.path.mkdir()  # with the mode that OUT is to have
         except BaseException:
-            self._release_signals()
+            self._remove()
+            self._caught.__exit__()
             raise
         return self
 
@@ -70,15 +72,17 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._path is not None:
-                leftover, self._path = self._path, None
-                shutil.rmtree(leftover, ignore_errors=True)  # a second error must not hide the first; checked below
-                if leftover.exists() and error is None:
-                    raise OutputError(f"{leftover} could not be removed; remove it by hand.")
+            leftover = self._remove()
+            if leftover is not None and error is None:
+                raise OutputError(f"{leftover} could not be removed; remove it by hand.")
         finally:
-            self._release_signals()
+            self._caught.__exit__()
         if isinstance(error, OSError) and error.errno in FULL:  # from code that wrote into `path` by itself
             raise translated(error, self.out) from error
+
+    def _remove(self) -> Path | None:
+        owned, self._owned = self._owned, None
+        return None if owned is None else owned.remove()
 
     def add_file(self, src: Path, name: str, link: bool = False) -> None:
         """Copy `src` into the stage as `name`, or hard-link it (then it shares its bytes and mode with the source)."""
@@ -192,8 +196,10 @@ class Stage:
             _sync(self.path)
             if os.path.lexists(self.out):
                 raise OutputError(f"{self.out} appeared while it was being written; choose another path and run again.")
-            os.rename(self.path, self.out)
-            self._path = None
+            with held():
+                os.rename(self.path, self.out)
+                has_published(self.out)
+                self._remove()
             _sync(self.out.parent)
         return self.out
 
@@ -207,9 +213,11 @@ class Stage:
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
-                _copy_tree(self.path, directory)
-                shutil.rmtree(self.path)
-            self._path = None
+                with Owned(directory.parent, directory.name) as copied:
+                    shutil.copytree(self.path, copied.inside)
+                    os.replace(copied.inside, directory)
+            has_published(directory)
+            self._remove()
         return directory
 
     def _new(self, name: str) -> Path:
@@ -223,25 +231,10 @@ class Stage:
     def _remember(self, name: str, sha256: str) -> None:
         self._hashes[name] = (_state(self.path / name), sha256)
 
-    def _catch_signals(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in _SIGNALS:
-            if signal.getsignal(number) is signal.SIG_DFL:
-                self._handlers[number] = signal.signal(number, _exit_on_signal)
-
-    def _release_signals(self) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
-
 
 def _state(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _read(file: BinaryIO, left: int) -> Iterator[bytes]:
@@ -255,14 +248,6 @@ def _read(file: BinaryIO, left: int) -> Iterator[bytes]:
 
 def _create(path: Path) -> BinaryIO:
     return path.open("xb")  # mode from the umask, never over something that is there
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    try:
-        shutil.copytree(source, target)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)  # half a directory is worse than none
-        raise
 
 
 def _sync(path: Path) -> None:

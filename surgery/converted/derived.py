@@ -8,13 +8,10 @@ trust_remote_code) and imported here (loaded after `import surgery`, without).
 
 from __future__ import annotations
 
-import atexit
 import functools
 import importlib
 import importlib.util
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from .. import runtime
 from ..checkpoint.manifest import TYPE_PREFIX
+from ..endings.temporary import lasting_temporary, temporary_errors
 from ..runtime.eab_families import ADAPTERS
 from .parts import NORMS, PARTS, SLOTS, Part, added, class_prefix, converted_type
 
@@ -145,12 +143,12 @@ def load_derived(base: str, parts: frozenset[str] = ONLY_SLOTS) -> ModuleType:
 @functools.cache
 def _load_derived(base: str, parts: frozenset[str]) -> ModuleType:
     derived = derive(base, parts)
-    folder = Path(tempfile.mkdtemp(prefix=f"surgery-{derived.model_type}-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = lasting_temporary()
     package = f"surgery_derived_{derived.model_type.removeprefix(TYPE_PREFIX)}"
-    (folder / "__init__.py").write_text("", encoding="utf-8")
-    for name, text in derived.files().items():
-        (folder / name).write_text(text, encoding="utf-8")
+    with temporary_errors():
+        (folder / "__init__.py").write_text("", encoding="utf-8")
+        for name, text in derived.files().items():
+            (folder / name).write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(
         package, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )

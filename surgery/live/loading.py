@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from ..bounded import GIB, Unbounded, bounded
 from ..checkpoint.regular import read_json
 from ..checkpoint.source import has_tokenizer
+from ..endings.temporary import of_temporary
 from ..errors import DamagedCheckpoint, NoSpace, SourceError, brief, out_of_memory
 from .templates import require_templates
 
@@ -40,16 +42,27 @@ def require_device(device: str) -> None:
     """SourceError unless `device` is "auto" or a torch device that this machine has."""
     if device == "auto":
         return
+    here = ", ".join(_devices())
     try:
-        kind = torch.device(device).type
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # names of old devices are refused below
+            kind = torch.device(device).type
     except RuntimeError as error:
-        raise SourceError(f"--device {device} is no torch device; give cpu, auto or cuda:0.") from error
+        raise SourceError(f"--device {device} is no torch device; this machine has {here}, or give auto.") from error
     if kind == "meta":
-        raise SourceError(f"--device {device} computes nothing; give cpu, auto or cuda:0.")
+        raise SourceError(f"--device {device} computes nothing; this machine has {here}, or give auto.")
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SourceError(f"--device {device} cannot be used ({brief(error)}); give cpu or auto.") from error
+    except Exception as error:  # a backend that is not built, not installed or not plugged in: each says so in its way
+        raise SourceError(
+            f"--device {device} cannot be used ({brief(error)}); this machine has {here}, or give auto."
+        ) from error
+
+
+def _devices() -> list[str]:
+    """The torch devices of this machine."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu"] if kind is None else ["cpu", *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
 def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -84,7 +97,9 @@ def require_in_memory(model: PreTrainedModel, what: str) -> None:
 
 
 def require_memory(directory: Path, error: Exception) -> None:
-    """NoSpace if `error`, raised while a model was loaded, says that memory ran out."""
+    """NoSpace or NoTemporary if `error`, raised while something was loaded, is of memory or of temporary files."""
+    if (temporary := of_temporary(error)) is not None:
+        raise temporary from error
     if out_of_memory(error):
         raise NoSpace(f"{directory} does not fit into memory; try --device auto, which also uses the disk.") from error
 
@@ -133,6 +148,7 @@ def load_tokenizer(directory: Path, name: str | None = None) -> PreTrainedTokeni
         bounded(_try_tokenizer, directory, seconds=LOADING_SECONDS, memory=LOADING_MEMORY)
         tokenizer = _tokenizer(directory)
     except Exception as error:  # the tokenizers library raises plain Exception for files it cannot read
+        require_memory(directory, error)
         why = (str(error) if isinstance(error, Unbounded) else brief(error))[:100]
         raise SourceError(f"{name} has no tokenizer that loads ({why}); put the model's own files there.") from error
     require_templates(directory, name, tokenizer)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint.disk import require_target
 from ..checkpoint.stage import Stage
+from ..endings.leftovers import clear_for
 from ..errors import SourceError
 from ..live.loading import quiet
 from ..live.text import read_texts
@@ -26,6 +27,7 @@ from ..tuning.scratch.variants import Variant, base_config, build, initial_weigh
 from ..tuning.tune import make_accelerator
 from ..verification.verdict import plain_json
 from ..version import VERSION
+from ..words import human
 
 CURVES = "curves"
 
@@ -47,6 +49,8 @@ def pretrain(
     recipe = read(recipe, FromScratch)
     out, settings = Path(out), recipe.pretrain
     require_target(out)
+    for left in clear_for(out):
+        reporter.note(f"removed {left.path} ({human(left.bytes)}), which a run that was killed had left")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SourceError("pretrain runs in one process; start it without accelerate launch.")
     if not text:

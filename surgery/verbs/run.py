@@ -19,6 +19,7 @@ from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
 from ..converted.card import model_card
 from ..converted.reading import load_converted
+from ..endings.leftovers import clear_for
 from ..errors import OutputError, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.text import Chunking
@@ -40,6 +41,7 @@ from ..verification.gates.base import Inputs
 from ..verification.integrity import check_integrity, read_config
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
+from ..words import human
 
 Verdict = dict[str, Any]
 
@@ -62,6 +64,7 @@ def run(
     _require_measured(options)
     signer = None if options.sign is None else Signer(options.sign)
     texts = gather_texts(options.text, options.calibration, reporter)
+    _clear_leftovers(out, options, reporter)
     reporter.step(f"plan {source}")
     plan = _plan(recipe, source, out, options)
     inputs = _inputs(plan, texts, options, reporter)
@@ -106,6 +109,13 @@ class _Ready:
     evaluation: torch.Tensor | None
     calibrating: torch.Tensor | None
     gates: Mapping[str, Any]
+
+
+def _clear_leftovers(out: Path, options: RunOptions, reporter: Reporter) -> None:
+    """Remove what runs to the same output left behind that were killed: their room may be needed."""
+    for path in (out, options.adapter, options.keep_failed):
+        for left in clear_for(path) if path is not None else ():
+            reporter.note(f"removed {left.path} ({human(left.bytes)}), which a run that was killed had left")
 
 
 def _require_measured(options: RunOptions) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from ..checkpoint.provenance import TextFiles, described, moment, name_of, plain
 from ..checkpoint.source import fetch_small, materialise, open_source, refuse_adapter
 from ..converted.described import read_described
 from ..converted.reading import is_converted, load_converted
+from ..endings.signals import caught
+from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.model import Live
@@ -111,24 +112,17 @@ def _opened(source: str, dtype: str | None, revision: str | None, reporter: Repo
     opened = open_source(source, revision=revision, dtype=dtype)
     anatomy = examine(opened.config, opened.blank)
     vocab_size = vocabulary_size(opened.layout, anatomy)
-    with tempfile.TemporaryDirectory(prefix="surgery-scan-") as scratch:
-        if opened.kind == "gguf":
-            require_space(Path(scratch), opened.layout.total_bytes)
-        else:
-            require_space(opened.root, sum(opened.missing.values()))
-        tokenizer = source_tokenizer(opened)
-
-        def load(device: str) -> PreTrainedModel:
-            if opened.kind == "gguf":
-                return load_original(materialise(opened, Path(scratch) / "model"), device=device)
-            return load_original(fetch_weights(opened, reporter), device=device)
-
+    said = {"spec": opened.name, "kind": opened.kind, "revision": opened.revision}
+    reader = Reader(source_tokenizer(opened), vocab_size)
+    if opened.kind != "gguf":
+        require_space(opened.root, sum(opened.missing.values()))
         yield _Opened(
-            {"spec": opened.name, "kind": opened.kind, "revision": opened.revision},
-            anatomy,
-            Reader(tokenizer, vocab_size),
-            0,
-            load,
+            said, anatomy, reader, 0, lambda device: load_original(fetch_weights(opened, reporter), device=device)
+        )
+        return
+    with caught(), temporary(opened.layout.total_bytes) as scratch:
+        yield _Opened(
+            said, anatomy, reader, 0, lambda device: load_original(materialise(opened, scratch), device=device)
         )
 
 

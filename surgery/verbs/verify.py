@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from pydantic import ValidationError
 
 from ..anatomy.stored import vocabulary_size
-from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from ..checkpoint.provenance import moment, names_only
@@ -21,6 +19,8 @@ from ..checkpoint.signature import PublicKey, parse_digest
 from ..checkpoint.source import Source, has_tokenizer, materialise, open_source
 from ..converted.described import Described
 from ..converted.reading import load_converted
+from ..endings.signals import caught
+from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.text import CHUNKS, Chunking
@@ -230,7 +230,6 @@ def _plain_files(source: Source | None, reporter: Reporter) -> Iterator[Path | N
     if source is None or source.kind != "gguf":
         yield fetch_weights(source, reporter) if source is not None else None
         return
-    with tempfile.TemporaryDirectory(prefix="surgery-source-") as scratch:
-        require_space(Path(scratch), source.layout.total_bytes)
+    with caught(), temporary(source.layout.total_bytes) as scratch:
         reporter.step(f"dequantise {source.root.name}")
-        yield materialise(source, Path(scratch) / "model")
+        yield materialise(source, scratch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import SurgeryError
+from ..errors import NoTemporary, SurgeryError
 from ..live.loading import load_tokenizer
 from ..live.text import tokenize
 from .checks import Check
@@ -21,6 +21,8 @@ def check_tokenizer(root: Path, original, prefix: Sequence[int], text: str | Non
     """
     try:
         emitted = load_tokenizer(root)
+    except NoTemporary:
+        raise
     except SurgeryError as error:
         return Check("tokenizer", False, str(error))
     sample = (text or SENTENCE)[:SAMPLE]

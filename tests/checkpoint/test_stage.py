@@ -43,7 +43,7 @@ def test_what_is_published_is_what_was_added(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"abc" * 100)
     out = tmp_path / "out"
     with Stage(out) as stage:
-        assert stage.path.parent == tmp_path and stage.path.name.startswith(".out.surgery-")
+        assert stage.path.parent.parent == tmp_path and stage.path.parent.name.startswith(".out.surgery-")
         stage.add_file(tmp_path / "weights", "copied")
         stage.add_file(tmp_path / "weights", "linked", link=True)
         stage.add_text("README.md", "ünï\n")

@@ -125,6 +125,7 @@ class Ended:
 def surgery_command(*arguments: object, stdout: TextIO | None = None) -> Ended:
     """The real command line, in this process: importing torch anew costs seconds."""
     from surgery import cli
+    from surgery.endings.signals import command_released
 
     out, err = stdout or io.StringIO(), io.StringIO()
     before = sys.argv, warnings.showwarning
@@ -134,6 +135,7 @@ def surgery_command(*arguments: object, stdout: TextIO | None = None) -> Ended:
             cli.main()
     finally:
         sys.argv, warnings.showwarning = before
+        command_released()
     return Ended(ended.value.code, "" if stdout else out.getvalue(), err.getvalue())
 
 

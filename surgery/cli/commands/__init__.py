@@ -1,5 +1,6 @@
 """The commands, one a file."""
 
+from .clean import clean
 from .plan import plan
 from .pretrain import pretrain
 from .recipes import recipes
@@ -8,4 +9,4 @@ from .scan import scan
 from .seal import seal
 from .verify import verify
 
-COMMANDS = (plan, run, verify, seal, scan, pretrain, recipes)
+COMMANDS = (plan, run, verify, seal, scan, pretrain, recipes, clean)

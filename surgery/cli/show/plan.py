@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
-from ...checkpoint.disk import human
+from ...words import human
 from .tables import new_table
 
 

@@ -6,11 +6,12 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ...plain import shown
 from ...progress import Reporter
+from .console import Told
 
 LOG_SECONDS = 30
 
@@ -19,7 +20,7 @@ class TerminalReporter(Reporter):
     """Steps, bars and notes on standard error, so that standard output holds only results."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Told()
 
     def step(self, text: str) -> None:
         self._line(f"[bold]•[/] {escape(text)}")
@@ -45,7 +46,7 @@ class TerminalReporter(Reporter):
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(what, total=total)
-            yield lambda count, what: progress.update(task, advance=count, description=escape(what))
+            yield lambda count, what: progress.update(task, advance=count, description=escape(shown(what)))
 
     def _log_lines(self, total: int | None):
         """For logs, which cannot redraw a bar: a line every half minute."""
