@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError, brief
 from ..progress import Advance, unseen
+from ..words import named
+from .config import CONFIG, read_config, refuse_quantised, without_choices
 from .disk import sha256_of
 from .layout import INDEX, SINGLE, Layout, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
-from .regular import is_lfs_pointer, lfs_pointer, read_json
+from .own_files import require_own_files
+from .regular import is_lfs_pointer, lfs_pointer, open_regular, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # where it is, transformers loads what it names in place of the model, or on top of it
 COMPANION_PATTERNS = (
     "tokenizer*",
@@ -63,8 +65,6 @@ REFUSED_SUFFIXES = (
     ".so",
     ".sh",
 )
-# A choice of kernel, not a part of the model: transformers writes neither, and one that is not installed would stop it.
-NOT_CARRIED = ("_attn_implementation", "attn_implementation")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -128,10 +128,13 @@ def open_source(spec: str, *, revision: str | None = None, dtype: str | None = N
 
 
 def _open_directory(spec: str, kind: str, root: Path, revision: str | None) -> Source:
+    require_own_files(root)
     config = _read_config(root)
     refuse_adapter(root)
     layout = read_layout(root)
-    return Source(spec, kind, root, revision, config, layout, _companions(root, config))
+    refuse_quantised(root, config, layout)
+    companions = _companions(root, config)
+    return Source(spec, kind, root, revision, without_choices(config, root / CONFIG), layout, companions)
 
 
 def refuse_adapter(root: Path) -> None:
@@ -149,20 +152,16 @@ def _read_config(root: Path) -> dict[str, Any]:
         ggufs = sorted(entry.name for entry in root.glob("*.gguf"))
         way_out = f"name the file itself: {root / ggufs[0]}" if ggufs else "give a complete checkpoint directory"
         raise SourceError(f"{root} has no {CONFIG}; {way_out}.")
-    config = read_json(path)
+    config = read_config(root)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise SourceError(f'{path} has no "model_type", so nothing says which architecture this is; add it.')
     if model_type.startswith(TYPE_PREFIX) or (root / MANIFEST).exists():
-        raise SourceError(f"{root} is already converted (model type {model_type}); start from the original checkpoint.")
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
         raise SourceError(
-            f'{path} has a "quantization_config" (method {method}): slots cannot be folded exactly from '
-            "packed weights; give the checkpoint it was quantised from."
+            f"{root} is already converted (model type {named(model_type)}); start from the original checkpoint."
         )
-    return {key: value for key, value in config.items() if key not in NOT_CARRIED}
+    refuse_quantised(root, config)  # before what is wrong with its weights, which is often that they are packed
+    return config
 
 
 def _companions(root: Path, config: dict[str, Any]) -> tuple[str, ...]:
@@ -176,7 +175,7 @@ def _companions(root: Path, config: dict[str, Any]) -> tuple[str, ...]:
         listed = any(fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)
         if not entry.is_file() or not (name in code or listed and not name.lower().endswith(REFUSED_SUFFIXES)):
             continue
-        with entry.open("rb") as file:
+        with open_regular(entry) as file:
             if is_lfs_pointer(file.read(64)):
                 raise lfs_pointer(entry)
         found.append(name)

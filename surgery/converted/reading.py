@@ -50,5 +50,5 @@ def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str =
         require_memory(root, error)
         raise DamagedCheckpoint(f"{root} does not load ({brief(error)}); {AGAIN}.") from error
     model, report = loaded
-    require_fit(root, report)
+    require_fit(root, model, report)
     return model.eval()

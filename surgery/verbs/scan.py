@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..anatomy.sites import Anatomy, examine
+from ..anatomy.sites import Anatomy
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
@@ -24,7 +24,7 @@ from ..live.model import Live
 from ..live.text import FEW_CHUNKS, Chunking, read_texts
 from ..progress import SILENT, Reporter
 from ..steps.inputs import Reader, fit_chunks
-from ..steps.plan import source_tokenizer
+from ..steps.plan import examine_source, source_tokenizer
 from ..survey.full import survey
 from ..survey.interventions import audit, plan_interventions, run_interventions
 
@@ -92,7 +92,7 @@ def _opened(source: str, dtype: str | None, revision: str | None) -> Iterator[_O
         yield _converted(root)
         return
     opened = open_source(source, revision=revision, dtype=dtype)
-    anatomy = examine(opened.config, opened.blank)
+    anatomy, _ = examine_source(opened)
     vocab_size = vocabulary_size(opened.layout, anatomy)
     with tempfile.TemporaryDirectory(prefix="surgery-scan-") as scratch:
         if opened.kind == "gguf":

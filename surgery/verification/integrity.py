@@ -18,6 +18,7 @@ from ..checkpoint.disk import sha256_of
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout, Stored, iter_tensor_chunks, read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
+from ..checkpoint.own_files import in_hub_cache
 from ..checkpoint.regular import read_json
 from ..checkpoint.source import ADAPTER, Source, source_hashes
 from ..converted.derived import derive
@@ -109,7 +110,7 @@ def _files(root: Path, manifest: Manifest, advance: Advance) -> Found:
     present = {path.relative_to(root).as_posix(): path for path in root.rglob("*")}
     present = {name: path for name, path in present.items() if name.split("/")[0] not in NOT_OURS}
     for name, path in sorted(present.items()):
-        if path.is_symlink() and not _in_hub_cache(root, path):  # links to directories too, which a walk does not enter
+        if path.is_symlink() and not in_hub_cache(root, path):  # links to directories too, which a walk does not enter
             return False, f"{name} is a link, and its target is not part of the checkpoint"
         if not path.is_file() and not path.is_dir():
             return False, f"{name} is not a plain file"
@@ -125,11 +126,6 @@ def _files(root: Path, manifest: Manifest, advance: Advance) -> Found:
         if present[name].stat().st_size != entry.bytes or sha256_of(present[name], advance) != entry.sha256:
             return False, f"{name} is not the file that was written (SHA-256 differs)"
     return True, f"{len(expected)} files, SHA-256 as written"
-
-
-def _in_hub_cache(root: Path, link: Path) -> bool:
-    """Whether `link` is how the hub's cache keeps a file: snapshots/REVISION/name -> ../../blobs/HASH."""
-    return link.is_file() and link.resolve().parent == root.resolve().parent.parent / "blobs"
 
 
 def _config(described: Described) -> Found:
