@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import SourceError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS
+from ..words import named
 from .calls import Call
 from .limits import max_length, max_positions
 from .structure import run_structure
@@ -91,11 +92,16 @@ def parse_config(config: dict) -> PreTrainedConfig:
     model_type: Any = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(
-            f"config.json: model_type {model_type!r} is not an architecture of the installed transformers; "
+            f"config.json: model_type '{named(model_type)}' is not an architecture of the installed transformers; "
             "upgrade transformers, or check the spelling"
         )
+    kind: Any = CONFIG_MAPPING[model_type]
+    for part in (config, *(config[name] for name in kind.sub_configs if isinstance(config.get(name), dict))):
+        if hidden := next((key for key in part if inspect.isroutine(getattr(PreTrainedConfig, key, None))), None):
+            raise SourceError(f"config.json: '{named(hidden)}' hides a method of {kind.__name__}; remove that key.")
     try:
-        parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))  # it completes nested dicts in place
+        # What it is given it completes in place, the dicts inside as well.
+        parsed = kind.from_dict(kind._decode_special_floats(copy.deepcopy(config)))
     except Exception as error:  # each config class validates in its own way, with its own errors
         raise SourceError(f"config.json: transformers does not accept it as {model_type!r} ({brief(error)})") from error
     if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -105,16 +111,17 @@ def parse_config(config: dict) -> PreTrainedConfig:
     return parsed
 
 
-def examine(config: dict, blank: PreTrainedModel | None = None) -> Anatomy:
+def examine(config: dict, blank: PreTrainedModel | None = None, tensors: int | None = None) -> Anatomy:
     """Probe the model that `config` (a raw config.json) describes, on the meta device, without weights.
 
-    `blank` is the model of that config, where somebody has built it on the meta device already.
+    `blank` is the model of that config, where somebody has built it on the meta device already. `tensors` is how many a
+    stranger's checkpoint has for it: `fit.examine_stored` gives it, and looks at them as well.
     Raises UnsupportedModel, with the reason, for whatever slots would not be exact on.
     """
     parsed = parse_config(config) if blank is None else blank.config
     _refuse_config(parsed)
     # Building a model writes its dtype into the config, and may complete the dicts inside.
-    model, calls = run_structure(copy.deepcopy(parsed), blank)
+    model, calls = run_structure(copy.deepcopy(parsed), blank, tensors)
     if type(model.config) is not type(parsed):
         raise UnsupportedModel(
             f"{parsed.model_type}: AutoModelForCausalLM builds only the {model.config.model_type} inside it, and the "

@@ -12,25 +12,30 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..errors import UnsupportedModel, brief
+from ..errors import SurgeryError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS, Adapter
+from .bounded import Allowance, within
 from .calls import Call, observing
 
 TOKENS = 4
 _NAME = "surgery_structure_only"
 
 
-def run_structure(config: PreTrainedConfig, blank: PreTrainedModel | None = None) -> tuple[PreTrainedModel, list[Call]]:
+def run_structure(
+    config: PreTrainedConfig, blank: PreTrainedModel | None = None, tensors: int | None = None
+) -> tuple[PreTrainedModel, list[Call]]:
     """The model of a transformers config on the meta device, and the attention calls of one forward pass.
 
-    The model is `blank`, where that is given, and as it was when this is done.
+    The model is `blank`, where that is given, and as it was when this is done. `tensors`: how many a checkpoint has for
+    it, where that is known; then DamagedCheckpoint ends what they could not fill.
     Raises UnsupportedModel where attention does not go through transformers' AttentionInterface, or where the model
     cannot run without values.
     """
     calls: list[Call] = []
     adapter = ADAPTERS.get(config.model_type)
     # In inference mode `_NoValues` would see other operations than those that it answers.
-    without_values = (torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _NoValues())
+    allowed = within(None if tensors is None else Allowance.of(tensors))
+    without_values = (torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _NoValues(), allowed)
     try:
         with contextlib.ExitStack() as stack:
             for context in (_registered(with_mask=adapter is not None), *without_values):
@@ -39,6 +44,8 @@ def run_structure(config: PreTrainedConfig, blank: PreTrainedModel | None = None
             stack.enter_context(_asking(model, adapter))
             with observing(calls.append, compute=False):
                 model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
+    except SurgeryError:
+        raise
     except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
         if _NAME in str(error):
             raise off_the_seam(config.model_type) from error

@@ -6,9 +6,10 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .config import CONFIG
 from .layout import INDEX
 from .manifest import MANIFEST
-from .source import COMPANION_PATTERNS, CONFIG, REFUSED_SUFFIXES
+from .source import COMPANION_PATTERNS, REFUSED_SUFFIXES
 
 SIGNATURE = "model.sig"  # as the command line of OpenSSF's model-signing calls it
 SETTINGS = "generation_config.json"  # how to generate is its owner's to say, and no part of the model

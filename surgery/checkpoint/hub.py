@@ -127,16 +127,6 @@ def download(snapshot: Snapshot, sizes: Mapping[str, int], advance: Advance = un
         at_once(fetch, [*missing], stop)
 
 
-def in_hub_cache(root: Path, link: Path) -> bool:
-    """Whether `link` in the directory `root` is how the client's cache keeps a file: snapshots/COMMIT/name is a link to
-    ../../blobs/HASH, which in turn may be one into the blobs that all repositories share."""
-    if not link.is_file() or root.resolve().parent.name != "snapshots":
-        return False
-    repository, file = root.resolve().parent.parent, link.resolve()
-    shared = repository.parent / "blobs" / file.name[:2]
-    return file.parent in (repository / "blobs", shared)
-
-
 def _named_weights(root: Path) -> Collection[str]:
     """The weight files that the directory says it has; an index that cannot be read names none that are there."""
     if not (root / INDEX).exists():

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedCheckpoint, SourceError
 from ..progress import Advance, unseen
+from ..words import named
+from .config import CONFIG, read_config, refuse_quantised, without_choices
 from .disk import sha256_of
 from .elsewhere import NOWHERE, Elsewhere
 from .hub import HubId, Snapshot, download, fetch_some, hub_id, weights_of
 from .layout import INDEX, SINGLE, Layout, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
+from .own_files import require_own_files
 from .provenance import name_of, plain
-from .regular import is_lfs_pointer, lfs_pointer, read_json
+from .regular import is_lfs_pointer, lfs_pointer, open_regular, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # where it is, transformers loads what it names in place of the model, or on top of it
 COMPANION_PATTERNS = (
     "tokenizer*",
@@ -65,8 +67,6 @@ REFUSED_SUFFIXES = (
     ".so",
     ".sh",
 )
-# A choice of kernel, not a part of the model: transformers writes neither, and one that is not installed would stop it.
-NOT_CARRIED = ("_attn_implementation", "attn_implementation")
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,13 @@ def _open_hub(at: HubId) -> Source:
 def _open_directory(
     spec: str, kind: str, root: Path, revision: str | None, weights: Elsewhere = NOWHERE
 ) -> Source:  # fmt: skip
+    require_own_files(root)
     config = _read_config(root)
     refuse_adapter(root)
     layout = read_layout(root, weights)
-    return Source(spec, kind, root, revision, config, layout, _companions(root, config))
+    refuse_quantised(root, config, layout)
+    companions = _companions(root, config)
+    return Source(spec, kind, root, revision, without_choices(config, root / CONFIG), layout, companions)
 
 
 def refuse_adapter(root: Path) -> None:
@@ -183,20 +186,16 @@ def _read_config(root: Path) -> dict[str, Any]:
         ggufs = sorted(entry.name for entry in root.glob("*.gguf"))
         way_out = f"name the file itself: {root / ggufs[0]}" if ggufs else "give a complete checkpoint directory"
         raise SourceError(f"{root} has no {CONFIG}; {way_out}.")
-    config = read_json(path)
+    config = read_config(root)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise SourceError(f'{path} has no "model_type", so nothing says which architecture this is; add it.')
     if model_type.startswith(TYPE_PREFIX) or (root / MANIFEST).exists():
-        raise SourceError(f"{root} is already converted (model type {model_type}); start from the original checkpoint.")
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
         raise SourceError(
-            f'{path} has a "quantization_config" (method {method}): slots cannot be folded exactly from '
-            "packed weights; give the checkpoint it was quantised from."
+            f"{root} is already converted (model type {named(model_type)}); start from the original checkpoint."
         )
-    return {key: value for key, value in config.items() if key not in NOT_CARRIED}
+    refuse_quantised(root, config)  # before what is wrong with its weights, which is often that they are packed
+    return config
 
 
 def _companions(root: Path, config: dict[str, Any]) -> tuple[str, ...]:
@@ -214,7 +213,7 @@ def _companions(root: Path, config: dict[str, Any]) -> tuple[str, ...]:
             name.encode("utf-8")
         except UnicodeEncodeError:
             raise SourceError(f"{root} has a file {name!a}, which is no UTF-8 name; rename or remove it.") from None
-        with entry.open("rb") as file:
+        with open_regular(entry) as file:
             if is_lfs_pointer(file.read(64)):
                 raise lfs_pointer(entry)
         found.append(name)

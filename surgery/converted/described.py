@@ -9,10 +9,13 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from ..anatomy.fit import fit, original_tensors
+from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, examine
-from ..checkpoint.regular import read_json
+from ..checkpoint.config import code_choices, read_config, require_countable
+from ..checkpoint.layout import read_layout
 from ..errors import DamagedCheckpoint
-from ..live.loading import quiet
+from ..words import named
 from .entries import FORMAT, EabEntry, Entry, HeadNormEntry
 from .files import lowered_limits
 from .parts import NORMS, Converted, converted_from
@@ -21,12 +24,12 @@ AGAIN = "convert the source again"
 OURS = ("eab", "head_norm", "auto_map", "architectures")  # keys of config.json that a run writes anew
 # What is wrong with an entry's value, in words; of the others: "is not as a run writes it".
 _WRONG = {
-    "n_slots": "is {value!r}, not a count",
+    "n_slots": "is {value}, not a count",
     "prefix_ids": "is not a list of {n} token ids",
-    "slots_visible": "is {value!r}",
-    "per_head": "is {value!r}, not true or false",
-    "gated": "is {value!r}, not true or false",
-    "eps": "is {value!r}, not a small number",
+    "slots_visible": "is {value}",
+    "per_head": "is {value}, not true or false",
+    "gated": "is {value}, not true or false",
+    "eps": "is {value}, not a small number",
     "sites": "names no attention site",
 }
 _DIMS = {"eab": "[kv_heads, key_dim, value_dim]", "head_norm": "[heads, value_dim]"}
@@ -52,14 +55,17 @@ class Described:
         """
         base = {key: value for key, value in self.config.items() if key not in OURS}
         base["model_type"] = self.converted.base
+        tensors = original_tensors(read_layout(self.root))
+        require_countable(base, tensors)
         n_slots, limit = self.eab.n_slots, base.get("max_position_embeddings")
         raised = {**base, "max_position_embeddings": limit + n_slots} if type(limit) is int else base
         with quiet():  # the raised limit is a guess
-            anatomy = examine(raised)
+            anatomy = examine(raised, tensors=len(tensors.tensors))
             if raised != base and not lowered_limits(raised, anatomy, n_slots):  # then a run had left it as it was
-                anatomy = examine(base)
+                anatomy = examine(base, tensors=len(tensors.tensors))
+            fit(anatomy, tensors)
         if wrong := self._unlike(anatomy):
-            raise damaged(self.root, f"{wrong[0]} is not as a run writes it for {anatomy.model_type}")
+            raise damaged(self.root, f"{named(wrong[0])} is not as a run writes it for {anatomy.model_type}")
         return anatomy
 
     def _unlike(self, anatomy: Anatomy) -> list[str]:
@@ -84,10 +90,12 @@ def read_described(root: Path) -> Described:
     path = root / "config.json"
     if not path.is_file():
         raise DamagedCheckpoint(f"{path} is missing; {AGAIN}.")
-    config = read_json(path)
+    config = read_config(root)
+    if chosen := code_choices(config):
+        raise damaged(root, f"{named(chosen[0])} chooses code or kernels, and a run writes no such key")
     found = converted_from(config.get("model_type"))
     if found is None:
-        raise damaged(root, f"model_type {config.get('model_type')!r} is not a converted type")
+        raise damaged(root, f"model_type {named(repr(config.get('model_type')))} is not a converted type")
     normed = NORMS in found.parts
     eab, head_norm = _entry(root, config, "eab", EabEntry, found.base), None
     if eab.n_slots == 0 and not normed:
@@ -100,7 +108,7 @@ def read_described(root: Path) -> Described:
     if normed:
         head_norm = _entry(root, config, "head_norm", HeadNormEntry, found.base)
         if unknown := [name for name in head_norm.sites if name not in eab.sites]:
-            raise damaged(root, f"head_norm.sites.{unknown[0]} is not in eab.sites")
+            raise damaged(root, f"head_norm.sites.{named(unknown[0])} is not in eab.sites")
     return Described(root, config, found, eab, head_norm)
 
 
@@ -118,6 +126,7 @@ def _entry(root: Path, config: dict, name: str, kind: type[AnEntry], base: str) 
     except ValidationError as error:
         key, *inside = error.errors(include_url=False)[0]["loc"]
         if key == "sites" and inside:
-            raise damaged(root, f"{name}.sites.{inside[0]} is not {_DIMS[name]}") from error
+            raise damaged(root, f"{name}.sites.{named(inside[0])} is not {_DIMS[name]}") from error
         said = _WRONG.get(str(key), f"is not as a run writes it for {base}")
-        raise damaged(root, f"{name}.{key} {said.format(value=raw.get(key), n=raw.get('n_slots'))}") from error
+        said = said.format(value=named(repr(raw.get(key)), 40), n=named(raw.get("n_slots"), 20))
+        raise damaged(root, f"{name}.{named(key)} {said}") from error

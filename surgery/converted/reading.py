@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..anatomy.quiet import quiet
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.regular import read_json
 from ..errors import DamagedCheckpoint, SourceError, brief
-from ..live.loading import quiet, require_fit, require_memory
+from ..live.loading import require_fit, require_memory
 from .described import AGAIN
 from .parts import converted_from
 from .registration import register
@@ -50,5 +51,5 @@ def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str =
         require_memory(root, error)
         raise DamagedCheckpoint(f"{root} does not load ({brief(error)}); {AGAIN}.") from error
     model, report = loaded
-    require_fit(root, report)
+    require_fit(root, model, report)
     return model.eval()

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
+from ..anatomy.fit import belonging
+from ..anatomy.quiet import quiet
+from ..anatomy.sites import parse_config
 from ..bounded import GIB, Unbounded, bounded
+from ..checkpoint.config import CONFIG, read_config, without_choices
 from ..checkpoint.regular import read_json
 from ..checkpoint.source import has_tokenizer
 from ..endings.temporary import of_temporary
@@ -73,8 +75,8 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
     """
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            config._attn_implementation = None  # one that the file asks for may not be installed here
+            config = parse_config(without_choices(read_config(directory), directory / CONFIG))
+            config._attn_implementation = None
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
                 local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -85,7 +87,7 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
             f"{directory}: transformers cannot load it ({brief(error)}); give a complete checkpoint."
         ) from error
     model, report = loaded
-    require_fit(directory, report)
+    require_fit(directory, model, report)
     return model.eval()
 
 
@@ -104,10 +106,14 @@ def require_memory(directory: Path, error: Exception) -> None:
         raise NoSpace(f"{directory} does not fit into memory; try --device auto, which also uses the disk.") from error
 
 
-def require_fit(directory: Path, report: dict) -> None:
-    """DamagedCheckpoint unless transformers' `report` of a load says that each tensor found its place, and no other."""
+def require_fit(directory: Path, model: PreTrainedModel, report: dict) -> None:
+    """DamagedCheckpoint unless transformers' `report` of a load says that each tensor of `model` found its place.
+
+    Tensors that are not part of the model may lie beside them.
+    """
+    wrong = {**report, "unexpected_keys": belonging(model, report.get("unexpected_keys", ()))}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(report.get(kind, ()), key=str):
+        if found := sorted(wrong.get(kind, ()), key=str):
             name, *shapes = found[0] if isinstance(found[0], tuple) else (found[0],)
             sizes = " should be ".join(str(tuple(shape)) for shape in shapes)
             raise DamagedCheckpoint(
@@ -165,18 +171,3 @@ def _try_tokenizer(directory: Path) -> None:
     for text in TRIED:
         for special in (False, True):
             tokenizer.decode(tokenizer(text, add_special_tokens=special)["input_ids"])
-
-
-class quiet:
-    """Keep transformers' own progress bars and advice off the screen while we show ours."""
-
-    def __enter__(self) -> None:
-        self.verbosity = transformers_logging.get_verbosity()
-        self.bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *exc) -> None:
-        transformers_logging.set_verbosity(self.verbosity)
-        if self.bars:
-            transformers_logging.enable_progress_bar()

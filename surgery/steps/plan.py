@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..anatomy.fit import Fit, examine_stored
 from ..anatomy.linears import linears
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.disk import free_space, require_space, require_target, same_disk
@@ -58,6 +59,12 @@ class Plan:
     files: tuple[FilePlan, ...]
     bytes_needed: int
     bytes_free: int
+    fits: Fit
+
+    @property
+    def notes(self) -> list[str]:
+        """What there is to know of how tensors and model fit, a sentence each."""
+        return self.fits.notes(self.anatomy)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -103,6 +110,8 @@ class Plan:
             "adds": list(changes.words),
             "tune": tune,
             "trains": [part.planned for part in changes.trains] if tune is not None else [],
+            "notes": self.notes,
+            "not_of_the_model": list(self.fits.unused),
             "tensors": self.tensors,
             "files": [vars(file) for file in self.files],
             "config": {"lowered": self.lowered},
@@ -121,7 +130,8 @@ def prepare(
     would refuse: SourceError, DamagedCheckpoint, UnsupportedModel, OutputError, NoSpace.
     """
     source = open_source(spec, revision=revision, dtype=dtype)
-    anatomy = examine(source.config, source.blank)  # before the tokenizer, which would complain in its own words
+    # Before the tokenizer, which would complain in its own words.
+    anatomy, fits = examine_source(source)
     if source.kind != "gguf":
         require_generation(source.root)
     wanted = needs_tokenizer or any(change.needs_tokenizer for change in recipe.changes)
@@ -157,8 +167,16 @@ def prepare(
         require_space(source.root, download)
         require_space(where, needed + (download if same_disk(where, source.root) else 0))
     return Plan(
-        source, recipe, target, changes, by_operation, derived, shards, added_shard, files, needed, free_space(where)
-    )
+        source, recipe, target, changes, by_operation, derived, shards, added_shard, files, needed, free_space(where),
+        fits,
+    )  # fmt: skip
+
+
+def examine_source(source: Source) -> tuple[Anatomy, Fit]:
+    """What the source is, and how its tensors fit that; those of a GGUF were named after its model."""
+    if source.blank is not None:
+        return examine(source.config, source.blank), Fit()
+    return examine_stored(source.config, source.layout)
 
 
 def _together(anatomy: Anatomy, by_operation: Mapping[str, Changes]) -> Changes:

@@ -10,11 +10,11 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from ..anatomy.quiet import quiet
 from ..checkpoint.disk import require_target
 from ..checkpoint.stage import Stage
 from ..endings.leftovers import clear_for
 from ..errors import SourceError
-from ..live.loading import quiet
 from ..live.text import read_texts
 from ..progress import SILENT, Reporter
 from ..recipe.file import read

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..anatomy.sites import Anatomy, examine
+from ..anatomy.sites import Anatomy
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
@@ -29,7 +29,7 @@ from ..progress import SILENT, Reporter
 from ..steps.act import provenance, told
 from ..steps.fetch import fetch_all, fetch_weights, on_hub
 from ..steps.inputs import Reader, fit_chunks
-from ..steps.plan import source_tokenizer
+from ..steps.plan import examine_source, source_tokenizer
 from ..survey.full import survey
 from ..survey.interventions import audit, plan_interventions, run_interventions
 
@@ -110,7 +110,7 @@ def _opened(source: str, dtype: str | None, revision: str | None, reporter: Repo
         yield _converted(fetch_all(snapshot, reporter))
         return
     opened = open_source(source, revision=revision, dtype=dtype)
-    anatomy = examine(opened.config, opened.blank)
+    anatomy, _ = examine_source(opened)
     vocab_size = vocabulary_size(opened.layout, anatomy)
     said = {"spec": opened.name, "kind": opened.kind, "revision": opened.revision}
     reader = Reader(source_tokenizer(opened), vocab_size)

@@ -7,18 +7,21 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.config import CONFIG
 from ..checkpoint.contents import SETTINGS, SIGNATURE, all_files, begins_as_code, is_document, is_foreign, may_change
 from ..checkpoint.disk import sha256_of
-from ..checkpoint.hub import in_hub_cache
 from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST, Manifest
-from ..checkpoint.source import ADAPTER, CONFIG
+from ..checkpoint.own_files import in_hub_cache
+from ..checkpoint.regular import open_regular
+from ..checkpoint.source import ADAPTER
 from ..converted.derived import derive
 from ..converted.described import Described
 from ..progress import Advance
 from .checks import Found
 
 # Keys by which a JSON file makes transformers load classes from Python files, its own or another repository's.
+MAX_CODE = 1_000_000  # bytes of a Python file, more than any that surgery writes
 NAMES_CODE = ("auto_map", "custom_pipelines")
 
 
@@ -87,9 +90,14 @@ def same_code(root: Path, described: Described) -> Found:
                 return False, f"{name}: {key} names code, and surgery writes none there"
     files = derived.files()
     for name, path in all_files(root).items():
-        if name.endswith(".py") and files.pop(name, None) != path.read_text(encoding="utf-8", errors="replace"):
+        if name.endswith(".py") and files.pop(name, None) != _code_of(path):
             return False, f"{name} is not what this version of surgery writes; verify with the version in {MANIFEST}"
     return (False, f"{min(files)} is missing") if files else (True, "Python files as this version writes them")
+
+
+def _code_of(path: Path) -> str:
+    with open_regular(path) as file:
+        return file.read(MAX_CODE).decode("utf-8", errors="replace")
 
 
 def _names_code(content: Any) -> str | None:

@@ -16,8 +16,9 @@ from helpers import ROOT
 from helpers.hub import TOKEN, Hub, Refusal, connect, serving
 from huggingface_hub import constants
 
-from surgery.checkpoint.hub import HubId, hub_id, in_hub_cache
+from surgery.checkpoint.hub import HubId, hub_id
 from surgery.checkpoint.layout import INDEX, SINGLE, read_layout
+from surgery.checkpoint.own_files import in_hub_cache
 from surgery.checkpoint.source import materialise, open_source
 from surgery.checkpoint.writing import plan_file
 from surgery.errors import DamagedCheckpoint, NoSpace, SourceError, SurgeryError

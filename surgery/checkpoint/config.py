@@ -1,0 +1,179 @@
+"""config.json of a stranger, before model code sees it: what in it chooses code, what says quantised, what is too much.
+
+Whatever is asked of the whole file holds of the dicts inside as well: transformers makes configs of those too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import DamagedCheckpoint, SourceError
+from ..words import named
+from .header import TensorInfo
+from .layout import Layout
+from .regular import read_json
+
+CONFIG = "config.json"
+MAX_CONFIG = 16_000_000  # bytes; the largest that are known have a tenth of it
+# How a model is computed, which is not a part of it: kernels and rewrites that transformers would load, some of them
+# from the hub. It writes none of these keys itself.
+_IMPLEMENTATION = re.compile(r"_?\w*implementation(_internal)?|_?flash_attn_\w+")
+_CHOICES = {"fusion_config", "kernel_config", "use_kernels", "use_kernel", "distributed_config"}
+# What makes transformers read other weights than those that lie here.
+_ELSEWHERE = {"transformers_weights", "backbone", "use_pretrained_backbone"}
+_QUANTISED = ("quantization_config", "compression_config")
+_MLX = "quantization"
+# Files in which older tools say what newer ones write into config.json.
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
+# Endings of the tensors of packed weights, and who writes them.
+_PACKED = {
+    "GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
+    "bitsandbytes": (".absmax", ".quant_map", ".SCB", ".weight_format", ".quant_state.bitsandbytes__nf4"),
+    "compressed-tensors": (".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx"),
+    "fp8": (".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".input_scale", ".activation_scale"),
+    "MXFP4": ("_proj_blocks", "_proj_scales"),
+    "HQQ": (".W_q",),
+    "quanto": (".weight._data", ".weight._scale"),
+    "AQLM": (".codebooks",),
+}
+_WHOLE_NUMBERS = ("U8", "I8", "U16", "I16", "U32", "I32")
+LARGEST = 2**63  # beyond it a number fits no integer of torch
+# What transformers counts up to in Python while it reads a config or builds a model. Layers are bounded by the headers.
+_COUNT = re.compile(r"_?(num|n)_(?!\w*(vocab|embd|embed|position|ctx|token|pixel|param))\w+")
+_LAYERS = re.compile(r"_?(num_|n_)?\w*layers?|depths?|num_blocks|n_blocks")
+_MOST, _MOST_LABELS, _SPARE_LAYERS = 2**20, 2**17, 256
+_FIRST_INDEX = re.compile(r"(?:^|\.)(\d{1,9})(?:\.|$)")
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """config.json of the directory `root` as it stands; DamagedCheckpoint where it is no sane JSON object."""
+    path = root / CONFIG
+    config = read_json(path, MAX_CONFIG)
+    for key, value in _entries(config):
+        if type(value) is int and abs(value) >= LARGEST:
+            raise DamagedCheckpoint(f"{path}: {named(key)} is a number of {len(str(abs(value)))} digits; correct it.")
+    return config
+
+
+def _entries(value: object, within: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a config, at any depth; items of lists have the key of the list."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            dotted = f"{within}.{key}" if within else str(key)
+            yield dotted, item
+            yield from _entries(item, dotted)
+    elif isinstance(value, list):
+        for item in value:
+            if isinstance(item, (dict, list)):
+                yield from _entries(item, within)
+            else:
+                yield within, item
+
+
+def _last(dotted: str) -> str:
+    return dotted.rpartition(".")[2]
+
+
+def code_choices(config: Mapping[str, Any]) -> list[str]:
+    """Dotted keys by which `config` chooses kernels, quantisers, code or weights from elsewhere; the `auto_map` at its
+    top is not among them."""
+    return [
+        key
+        for key, value in _entries(dict(config))
+        if _chooses(key, value) or _says_quantised(_last(key), value) or key.endswith(".auto_map")
+    ]
+
+
+def _chooses(dotted: str, value: object) -> bool:
+    key = _last(dotted)
+    elsewhere = key in _ELSEWHERE and (isinstance(value, str) or value is True)
+    return elsewhere or key in _CHOICES or _IMPLEMENTATION.fullmatch(key) is not None
+
+
+def without_choices(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """`config` without what chooses code; SourceError for what would have transformers read other weights."""
+    for key, value in _entries(dict(config)):
+        if _last(key) in _ELSEWHERE and _chooses(key, value):
+            raise SourceError(
+                f"{where}: {named(key)} makes transformers load {named(value)}, which is no part of this checkpoint; "
+                "remove that key."
+            )
+    return {key: _cleaned(value) for key, value in config.items() if key == "auto_map" or not _chooses(key, value)}
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _cleaned(v) for k, v in value.items() if k != "auto_map" and not _chooses(k, v)}
+    return [_cleaned(item) for item in value] if isinstance(value, list) else value
+
+
+# ---- quantised
+
+
+def refuse_quantised(root: Path, config: Mapping[str, Any], layout: Layout | None = None) -> None:
+    """SourceError where config.json, a file beside it or the tensors of `layout` say that weights are packed."""
+    for key, value in _entries(dict(config)):
+        if _says_quantised(_last(key), value):
+            method = value.get("quant_method", "unknown") if isinstance(value, dict) else "unknown"
+            raise _quantised(f'{root / CONFIG} has a "{named(key)}" (method {named(method, 40)})')
+    if beside := next((name for name in QUANTISED_FILES if (root / name).exists()), None):
+        raise _quantised(f"{root / beside} says that the weights are quantised")
+    tensors = {} if layout is None else layout.tensors
+    for info in tensors.values():
+        if (method := _packing(info, tensors)) is not None:
+            raise _quantised(
+                f'{root / info.shard} holds "{named(info.name)}" ({info.dtype}), of quantised weights ({method})'
+            )
+
+
+def _says_quantised(key: str, value: object) -> bool:
+    return value is not None and key in _QUANTISED or isinstance(value, dict) and key == _MLX
+
+
+def _packing(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Who packs weights so that there is such a tensor; None where it is a plain one."""
+    for method, endings in _PACKED.items():
+        if info.name.endswith(endings):
+            return method
+    if info.dtype.startswith(("F4", "F6", "F8")):
+        return "fp8 or smaller"
+    if info.name.endswith(".scales") and f"{info.name.removesuffix('.scales')}.biases" in tensors:
+        return "MLX"
+    return "integers" if info.dtype in _WHOLE_NUMBERS and info.name.endswith("weight") and len(info.shape) > 1 else None
+
+
+def _quantised(what: str) -> SourceError:
+    return SourceError(
+        f"{what}: slots cannot be folded exactly from packed weights; give the checkpoint it was quantised from."
+    )
+
+
+# ---- too much
+
+
+def stack_size(layout: Layout) -> int:
+    """How many layers the names of tensors have room for: one more than the largest first number in a name."""
+    found = (_FIRST_INDEX.search(name) for name in layout.tensors)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def require_countable(config: Mapping[str, Any], layout: Layout) -> None:
+    """DamagedCheckpoint where `config` counts further than the tensors of `layout` could fill, so that reading it, or
+    building its model, would not end. Whether the two fit exactly is another question."""
+    stack = stack_size(layout)
+    for dotted, value in _entries(dict(config)):
+        key = _last(dotted)
+        if type(value) is not int:
+            continue
+        if _LAYERS.fullmatch(key) and value > 4 * stack + _SPARE_LAYERS:
+            held = f"and the tensors beside it are of {stack}"
+        elif key == "num_labels" and value > _MOST_LABELS or _COUNT.fullmatch(key) and value > _MOST:
+            held = "more than any model has"
+        else:
+            continue
+        raise DamagedCheckpoint(
+            f"{layout.root / CONFIG}: {named(dotted)} is {value:,}, {held}; correct it, or download it again."
+        )
