@@ -58,6 +58,8 @@ def run(
     texts = gather_texts(options.text, options.calibration, reporter)
     reporter.step(f"plan {source}")
     plan = _plan(recipe, source, out, options)
+    for note in plan.notes:
+        reporter.note(note)
     inputs = _inputs(plan, texts, options, reporter)
     training = prepare_training(plan, texts, inputs.calibrating, inputs.chunking, options, out)
     if training is not None and training.assists:

@@ -19,7 +19,7 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout, Stored, iter_tensor_chunks, read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.own_files import in_hub_cache
-from ..checkpoint.regular import read_json
+from ..checkpoint.regular import open_regular, read_json
 from ..checkpoint.source import ADAPTER, Source, source_hashes
 from ..converted.derived import derive
 from ..converted.described import Described, read_described
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..operations.base import Operation
 
 Found = tuple[bool, str]
+MAX_CODE = 1_000_000  # bytes of a Python file, more than any that surgery writes
 # What git and the hub's client leave in a directory that was uploaded or downloaded; nothing loads from them.
 NOT_OURS = (".git", ".gitattributes", ".cache")
 
@@ -209,7 +210,9 @@ def _code(root: Path, described: Described) -> Found:
     files = derived.files()
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if files.pop(name, None) != path.read_text(encoding="utf-8", errors="replace"):
+        with open_regular(path) as file:
+            content = file.read(MAX_CODE).decode("utf-8", errors="replace")
+        if files.pop(name, None) != content:
             return False, f"{name} is not what this version of surgery writes; verify with the version in {MANIFEST}"
     return (False, f"{min(files)} is missing") if files else (True, "Python files as this version writes them")
 
