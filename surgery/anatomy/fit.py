@@ -46,8 +46,8 @@ class Fit:
         found = []
         if self.unused:
             found.append(
-                f"{count_of(len(self.unused), 'tensor')} (first {named(self.unused[0])}) are not part of "
-                f"{anatomy.model_class.__name__}: kept byte for byte, and no loader of this class reads them"
+                f"not part of {anatomy.model_class.__name__}: {count_of(len(self.unused), 'tensor')}, first "
+                f"{named(self.unused[0])}; kept byte for byte, and no loader of this class reads them"
             )
         for target, source in self.tied:
             found.append(

@@ -44,6 +44,7 @@ LARGEST = 2**63  # beyond it a number fits no integer of torch
 # What transformers counts up to in Python while it reads a config or builds a model. Layers are bounded by the headers.
 _COUNT = re.compile(r"_?(num|n)_(?!\w*(vocab|embd|embed|position|ctx|token|pixel|param))\w+")
 _LAYERS = re.compile(r"_?(num_|n_)?\w*layers?|depths?|num_blocks|n_blocks")
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST, _MOST_LABELS, _SPARE_LAYERS = 2**20, 2**17, 256
 _FIRST_INDEX = re.compile(r"(?:^|\.)(\d{1,9})(?:\.|$)")
 
@@ -168,7 +169,8 @@ def require_countable(config: Mapping[str, Any], layout: Layout) -> None:
         key = _last(dotted)
         if type(value) is not int:
             continue
-        if _LAYERS.fullmatch(key) and value > 4 * stack + _SPARE_LAYERS:
+        few = dotted.removeprefix("text_config.") in _DEPTHS and value < 1
+        if few or _LAYERS.fullmatch(key) and value > 4 * stack + _SPARE_LAYERS:
             held = f"and the tensors beside it are of {stack}"
         elif key == "num_labels" and value > _MOST_LABELS or _COUNT.fullmatch(key) and value > _MOST:
             held = "more than any model has"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DamagedCheckpoint, SourceError
-from .regular import is_lfs_pointer, lfs_pointer
+from .regular import is_lfs_pointer, lfs_pointer, open_regular
 
 _VERSIONS = (2, 3)
 _SCALAR = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -54,7 +54,7 @@ def read_header(path: Path) -> Header:
     """Header of the GGUF file `path`; SourceError if it cannot be one, DamagedCheckpoint if its bytes are wrong."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(64)
             if is_lfs_pointer(head):

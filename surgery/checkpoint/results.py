@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give a file for {option}.")
     require_apart(path, option, apart_from)
+    if path.exists() and not _is_written(path):
+        raise OutputError(f"{path} is a pipe or a device, not a regular file; give another path for {option}.")
     if not path.parent.is_dir():
         raise OutputError(
             f"{path.parent}, which is to hold {path.name}, is not a directory; create it or change {option}."
@@ -84,6 +88,21 @@ def json_text(result: dict[str, Any]) -> str:
 def _is_replaced(path: Path) -> bool:
     """Whether `path` is replaced by a rename; devices and links (/dev/stdout is both) are written into instead."""
     return not path.is_symlink() and (path.is_file() or not path.exists())
+
+
+def _is_written(path: Path) -> bool:
+    """Whether `path` is a regular file, the null device, or one of this process's own outputs (/dev/stdout)."""
+    known = path.stat()
+    own = (os.fstat(stream) for stream in (1, 2) if _is_open(stream))
+    return stat.S_ISREG(known.st_mode) or path.samefile(os.devnull) or any(os.path.samestat(known, one) for one in own)
+
+
+def _is_open(stream: int) -> bool:
+    try:
+        os.fstat(stream)
+    except OSError:
+        return False
+    return True
 
 
 def _unwritable(path: Path, option: str, error: OSError) -> OutputError:

@@ -18,7 +18,7 @@ from ..endings.temporary import FULL
 from ..errors import DamagedCheckpoint, OutputError, SourceError
 from .disk import disk_errors, require_space, require_target, sha256_of, translated
 from .layout import CHUNK, Layout
-from .regular import is_plain_name
+from .regular import is_plain_name, open_regular
 from .values import as_stored, dtype_code, tensor_bytes
 from .writing import plan_file
 
@@ -98,7 +98,7 @@ class Stage:
             return  # hashed when the hashes are asked for
         digest = hashlib.sha256()
         try:
-            source = Path(src).open("rb")
+            source = open_regular(Path(src))
         except OSError as error:
             raise SourceError(f"{src} cannot be read ({error.strerror}); check the source.") from error
         with source, disk_errors(self.out), _create(target) as file:

@@ -92,7 +92,7 @@ def read_described(root: Path) -> Described:
         raise DamagedCheckpoint(f"{path} is missing; {AGAIN}.")
     config = read_config(root)
     if chosen := code_choices(config):
-        raise damaged(root, f"{named(chosen[0])} chooses code or kernels, and a run writes no such key")
+        raise damaged(root, f"{named(chosen[0])} chooses kernels, code or a quantiser, and a run writes no such key")
     found = converted_from(config.get("model_type"))
     if found is None:
         raise damaged(root, f"model_type {named(repr(config.get('model_type')))} is not a converted type")

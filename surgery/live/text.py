@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..bounded import GIB, Unbounded, bounded
+from ..checkpoint.regular import open_regular
 from ..errors import SourceError
 
 
@@ -31,7 +33,8 @@ def read_texts(paths: Sequence[Path]) -> str:
     parts = []
     for path in paths:
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
+            with io.TextIOWrapper(open_regular(Path(path)), encoding="utf-8-sig") as file:
+                text = file.read()
         except UnicodeDecodeError as error:
             raise SourceError(
                 f"{path}: is not UTF-8 text (byte {error.start}); convert it, or give another file."

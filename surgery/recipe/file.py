@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from ..checkpoint.regular import open_regular
 from ..errors import RecipeError, brief
 from .builtin import recipe_file
 from .fields import Format, Or, Strict, known
@@ -58,7 +59,7 @@ def load(path: Path, schema: type[D]) -> D:
     """Read the recipe in the file `path`. RecipeError when it cannot be read or does not say something we can do."""
     path = Path(path)
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             raw = stream.read(MAX_BYTES + 1)
         text = raw.decode("utf-8-sig")
     except FileNotFoundError:

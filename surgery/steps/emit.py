@@ -115,4 +115,5 @@ def _source_entry(plan: Plan) -> dict[str, Any]:
         "revision": source.revision,
         "dtype": dtype,
         "sha256": source_hashes(source),
+        "not_of_the_model": list(plan.fits.unused),
     }

@@ -67,6 +67,8 @@ def run(
     _clear_leftovers(out, options, reporter)
     reporter.step(f"plan {source}")
     plan = _plan(recipe, source, out, options)
+    for note in plan.notes:
+        reporter.note(note)
     inputs = _inputs(plan, texts, options, reporter)
     act = provenance(
         date, command=options.command, device=options.device, files=texts.files, evaluation=inputs.evaluation,

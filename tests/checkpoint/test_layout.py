@@ -18,6 +18,7 @@ from surgery.checkpoint.layout import INDEX, SINGLE, iter_tensor_chunks, read_la
 from surgery.checkpoint.writing import index_json, plan_file
 from surgery.errors import DamagedCheckpoint, SourceError, SurgeryError
 
+METADATA = (5, [], "pt", True, {"format": 5}, {"format": {"a": "pt"}}, {"format": None})  # all of them wrong
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 12345678\n"
 
 
@@ -47,6 +48,7 @@ def refused(root: Path, kind: type[SurgeryError], *words: str) -> None:
         read_layout(root)
     message = str(caught.value)
     assert "\n" not in message and message.endswith(".")
+    assert len(message) < 500 + 3 * len(str(root))
     for word in words:
         assert word in message
 
@@ -165,11 +167,26 @@ def test_a_wrong_header_byte_never_breaks_the_reader(
         (raw_file({"a": entry(), "b": entry()}, bytes(8)), ("gap or overlaps",)),
         (raw_file({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)), ('"b"', "gap or overlaps")),
         (raw_file({"__metadata__": {"format": "pt"}}), ("no tensors",)),
+        *((raw_file({"__metadata__": value, "a": entry()}, bytes(8)), ("__metadata__",)) for value in METADATA),
+        (raw_file({"a": {**entry(), "shape": [10**30, 0]}}), ('"a"', "shape")),
+        (raw_file({"a": entry(shape=(2**62, 2**62, 0))}), ('"a"', "shape")),
+        (raw_file({"a": entry(shape=(2**40, 2**40))}, bytes(8)), ('"a"', "shape")),
+        (raw_file({"a": entry(shape=(1,) * 10**5)}, bytes(8)), ('"a"', "dimensions")),
+        (raw_file({"a": entry(shape=(10**4000,) * 300)}, bytes(8)), ('"a"', "shape")),
+        (raw_file({"a": entry(offsets=(0, 10**4299))}, bytes(8)), ('"a"', "data_offsets")),
+        (raw_file({"a": entry("F" * 10**6)}, bytes(8)), ('"a"', "dtype")),
+        (raw_file({"a\n" * 10**5: entry("x")}, bytes(8)), ("dtype", "\\n")),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, content: bytes, words: tuple[str, ...]) -> None:
     (tmp_path / SINGLE).write_bytes(content)
     refused(tmp_path, DamagedCheckpoint, SINGLE, *words)
+
+
+def test_metadata_may_be_null_or_absent(tmp_path: Path) -> None:
+    for extra in ({}, {"__metadata__": None}, {"__metadata__": {}}, {"__metadata__": {"format": "pt"}}):
+        (tmp_path / SINGLE).write_bytes(raw_file({**extra, "a": entry()}, bytes(8)))
+        assert list(read_layout(tmp_path).tensors) == ["a"]
 
 
 def test_a_sharded_checkpoint_is_read_through_its_index(tmp_path: Path) -> None:

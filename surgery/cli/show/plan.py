@@ -29,6 +29,8 @@ def show_plan(console: Console, plan: dict) -> None:
             shape = " x ".join(map(str, entry["shape"]))
             statuses.add_row(status, f"{len(named):,}", escape(name), entry["dtype"], shape)
     console.print(statuses)
+    for note in plan["notes"]:
+        console.print(f"\nNote: {note}.", markup=False)
     if plan["download"]:
         console.print(f"\nDownload: {human(plan['download'])} of weights, which a run fetches", end="")
     disk = plan["disk"]

@@ -1,0 +1,115 @@
+"""What a stranger's config.json may not do: choose code, count without end, or hide that weights are packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from surgery.checkpoint.config import code_choices, read_config, stack_size, without_choices
+from surgery.checkpoint.layout import SINGLE, read_layout
+from surgery.checkpoint.source import open_source
+from surgery.checkpoint.writing import plan_file
+from surgery.errors import DamagedCheckpoint, SourceError
+
+CHOOSING = {
+    "_attn_implementation": "owner/repo",
+    "attn_implementation": "flash_attention_2",
+    "_attn_implementation_internal": "owner/repo",
+    "experts_implementation": "owner/repo",
+    "_experts_implementation": "x",
+    "fusion_config": {"patch_embeddings": True},
+    "kernel_config": {},
+    "use_kernels": True,
+}
+
+
+def written(root: Path, config: dict, entries: list[tuple[str, str, tuple[int, ...]]] | None = None) -> Path:
+    (root / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    header, infos = plan_file(SINGLE, entries or [("x", "F32", (2,))], {"format": "pt"})
+    (root / SINGLE).write_bytes(header + bytes(sum(info.nbytes for info in infos.values())))
+    return root
+
+
+@pytest.mark.parametrize("key", CHOOSING)
+def test_what_chooses_code_is_left_out_at_any_depth(key: str, tmp_path: Path) -> None:
+    choice = {key: CHOOSING[key]}
+    config = {**choice, "text_config": {**choice, "hidden_size": 8, "deeper": [{**choice, "a": 1}]}}
+    assert code_choices(config)[0] == key and f"text_config.{key}" in code_choices(config)
+    found = open_source(str(written(tmp_path, config))).config
+    assert found == {"model_type": "llama", "text_config": {"hidden_size": 8, "deeper": [{"a": 1}]}}
+    assert code_choices(found) == []
+
+
+def test_nested_code_is_a_choice_too(tmp_path: Path) -> None:
+    config = {"auto_map": {"AutoModel": "a.B"}, "text_config": {"auto_map": {"AutoModel": "x/y--a.B"}}}
+    assert code_choices(config) == ["text_config.auto_map"]
+    assert without_choices(config, tmp_path) == {"auto_map": {"AutoModel": "a.B"}, "text_config": {}}
+
+
+@pytest.mark.parametrize("key", ["transformers_weights", "backbone"])
+def test_weights_from_elsewhere_are_refused(key: str, tmp_path: Path) -> None:
+    for config in ({key: "../x.safetensors"}, {"vision_config": {key: "owner/name"}}):
+        with pytest.raises(SourceError, match=key):
+            open_source(str(written(tmp_path, config)))
+
+
+SAYS = {
+    "empty": {"quantization_config": {}},
+    "gptq": {"quantization_config": {"quant_method": "gptq"}},
+    "nested": {"vision_config": {"quantization_config": {"quant_method": "gptq"}}},
+    "in a list": {"parts": [{"quantization_config": {}}]},
+    "mlx": {"quantization": {"group_size": 64, "bits": 4}},
+    "older": {"compression_config": {"format": "pack-quantized"}},
+}
+PACKED = {
+    "GPTQ": ("model.layers.0.q_proj.qweight", "I32"),
+    "AWQ": ("model.layers.0.q_proj.qzeros", "I32"),
+    "bitsandbytes": ("model.layers.0.q_proj.weight.absmax", "U8"),
+    "int8": ("model.layers.0.q_proj.SCB", "F32"),
+    "MLX": ("model.layers.0.q_proj.weight", "U32"),
+    "fp8": ("model.layers.0.q_proj.weight_scale_inv", "F32"),
+    "fp8 weights": ("model.layers.0.q_proj.weight", "F8_E4M3"),
+    "compressed-tensors": ("model.layers.0.q_proj.weight_packed", "I32"),
+    "MXFP4": ("model.layers.0.experts.gate_up_proj_blocks", "U8"),
+    "HQQ": ("model.layers.0.q_proj.W_q", "U8"),
+}
+
+
+@pytest.mark.parametrize("case", SAYS)
+def test_a_config_that_says_quantised_is_named_so(case: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="quantised from"):
+        open_source(str(written(tmp_path, SAYS[case])))
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_tensors_are_named_where_no_config_says_so(case: str, tmp_path: Path) -> None:
+    name, dtype = PACKED[case]
+    with pytest.raises(SourceError, match="quantised") as caught:
+        open_source(str(written(tmp_path, {}, [("a.weight", "F32", (2, 2)), (name, dtype, (2, 2))])))
+    assert name in str(caught.value)
+
+
+def test_older_tools_say_quantised_in_a_file_beside(tmp_path: Path) -> None:
+    (written(tmp_path, {}) / "quantize_config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"quantize_config\.json"):
+        open_source(str(tmp_path))
+
+
+def test_null_and_whole_numbers_in_buffers_say_nothing(tmp_path: Path) -> None:
+    root = written(tmp_path, {"quantization_config": None}, [("h.0.attn.bias", "U8", (2, 2)), ("ids", "I64", (1, 2))])
+    assert list(open_source(str(root)).layout.tensors) == ["h.0.attn.bias", "ids"]
+
+
+def test_numbers_and_files_beyond_reason_are_damage(tmp_path: Path) -> None:
+    with pytest.raises(DamagedCheckpoint, match="rope_parameters.factor is a number of 401 digits"):
+        read_config(written(tmp_path, {"rope_parameters": {"factor": 10**400}}))
+    with pytest.raises(DamagedCheckpoint, match="larger than 16 MB"):
+        read_config(written(tmp_path, {"layer_types": ["full_attention"] * 10**6}))
+
+
+def test_the_stack_is_as_high_as_names_say(tmp_path: Path) -> None:
+    names = ["model.layers.11.mlp.experts.200.w", "model.layers.3.x", "lm_head.weight", "v2.x"]
+    assert stack_size(read_layout(written(tmp_path, {}, [(name, "F32", (1,)) for name in names]))) == 12
+    assert stack_size(read_layout(written(tmp_path, {}))) == 0
