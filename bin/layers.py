@@ -30,7 +30,7 @@ FLOORS = (
     ("checkpoint",),
     ("runtime",),
 )
-BESIDE = ("table", "words", "progress", "errors", "version")  # for every room; each may know those after it
+BESIDE = ("table", "words", "progress", "errors", "version", "results")  # for every room; each may know those after it
 ALONE = "runtime"  # is copied into checkpoints, so it imports nothing of ours
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

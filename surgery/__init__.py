@@ -1,10 +1,14 @@
 """surgery: convert checkpoints so that massive activations become an explicit attention bias, and prove it.
 
-    surgery.plan(recipe, source)                                   what would change, from headers only
-    surgery.run(recipe, source, out, RunOptions(text=[...]))       convert, verify, publish
-    surgery.verify(out, VerifyOptions(against=source))             check a converted checkpoint
-    surgery.scan(source, text=[...])                               massive activations and sinks, layer by layer
-    surgery.pretrain(recipe, out, text=[...])                      small models from nothing
+    surgery.plan("eab", source)                        what would change, from headers only
+    surgery.run("eab", source, out, text="wiki.txt")   convert, verify, publish
+    surgery.verify(out, against=source)                check a converted checkpoint
+    surgery.scan(source, text="wiki.txt")              massive activations and sinks, layer by layer
+    surgery.pretrain(recipe, out, text=[...])          small models from nothing
+
+A recipe is the name of one that comes with surgery, a path, a dict or a `Recipe`; a text is a file or several. Keywords
+of `run` and `verify` are the fields of `RunOptions` and `VerifyOptions`, which may be given whole as well. What the
+verbs return is documented, key by key, in `surgery.results`. What a person can mend is raised as `SurgeryError`.
 
 Importing surgery also makes the converted model types (`eab_llama`, ...) known to transformers' Auto classes.
 """
@@ -18,7 +22,13 @@ import wrapt
 from .version import VERSION
 
 if TYPE_CHECKING:
+    from .errors import SurgeryError
+    from .live.text import Chunking
+    from .progress import Reporter
+    from .results import Pretrained, Survey, Verdict
     from .steps.options import RunOptions, VerifyOptions
+    from .steps.plan import Plan
+    from .steps.recipe import Recipe
     from .verbs.plan import plan
     from .verbs.pretrain import pretrain
     from .verbs.run import run
@@ -29,8 +39,17 @@ __version__ = VERSION
 _HOMES = {
     **{verb: f"verbs.{verb}" for verb in ("plan", "pretrain", "run", "scan", "verify")},
     **dict.fromkeys(("RunOptions", "VerifyOptions"), "steps.options"),
+    **dict.fromkeys(("Pretrained", "Survey", "Verdict"), "results"),
+    "Chunking": "live.text",
+    "Plan": "steps.plan",
+    "Recipe": "steps.recipe",
+    "Reporter": "progress",
+    "SurgeryError": "errors",
 }
-__all__ = ["RunOptions", "VerifyOptions", "plan", "pretrain", "run", "scan", "verify"]
+__all__ = [
+    "Chunking", "Plan", "Pretrained", "Recipe", "Reporter", "RunOptions", "Survey", "SurgeryError", "Verdict",
+    "VerifyOptions", "plan", "pretrain", "run", "scan", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str):
@@ -40,6 +59,10 @@ def __getattr__(name: str):
 
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]  # not what this file needs, but what is for callers
 
 
 @wrapt.when_imported("transformers.models.auto.configuration_auto")

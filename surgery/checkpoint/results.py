@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def write_result(path: Path | None, option: str, text: str) -> None:
         raise _unwritable(path, option, error) from error
 
 
-def json_text(result: dict[str, Any]) -> str:
+def json_text(result: Mapping[str, Any]) -> str:
     """JSON as every reader takes it: `plain_json` has taken NaN and infinities out."""
     return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedModel
 
@@ -21,8 +22,9 @@ from ..converted.reading import is_converted, load_converted
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.model import Live
-from ..live.text import FEW_CHUNKS, Chunking, read_texts
+from ..live.text import FEW_CHUNKS, Chunking, Files, files, read_texts
 from ..progress import SILENT, Reporter
+from ..results import Survey
 from ..steps.inputs import Reader, fit_chunks
 from ..steps.plan import source_tokenizer
 from ..survey.full import survey
@@ -30,22 +32,22 @@ from ..survey.interventions import audit, plan_interventions, run_interventions
 
 
 def scan(
-    source: str,
+    source: Path | str,
     *,
-    text: Sequence[Path],
+    text: Files,
     interventions: bool = False,
     dtype: str | None = None,
     revision: str | None = None,
     device: str = "cpu",
     chunking: Chunking = FEW_CHUNKS,
     reporter: Reporter = SILENT,
-) -> dict:
+) -> Survey:
     """Survey `source` (a directory, hub id, GGUF, or converted checkpoint) on `text`: layer by layer, and across them.
 
     Layer 0 is the embedding output and has no attention; layer k carries the attention of block k - 1, which writes it.
     With `interventions`, the live model is also changed in the ways that its survey suggests, and measured each time.
     """
-    if not text:
+    if not (text := files(text)):
         raise SourceError("a scan needs text to read: give --text FILE.")
     require_device(device)
     words = read_texts(text)
@@ -70,7 +72,7 @@ def scan(
             reporter.step("audit: how few scalars hold the model up")
             with reporter.bar("audit", None) as advance:
                 found["audit"] = audit(live, chunks, found, advance=advance)
-        return found
+        return cast(Survey, found)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 
 from pydantic import ValidationError
 
@@ -21,9 +21,10 @@ from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
+from ..results import Verdict
 from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
-from ..steps.options import VERIFY, VerifyOptions
+from ..steps.options import VERIFY, VerifyKeywords, VerifyOptions, with_keywords
 from ..steps.recipe import Recipe
 from ..verification.gates.base import Inputs
 from ..verification.integrity import Check, check_integrity, read_config
@@ -34,9 +35,10 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def verify(
-    checkpoint: Path | str, options: VerifyOptions = VERIFY, reporter: Reporter = SILENT
-) -> dict[str, Any]:  # fmt: skip
-    """Check the converted `checkpoint` and return the verdict.
+    checkpoint: Path | str, options: VerifyOptions = VERIFY, reporter: Reporter = SILENT,
+    **keywords: Unpack[VerifyKeywords],
+) -> Verdict:  # fmt: skip
+    """Check the converted `checkpoint` and return the verdict. Keywords are fields of `options`.
 
     Alone: integrity of files, tensors, slots, code, tokenizer. With text: also perplexity and massive activations of
     the converted model. Against its source: also every kept tensor, and with both, all gates of its recipe.
@@ -44,7 +46,10 @@ def verify(
     that and its second half is measured on.
     Python files in the checkpoint are compared with what this version writes, and never run.
     """
-    root = Path(checkpoint)
+    return cast(Verdict, _verified(Path(checkpoint), with_keywords("verify", options, keywords), reporter))
+
+
+def _verified(root: Path, options: VerifyOptions, reporter: Reporter) -> dict[str, Any]:
     # 1. Everything that can be refused without reading much.
     require_device(options.device)
     _require_use(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ...checkpoint.results import json_text, require_result_file, require_result_folder, write_result
+from ...results import Survey
 from ..options import DEVICE, DTYPE, FILE, JSON, REVISION, TEXT, chunking, options
 from ..options import given as given_paths
 from ..show.console import output
@@ -34,7 +35,7 @@ def scan(
     from ..show.progress import TerminalReporter
     from ..show.survey import show_survey
 
-    surveys: list[dict] = []
+    surveys: list[Survey] = []
     for source in sources:
         survey = verb(
             source, text=text, dtype=dtype, revision=revision, device=device, interventions=interventions,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
 
@@ -42,7 +45,7 @@ def _trained(tune: dict, trains: list[str]) -> str:
     return f"then tuned, up to {tune['steps']:,} steps: {'; '.join(parts)}"
 
 
-def show_output(console: Console, out, verdict: dict) -> None:
+def show_output(console: Console, out, verdict: Mapping[str, Any]) -> None:
     """What was written, and how to load it."""
     files = [path for path in out.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -10,7 +13,7 @@ from ...words import factor
 from .tables import new_table
 
 
-def show_survey(console: Console, survey: dict) -> None:
+def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
     title = f"Survey of {escape(survey['source'])}"
     table = new_table(
         title, "layer", "max", "median", "ratio", "massive", "dims", "|x_0|", "|x_i|", "p1", "entropy, bits",
@@ -36,7 +39,7 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _findings(survey: dict) -> list[str]:
+def _findings(survey: Mapping[str, Any]) -> list[str]:
     """What the table comes to, line by line."""
     total, across = survey["massive_activations"], survey["across"]
     lines = [
