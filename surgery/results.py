@@ -5,8 +5,7 @@ log-likelihoods (NLL), with a paired 95% interval over chunks. Keys that only so
 `plan` returns a `Plan`, whose `to_dict` is what `--json` writes.
 """
 
-from __future__ import annotations
-
+# Annotations are not postponed here: TypedDict would then take every key for required.
 from typing import Any, Literal, NotRequired, TypedDict
 
 
@@ -34,6 +33,65 @@ class Massive(TypedDict):
     dims: list[int]
     layers: list[int]
     token_ids: list[int]
+
+
+# ---- scan
+
+
+class MassiveActivation(TypedDict):
+    """One of them: `position` is in its chunk."""
+
+    dim: int
+    position: int
+    token: str
+    value: float
+
+
+class Layer(TypedDict):
+    """One layer of a survey: layer 0 is the embeddings' output, layer k what block k - 1 writes, and its attention.
+
+    Means are over sequences; lists are by head. What belongs to attention is None in layer 0.
+    """
+
+    layer: int
+    max: float  # largest |x|
+    median: float  # of |x|
+    ratio: float  # largest |x| over the median
+    count: int  # massive activations
+    massive: list[MassiveActivation]
+    dims: list[Any]  # (dim, how many)
+    tokens: list[Any]  # (token, how many)
+    top3: list[float]  # the largest |x|
+    first_norm: float  # L2 norm of the first token
+    rest_norm: float  # of all others, mean
+    p1: float | None  # share of the energy in the strongest direction
+    entropy_bits: float | None  # of the spectrum
+    entropy_normalised: float | None
+    dominance: float | None
+    sink_score: list[float] | None
+    sink_rate: float | None  # share of heads that sink
+    mixing: float | None
+
+
+class Survey(TypedDict):
+    """What `scan` found of one source."""
+
+    source: str
+    model_type: str
+    chunks: int
+    chunk_length: int
+    n_slots: int
+    normed_sites: int  # whose heads are normed
+    perplexity: Score
+    massive_activations: Massive
+    layers: list[Layer]
+    across: dict[str, Any]  # born, died, dims, tokens, phases, correlations: what the layers say together
+    super_neurons: list[dict[str, Any]]  # layer, unit, dim, share
+    attention_maps: list[dict[str, Any]]
+    landscape: dict[str, Any]
+    interventions: NotRequired[list[dict[str, Any]]]  # with `interventions=True`
+    audit: NotRequired[dict[str, Any]]
+    provenance: NotRequired[dict[str, Any]]
 
 
 # ---- run and verify
@@ -102,63 +160,6 @@ class Verdict(TypedDict):
     surveys: NotRequired[list[Survey]]  # with `surveys=True`: of the original and of the converted model
 
 
-# ---- scan
-
-
-class MassiveActivation(TypedDict):
-    """One of them: `position` is in its chunk."""
-
-    dim: int
-    position: int
-    token: str
-    value: float
-
-
-class Layer(TypedDict):
-    """One layer of a survey: layer 0 is the embeddings' output, layer k what block k - 1 writes, and its attention.
-
-    Means are over sequences; lists are by head. What belongs to attention is None in layer 0.
-    """
-
-    layer: int
-    max: float  # largest |x|
-    median: float  # of |x|
-    ratio: float  # largest |x| over the median
-    count: int  # massive activations
-    massive: list[MassiveActivation]
-    dims: list[Any]  # (dim, how many)
-    tokens: list[Any]  # (token, how many)
-    top3: list[float]  # the largest |x|
-    first_norm: float  # L2 norm of the first token
-    rest_norm: float  # of all others, mean
-    p1: float | None  # share of the energy in the strongest direction
-    entropy_bits: float | None  # of the spectrum
-    entropy_normalised: float | None
-    dominance: float | None
-    sink_score: list[float] | None
-    sink_rate: float | None  # share of heads that sink
-    mixing: float | None
-
-
-class Survey(TypedDict):
-    """What `scan` found of one source."""
-
-    source: str
-    model_type: str
-    chunks: int
-    chunk_length: int
-    n_slots: int
-    perplexity: Score
-    massive_activations: Massive
-    layers: list[Layer]
-    across: dict[str, Any]  # born, died, dims, tokens, phases, correlations: what the layers say together
-    super_neurons: list[dict[str, Any]]  # layer, unit, dim, share
-    attention_maps: list[dict[str, Any]]
-    landscape: dict[str, Any]
-    interventions: NotRequired[list[dict[str, Any]]]  # with `interventions=True`
-    audit: NotRequired[dict[str, Any]]
-
-
 # ---- pretrain
 
 
@@ -166,6 +167,7 @@ class Curves(TypedDict):
     """How one variant trained."""
 
     parameters: int
+    losses: list[float]  # of every step
     measured: list[dict[str, Any]]  # step, loss, ppl, massive, ratio, sink_rate, ... where it was measured
 
 
