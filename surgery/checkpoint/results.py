@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 from ..errors import OutputError
 from .disk import replacing
 
+STDOUT = Path("-")  # as a result's path: standard output
+
 
 def require_result_file(path: Path | None, option: str, apart_from: Iterable[Path | str] = ()) -> None:
     """Raise OutputError unless `path` can be written and is none of `apart_from`, nor inside one of them.
@@ -18,6 +22,10 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
     An older result there is removed: until this command is done, nothing must pass for what it found.
     """
     if path is None:
+        return
+    if path == STDOUT:
+        if STDOUT in apart_from:
+            raise OutputError(f"only one result can go to standard output; give {option} a file.")
         return
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give a file for {option}.")
@@ -66,6 +74,9 @@ def write_result(path: Path | None, option: str, text: str) -> None:
     if path is None:
         return
     try:
+        if path == STDOUT:
+            _to_standard_output(text)
+            return
         if not _is_replaced(path):
             path.write_text(text, encoding="utf-8")
             return
@@ -73,6 +84,19 @@ def write_result(path: Path | None, option: str, text: str) -> None:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise _unwritable(path, option, error) from error
+
+
+def _to_standard_output(text: str) -> None:
+    """In UTF-8 whatever the terminal's encoding; a reader that has gone away does not change how the command ends."""
+    try:
+        if (binary := getattr(sys.stdout, "buffer", None)) is not None:
+            sys.stdout.flush()
+            binary.write(text.encode("utf-8"))
+            binary.flush()
+        else:
+            sys.stdout.write(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def json_text(result: Mapping[str, Any]) -> str:
@@ -86,4 +110,6 @@ def _is_replaced(path: Path) -> bool:
 
 
 def _unwritable(path: Path, option: str, error: OSError) -> OutputError:
+    if path == STDOUT:
+        return OutputError(f"standard output cannot be written ({error.strerror}); give a file for {option}.")
     return OutputError(f"{path} cannot be written ({error.strerror}); give another path for {option}.")

@@ -107,7 +107,7 @@ def _integrity(
         checks.append(Check("recipe", False, f"{said}; convert the source again"))
     described = read_config(root)
     may_change = recipe is None or recipe.changes_weights  # what cannot be read is told, and once is enough
-    with reporter.bar("hash", sum(entry.bytes for entry in manifest.files.values())) as advance:
+    with reporter.bar("hash", sum(entry.bytes for entry in manifest.files.values()), of_bytes=True) as advance:
         checks += check_integrity(root, manifest, described, OPERATIONS, may_change, source, directory, advance)
     well = any(check.name == "config" and check.passed for check in checks)
     return checks, described if well and isinstance(described, Described) else None, recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from rich.markup import escape
 
 from ...checkpoint.disk import human
 from .tables import new_table
+
+STATUSES = ("added", "changed", "may change", "kept")
 
 
 def show_plan(console: Console, plan: dict) -> None:
@@ -25,17 +28,22 @@ def show_plan(console: Console, plan: dict) -> None:
     console.print(files)
     console.print()
     statuses = new_table("Tensors", "status", "count", "example", "dtype", "shape")
-    for status in ("added", "changed", "may change", "kept"):
+    for status in STATUSES:
         named = [(name, entry) for name, entry in plan["tensors"].items() if entry["status"] == status]
         if named:
             name, entry = named[0]
             shape = " x ".join(map(str, entry["shape"]))
             statuses.add_row(status, f"{len(named):,}", escape(name), entry["dtype"], shape)
     console.print(statuses)
+    console.print("\nAll tensors by name: --json FILE")
+
+
+def planned(plan: Mapping[str, Any]) -> str:
+    """The plan in one line."""
+    counts = Counter(entry["status"] for entry in plan["tensors"].values())
+    tensors = ", ".join(f"{counts[status]:,} {status}" for status in STATUSES if counts[status])
     disk = plan["disk"]
-    console.print(
-        f"\nDisk: {human(disk['needed'])} needed, {human(disk['free'])} free. All tensors by name: --json FILE"
-    )
+    return f"planned: tensors {tensors}; disk {human(disk['needed'])} needed, {human(disk['free'])} free"
 
 
 def _trained(tune: dict, trains: list[str]) -> str:
