@@ -31,7 +31,8 @@ FLOORS = (
     ("endings",),
     ("runtime",),
 )
-BESIDE = ("table", "bounded", "words", "progress", "errors", "plain", "version")  # for every room; each may know those after it
+# For every room; each may know those after it.
+BESIDE = ("table", "bounded", "words", "progress", "errors", "plain", "version", "results")
 ALONE = "runtime"  # is copied into checkpoints, so it imports nothing of ours
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

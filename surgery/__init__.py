@@ -1,12 +1,16 @@
 """surgery: convert checkpoints so that massive activations become an explicit attention bias, and prove it.
 
-    surgery.plan(recipe, source)                                   what would change, from headers only
-    surgery.run(recipe, source, out, RunOptions(text=[...]))       convert, verify, publish
-    surgery.verify(out, VerifyOptions(against=source))             check a converted checkpoint
-    surgery.seal(out)                                              take edited documents into the manifest
-    surgery.scan(source, text=[...])                               massive activations and sinks, layer by layer
-    surgery.pretrain(recipe, out, text=[...])                      small models from nothing
-    surgery.clean(directory)                                       remove what killed runs left behind
+    surgery.plan("eab", source)                        what would change, from headers only
+    surgery.run("eab", source, out, text="wiki.txt")   convert, verify, publish
+    surgery.verify(out, against=source)                check a converted checkpoint
+    surgery.seal(out)                                  take edited documents into the manifest
+    surgery.scan(source, text="wiki.txt")              massive activations and sinks, layer by layer
+    surgery.pretrain(recipe, out, text=[...])          small models from nothing
+    surgery.clean(directory)                           remove what killed runs left behind
+
+A recipe is the name of one that comes with surgery, a path, a dict or a `Recipe`; a text is a file or several. Keywords
+of `run` and `verify` are the fields of `RunOptions` and `VerifyOptions`, which may be given whole as well. What the
+verbs return is documented, key by key, in `surgery.results`. What a person can mend is raised as `SurgeryError`.
 
 Importing surgery also makes the converted model types (`eab_llama`, ...) known to transformers' Auto classes.
 """
@@ -19,7 +23,13 @@ from .version import VERSION
 
 TYPE_CHECKING = False  # what typing calls so
 if TYPE_CHECKING:
+    from .errors import SurgeryError
+    from .live.text import Chunking
+    from .progress import Reporter
+    from .results import Pretrained, Survey, Verdict
     from .steps.options import RunOptions, VerifyOptions
+    from .steps.plan import Plan
+    from .steps.recipe import Recipe
     from .verbs.clean import clean
     from .verbs.plan import plan
     from .verbs.pretrain import pretrain
@@ -32,8 +42,17 @@ __version__ = VERSION
 _HOMES = {
     **{verb: f"verbs.{verb}" for verb in ("clean", "plan", "pretrain", "run", "scan", "seal", "verify")},
     **dict.fromkeys(("RunOptions", "VerifyOptions"), "steps.options"),
+    **dict.fromkeys(("Pretrained", "Survey", "Verdict"), "results"),
+    "Chunking": "live.text",
+    "Plan": "steps.plan",
+    "Recipe": "steps.recipe",
+    "Reporter": "progress",
+    "SurgeryError": "errors",
 }
-__all__ = ["RunOptions", "VerifyOptions", "clean", "plan", "pretrain", "run", "scan", "seal", "verify"]
+__all__ = [
+    "Chunking", "Plan", "Pretrained", "Recipe", "Reporter", "RunOptions", "Survey", "SurgeryError", "Verdict",
+    "VerifyOptions", "clean", "plan", "pretrain", "run", "scan", "seal", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str):
@@ -43,6 +62,10 @@ def __getattr__(name: str):
 
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]  # not what this file needs, but what is for callers
 
 
 def _register() -> None:

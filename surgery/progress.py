@@ -20,7 +20,7 @@ class Reporter:
         """A step has begun."""
 
     @contextlib.contextmanager
-    def bar(self, what: str, total: int | None) -> Iterator[Advance]:
+    def bar(self, what: str, total: int | None, *, of_bytes: bool = False) -> Iterator[Advance]:
         """A progress bar (`total` None: of unknown length); yields its `Advance`."""
         yield unseen
 

@@ -62,14 +62,14 @@ class Table:
         """Heading, text, table and note, for a model card."""
         sides = ["|---"] * self.words + ["|---:"] * (len(self.head) - self.words)
         lines = [_row(self.head), f"{''.join(sides)}|", *map(_row, self.rows)]
-        parts = (f"### {self.title}", wrapped(self.text), "\n".join(lines), wrapped(_plain(self.note)))
+        parts = (f"### {self.title}", wrapped(self.text), "\n".join(lines), wrapped(plain(self.note)))
         return "\n\n".join(part for part in parts if part)
 
 
 def _row(cells: tuple[str, ...]) -> str:
-    return f"| {' | '.join(map(_plain, cells))} |"
+    return f"| {' | '.join(map(plain, cells))} |"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown shows as it is: a token may look like markup, as <s> does."""
     return re.sub(r"([\\`*<|\[])", r"\\\1", text.replace("\N{NO-BREAK SPACE}", " "))

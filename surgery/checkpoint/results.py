@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..endings.owned import Owned
 from ..errors import OutputError
 from .disk import replacing, require_name
+
+STDOUT = Path("-")  # as a result's path: standard output
 
 
 def require_result_file(path: Path | None, option: str, apart_from: Iterable[Path | str] = ()) -> None:
@@ -20,6 +23,10 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
     An older result there is removed: until this command is done, nothing must pass for what it found.
     """
     if path is None:
+        return
+    if path == STDOUT:
+        if STDOUT in apart_from:
+            raise OutputError(f"only one result can go to standard output; give {option} a file.")
         return
     require_name(path)
     if path.is_dir():
@@ -71,6 +78,9 @@ def write_result(path: Path | None, option: str, text: str) -> None:
     if path is None:
         return
     try:
+        if path == STDOUT:
+            _to_standard_output(text)
+            return
         if not _is_replaced(path):
             path.write_text(text, encoding="utf-8")
             return
@@ -80,7 +90,20 @@ def write_result(path: Path | None, option: str, text: str) -> None:
         raise _unwritable(path, option, error) from error
 
 
-def json_text(result: dict[str, Any]) -> str:
+def _to_standard_output(text: str) -> None:
+    """In UTF-8 whatever the terminal's encoding; a reader that has gone away does not change how the command ends."""
+    try:
+        if (binary := getattr(sys.stdout, "buffer", None)) is not None:
+            sys.stdout.flush()
+            binary.write(text.encode("utf-8"))
+            binary.flush()
+        else:
+            sys.stdout.write(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def json_text(result: Mapping[str, Any]) -> str:
     """JSON as every reader takes it: `plain_json` has taken NaN and infinities out."""
     return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -106,4 +129,6 @@ def _is_open(stream: int) -> bool:
 
 
 def _unwritable(path: Path, option: str, error: OSError) -> OutputError:
+    if path == STDOUT:
+        return OutputError(f"standard output cannot be written ({error.strerror}); give a file for {option}.")
     return OutputError(f"{path} cannot be written ({error.strerror}); give another path for {option}.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..words import asked, reached
 from .show.console import complain
 
 
-def judged(verdict: dict, way_out: str) -> int:
+def judged(verdict: Mapping[str, Any], way_out: str) -> int:
     """The exit code; where it is not 0, a sentence on standard error says what failed first."""
     failed = [(3, f"{c['name']}: {c['detail']}") for c in verdict["integrity"]["checks"] if not c["passed"]]
     failed += [

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from ..checkpoint.results import STDOUT
+
 FILE = click.Path(path_type=Path)
 RECIPE = click.argument("recipe")  # as it is written: a path loses what tells a file from a name
 
@@ -20,7 +22,20 @@ def options(*wanted):
     return decorate
 
 
-JSON = click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write the result as JSON too.")
+class ResultFile(click.Path):
+    """A file for a result; "-" is standard output, and "./-" a file of that name."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value, param, ctx):
+        path = super().convert(value, param, ctx)
+        return Path.cwd() / path if path == STDOUT and value != str(STDOUT) else path
+
+
+RESULT = ResultFile()
+JSON = click.option("--json", "json_file", type=RESULT, metavar="FILE", help="Write the result as JSON (-: to stdout).")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Show only errors and the last line.")
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
 DTYPE = click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype to dequantise a GGUF to (float32)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,16 @@ class Chunking:
 
     count: int = 64
     length: int = 512
+
+
+Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]  # as callers may give them: one, or several
+
+
+def files(given: Files | None) -> tuple[Path, ...]:
+    """What was given as paths: one file is a sequence of one."""
+    if given is None:
+        return ()
+    return (Path(given),) if isinstance(given, (str, os.PathLike)) else tuple(map(Path, given))
 
 
 CHUNKS = Chunking()

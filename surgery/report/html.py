@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -101,7 +102,9 @@ class Card:
     table: Table | None = None
 
 
-def write_report(surveys: Sequence[dict], out: Path, verdict: dict | None = None) -> Path:
+def write_report(
+    surveys: Sequence[Mapping[str, Any]], out: Path | str, verdict: Mapping[str, Any] | None = None
+) -> Path:  # fmt: skip
     """Write `surveys` (of `scan`, or read from its JSON) side by side to `out`, one HTML file that fetches nothing.
 
     `verdict`: of the run that they are from (or from its JSON), for what was gained or lost. Parts that neither has are
@@ -131,7 +134,7 @@ def write_report(surveys: Sequence[dict], out: Path, verdict: dict | None = None
     return out
 
 
-def write_plots(surveys: Sequence[dict], folder: Path) -> list[Path]:
+def write_plots(surveys: Sequence[Mapping[str, Any]], folder: Path | str) -> list[Path]:
     """Write every figure of the report into `folder` as PNG (300 dpi) and SVG on white; return the files.
 
     Of several surveys, file names begin with the survey's number. Raises SourceError and OutputError as above.
@@ -149,7 +152,7 @@ def write_plots(surveys: Sequence[dict], folder: Path) -> list[Path]:
     return files
 
 
-def _checked(surveys: Sequence[dict]) -> list[dict]:
+def _checked(surveys: Sequence[Mapping[str, Any]]) -> list[dict]:
     if not surveys:
         raise SourceError("a report needs at least one survey; scan a checkpoint first.")
     for at, survey in enumerate(surveys, 1):
@@ -181,7 +184,7 @@ def _figures(surveys: Sequence[dict]) -> Iterator[tuple[str, Figure]]:
             yield f"{start}{stem}", drawn
 
 
-def _gained(verdict: dict) -> dict:
+def _gained(verdict: Mapping[str, Any]) -> dict:
     """Sentences on a verdict, and its tables by key with their figures (or None), those with a figure apart."""
     from . import verdict as told  # its gates import torch, which surveys alone do not need
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..operations import OPERATIONS
 from ..operations.base import Operation
-from ..table import FAILED, PASSED, Table
+from ..table import FAILED, PASSED, Table, plain
 from ..tuning.operation import Tune
 from ..verification.gates import SHOWN, Gate
 from ..words import asked, count_of, reached, visible_name
@@ -35,10 +35,35 @@ def tables(verdict: Mapping[str, Any], gates: Verify | None = None) -> dict[str,
 
 def sentences(verdict: Mapping[str, Any]) -> list[str]:
     """The outcome in plain words, what failed first."""
+    gates, checks = verdict.get("gates") or [], _checks(verdict)
+    passed = f"Passed: {count_of(len(gates), 'gate')} and {count_of(len(checks), 'check')} of the files."
+    return [*(failures(verdict) or [passed]), *findings(verdict)]
+
+
+def findings(verdict: Mapping[str, Any]) -> list[str]:
+    """What operations and gates have to say, in sentences."""
     speaking: tuple[type[Operation] | type[Gate], ...] = (*OPERATIONS, *SHOWN, Tune)
     said = [one.sentence(verdict) for one in speaking]
     notes = [f"Note: {visible_name(note).rstrip('.')}." for note in verdict.get("notes") or []]
-    return [*_outcome(verdict), *_standing(verdict), *notes, *(sentence for sentence in said if sentence)]
+    return [*_standing(verdict), *notes, *(sentence for sentence in said if sentence)]
+
+
+def outcome(verdict: Mapping[str, Any]) -> str:
+    """One line: "passed: 11 checks, 3 gates", "failed: 1 of 11 checks, 2 of 3 gates", or "unverified: 11 checks"."""
+    kinds = {"check": [*_checks(verdict), *(verdict.get("required") or [])], "gate": verdict.get("gates") or []}
+    failed = {kind: sum(not one["passed"] for one in found) for kind, found in kinds.items()}
+    if any(failed.values()):
+        parts = [f"{count} of {count_of(len(kinds[kind]), kind)}" for kind, count in failed.items() if count]
+        return f"failed: {', '.join(parts)}"
+    parts = [count_of(len(found), kind) for kind, found in kinds.items() if found]
+    return f"{'unverified' if verdict['passed'] is None else 'passed'}: {', '.join(parts)}"
+
+
+def markdown(verdict: Mapping[str, Any], name: str) -> str:
+    """What was found of the checkpoint `name`, for the summary of a CI job: outcome, sentences and all tables."""
+    said = "\n".join(f"* {plain(sentence)}" for sentence in [*failures(verdict), *findings(verdict)])
+    shown = [table.markdown() for table in tables(verdict).values()]
+    return "\n\n".join([f"## {plain(visible_name(name))}", f"**{outcome(verdict)}**", said, *shown]) + "\n"
 
 
 def card_tables(verdict: Mapping[str, Any], gates: Verify) -> str:
@@ -46,7 +71,8 @@ def card_tables(verdict: Mapping[str, Any], gates: Verify) -> str:
     return "\n\n".join(table.markdown() for table in tables(verdict, gates).values())
 
 
-def _outcome(verdict: Mapping[str, Any]) -> list[str]:
+def failures(verdict: Mapping[str, Any]) -> list[str]:
+    """What failed, a sentence each."""
     gates, checks = verdict.get("gates") or [], _checks(verdict)
     said = [
         f"Failed: {_label(gate['name'])}: {reached(gate)}, and asked for was {asked(gate)}."
@@ -58,7 +84,7 @@ def _outcome(verdict: Mapping[str, Any]) -> list[str]:
         for check in (*checks, *(verdict.get("required") or []))
         if not check["passed"]
     ]
-    return said or [f"Passed: {count_of(len(gates), 'gate')} and {count_of(len(checks), 'check')} of the files."]
+    return said
 
 
 def _standing(verdict: Mapping[str, Any]) -> list[str]:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypedDict, TypeVar
 
-from ..live.text import CHUNKS, Chunking
+from ..live.text import CHUNKS, Chunking, Files, files
+
+
+class FilesField:
+    """A field that is given as one file or several, by path or text, and read as a tuple of paths."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, instance: object, owner: type) -> tuple[Path, ...]:
+        return () if instance is None else vars(instance)[self.name]
+
+    def __set__(self, instance: object, given: Files) -> None:
+        vars(instance)[self.name] = files(given)
 
 
 @dataclass(frozen=True)
@@ -23,8 +37,8 @@ class RunOptions:
     the command line, for the manifest.
     """
 
-    text: Sequence[Path] = ()
-    calibration: Sequence[Path] = ()
+    text: FilesField = FilesField()
+    calibration: FilesField = FilesField()
     chunking: Chunking = CHUNKS
     tasks: Path | None = None
     verify: bool = True
@@ -57,8 +71,8 @@ class VerifyOptions:
     """
 
     against: str | None = None
-    text: Sequence[Path] = ()
-    calibration: Sequence[Path] = ()
+    text: FilesField = FilesField()
+    calibration: FilesField = FilesField()
     chunking: Chunking | None = None
     tasks: Path | None = None
     revision: str | None = None
@@ -71,6 +85,58 @@ class VerifyOptions:
     def __post_init__(self) -> None:
         if isinstance(self.public_key, str):  # from Python it may come as text
             object.__setattr__(self, "public_key", Path(self.public_key))
+
+
+class RunKeywords(TypedDict, total=False):
+    """The fields of `RunOptions`, as `run` takes them by themselves."""
+
+    text: Files
+    calibration: Files
+    chunking: Chunking
+    tasks: Path | None
+    verify: bool
+    surveys: bool
+    keep_failed: Path | str | None
+    tuning: Path | str | None
+    adapter: Path | str | None
+    link: bool
+    dtype: str | None
+    revision: str | None
+    device: str
+    command: Sequence[str]
+    sign: Path | str | None
+
+
+class VerifyKeywords(TypedDict, total=False):
+    """The fields of `VerifyOptions`, as `verify` takes them by themselves."""
+
+    against: str | None
+    text: Files
+    calibration: Files
+    chunking: Chunking | None
+    tasks: Path | None
+    revision: str | None
+    device: str
+    command: Sequence[str]
+    digest: str | None
+    public_key: Path | str | None
+    require: Literal["verified"] | None
+
+
+Options = TypeVar("Options", RunOptions, VerifyOptions)
+
+
+def with_keywords(verb: str, options: Options, keywords: Mapping[str, Any]) -> Options:
+    """`options` with the fields that `keywords` name; TypeError for a name that `verb` does not know."""
+    if not isinstance(options, (RunOptions, VerifyOptions)):
+        raise TypeError(f"{verb}() takes its options by keyword, and was given {type(options).__name__} in their place")
+    known = [field.name for field in fields(options)]
+    for name in keywords:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean '{near[0]}'?" if near else ";"
+            raise TypeError(f"{verb}() has no option '{name}'{meant} it takes {', '.join(known)}")
+    return replace(options, **keywords)
 
 
 RUN, VERIFY = RunOptions(), VerifyOptions()  # as they are where nothing is said

@@ -10,9 +10,9 @@ from ..steps.recipe import Given, load_recipe
 
 def plan(
     recipe: Given,
-    source: str,
+    source: Path | str,
     *,
-    out: Path | None = None,
+    out: Path | str | None = None,
     link: bool = False,
     dtype: str | None = None,
     revision: str | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from ..checkpoint.disk import require_target
 from ..checkpoint.stage import Stage
 from ..endings.leftovers import clear_for
 from ..errors import SourceError
-from ..live.text import read_texts
+from ..live.text import Files, files, read_texts
 from ..progress import SILENT, Reporter
 from ..recipe.file import read
 from ..report.training import training_curves
+from ..results import Pretrained
 from ..tuning.corpus import Corpus, make_corpus
 from ..tuning.scratch.loop import train
 from ..tuning.scratch.settings import FromScratch, Pretrain
@@ -36,10 +37,10 @@ def pretrain(
     recipe: FromScratch | Mapping[str, Any] | Path | str,
     out: Path | str,
     *,
-    text: Sequence[Path],
-    held_out: Sequence[Path] = (),
+    text: Files,
+    held_out: Files = (),
     reporter: Reporter = SILENT,
-) -> dict:
+) -> Pretrained:
     """Train the variants that `recipe` names on `text`, write them and their curves to the new directory `out`.
 
     They are judged on `held_out`, or else on the first sequences of `text`, which are then not trained on. `out` holds
@@ -53,9 +54,9 @@ def pretrain(
         reporter.note(f"removed {left.path} ({human(left.bytes)}), which a run that was killed had left")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SourceError("pretrain runs in one process; start it without accelerate launch.")
-    if not text:
+    if not (text := files(text)):
         raise SourceError("pretraining needs text to train on: give --text FILE.")
-    words, other = read_texts(text), read_texts(held_out) if held_out else None
+    words, other = read_texts(text), read_texts(files(held_out)) if held_out else None
     reporter.step("train a tokenizer")
     tokenizer = train_tokenizer(words, settings.vocabulary)
     corpus = _corpus(tokenizer, words, other, settings)

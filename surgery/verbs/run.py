@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 
 import torch
 
@@ -27,13 +27,14 @@ from ..operations import OPERATIONS
 from ..operations.base import Stand
 from ..progress import SILENT, Reporter
 from ..report.verdict import card_tables
+from ..results import Verdict
 from ..steps.act import provenance, told
 from ..steps.emit import emit
 from ..steps.fetch import fetch_weights
 from ..steps.inputs import Texts, fit_chunks, gather_texts, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
 from ..steps.operate import Operated, operate
-from ..steps.options import RUN, RunOptions
+from ..steps.options import RUN, RunKeywords, RunOptions, with_keywords
 from ..steps.plan import Plan, prepare
 from ..steps.recipe import Given, Recipe, load_recipe
 from ..steps.tune import assist, prepare_training
@@ -43,21 +44,27 @@ from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
 from ..words import human
 
-Verdict = dict[str, Any]
-
 
 def run(
-    recipe: Given, source: str, out: Path | str, options: RunOptions = RUN,
-    reporter: Reporter = SILENT,
+    recipe: Given, source: Path | str, out: Path | str, options: RunOptions = RUN,
+    reporter: Reporter = SILENT, **keywords: Unpack[RunKeywords],
 ) -> Verdict | None:  # fmt: skip
     """Convert `source` by `recipe` into the new directory `out`, and return the verdict.
+
+    `recipe`: the name of one that comes with surgery, a path, a dict, or a Recipe. Keywords are fields of `options`.
 
     `out` exists afterwards only if every gate passed, or without proof (`options.verify` False), when the manifest says
     `unverified` and `passed` is None. With `options.surveys`, the verdict also has those of original and converted
     (`surveys`, for `surgery.report.write_report`). Of several processes (`accelerate launch`), all but the main one
     help to tune and return None. Raises SurgeryError for what a person can mend.
     """
-    out = Path(out)
+    chosen = with_keywords("run", options, keywords)
+    return cast(Verdict | None, _converted(load_recipe(recipe), str(source), Path(out), chosen, reporter))
+
+
+def _converted(
+    recipe: Recipe, source: str, out: Path, options: RunOptions, reporter: Reporter
+) -> dict[str, Any] | None:  # fmt: skip
     # 1. Everything that can be refused without a weight.
     date = moment()
     require_device(options.device)
@@ -130,8 +137,7 @@ def _require_measured(options: RunOptions) -> None:
         raise SourceError(f"--tasks {options.tasks} is for gates, which --no-verify leaves out; take one away.")
 
 
-def _plan(recipe: Given, source: str, out: Path, options: RunOptions) -> Plan:
-    recipe = load_recipe(recipe)
+def _plan(recipe: Recipe, source: str, out: Path, options: RunOptions) -> Plan:
     plan = prepare(
         recipe, source, out, needs_tokenizer=options.verify or recipe.reads_text, link=options.link,
         dtype=options.dtype, revision=options.revision,
@@ -259,9 +265,9 @@ def _finish(
 
 
 def _conclude(
-    stage: Stage, aside: Stage | None, verdict: Verdict, manifest: Manifest, options: RunOptions,
+    stage: Stage, aside: Stage | None, verdict: dict[str, Any], manifest: Manifest, options: RunOptions,
     signer: Signer | None,
-) -> Verdict:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Put `verdict` into the manifest, and checkpoint and adapter where they belong by it; the verdict to report.
 
     What is reported says besides the digest of that manifest, and what signed it: neither can be inside.

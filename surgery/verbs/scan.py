@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -24,8 +24,9 @@ from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.model import Live
-from ..live.text import FEW_CHUNKS, Chunking, read_texts
+from ..live.text import FEW_CHUNKS, Chunking, Files, files, read_texts
 from ..progress import SILENT, Reporter
+from ..results import Survey
 from ..steps.act import provenance, told
 from ..steps.fetch import fetch_all, fetch_weights, on_hub
 from ..steps.inputs import Reader, fit_chunks
@@ -35,9 +36,9 @@ from ..survey.interventions import audit, plan_interventions, run_interventions
 
 
 def scan(
-    source: str,
+    source: Path | str,
     *,
-    text: Sequence[Path],
+    text: Files,
     interventions: bool = False,
     dtype: str | None = None,
     revision: str | None = None,
@@ -46,7 +47,7 @@ def scan(
     heads: Sequence[tuple[int, int]] = (),
     command: Sequence[str] = (),
     reporter: Reporter = SILENT,
-) -> dict:
+) -> Survey:
     """Survey `source` (a directory, hub id "owner/name@revision", GGUF, or converted checkpoint) on `text`: layer by
     layer, and across them.
 
@@ -55,11 +56,11 @@ def scan(
     `heads` (block, head) are those whose attention is shown, if it has them; else a few from strong sinks to weak ones.
     `command`: the words of the command line, for the survey's provenance.
     """
-    if not text:
+    if not (text := files(text)):
         raise SourceError("a scan needs text to read: give --text FILE.")
     require_device(device)
     date, words = moment(), read_texts(text)
-    files = TextFiles(evaluation=described(text))
+    read = TextFiles(evaluation=described(text))
     reporter.step(f"load {source}")
     with _opened(str(source), dtype, revision, reporter) as opened:
         fitting = fit_chunks(chunking, opened.anatomy, opened.n_slots)
@@ -73,7 +74,7 @@ def scan(
                 "them again), or load it in float32 if it is in half precision."
             )
         act = provenance(
-            date, command=command, device=device, files=files, evaluation=chunks, hub_ids=[str(opened.source["spec"])]
+            date, command=command, device=device, files=read, evaluation=chunks, hub_ids=[str(opened.source["spec"])]
         )
         found = {"source": opened.source["spec"], "provenance": told(act, opened.source, None), **found}
         if interventions:
@@ -84,7 +85,7 @@ def scan(
             reporter.step("audit: how few scalars hold the model up")
             with reporter.bar("audit", None) as advance:
                 found["audit"] = audit(live, chunks, found, advance=advance)
-        return found
+        return cast(Survey, found)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 
 import torch
 from pydantic import ValidationError
@@ -26,11 +26,12 @@ from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.text import CHUNKS, Chunking
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
+from ..results import Verdict
 from ..steps.act import provenance, told
 from ..steps.fetch import fetch_converted, fetch_weights
 from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
-from ..steps.options import VERIFY, VerifyOptions
+from ..steps.options import VERIFY, VerifyKeywords, VerifyOptions, with_keywords
 from ..steps.recipe import Recipe
 from ..verification.checks import Check
 from ..verification.gates import Gate
@@ -44,9 +45,12 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def verify(
-    checkpoint: Path | str, options: VerifyOptions = VERIFY, reporter: Reporter = SILENT
-) -> dict[str, Any]:  # fmt: skip
+    checkpoint: Path | str, options: VerifyOptions = VERIFY, reporter: Reporter = SILENT,
+    **keywords: Unpack[VerifyKeywords],
+) -> Verdict:  # fmt: skip
     """Check the converted `checkpoint`, a directory or a hub id ("owner/name@revision"), and return the verdict.
+
+    Keywords are fields of `options`.
 
     Alone: integrity of files, tensors, slots, code, tokenizer; `status`, `digest` and `sealed` of the verdict say what
     its manifest claims, and what vouches for that. With text: also perplexity and massive activations of
@@ -55,6 +59,10 @@ def verify(
     that and its second half is measured on.
     Python files in the checkpoint are compared with what this version writes, and never run.
     """
+    return cast(Verdict, _verified(checkpoint, with_keywords("verify", options, keywords), reporter))
+
+
+def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter) -> dict[str, Any]:
     date = moment()
     # 1. Everything that can be refused without reading much.
     require_device(options.device)
@@ -160,7 +168,7 @@ def _integrity(
         checks.append(Check("recipe", False, f"{said}; convert the source again"))
     described = read_config(root)
     may_change = None if recipe is None or recipe.changes_weights else ()  # what cannot be read is told, once
-    with reporter.bar("hash", sum(entry.bytes for entry in manifest.files.values())) as advance:
+    with reporter.bar("hash", sum(entry.bytes for entry in manifest.files.values()), of_bytes=True) as advance:
         checks += check_integrity(root, manifest, described, OPERATIONS, may_change, source, directory, advance)
     well = any(check.name == "config" and check.passed for check in checks)
     return checks, described if well and isinstance(described, Described) else None, recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ def _xml_text(text: str) -> str:
     return _NOT_XML.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
-def junit_xml(verdict: dict) -> str:
+def junit_xml(verdict: Mapping[str, Any]) -> str:
     """The gates and checks of a verdict as JUnit XML, one test case each, for CI servers."""
     suite = ElementTree.Element("testsuite", name="surgery verify")
     failures = 0

@@ -13,6 +13,7 @@ from helpers.tiny_checkpoint import surgery_command, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import surgery
+from surgery import results
 from surgery.errors import RecipeError, SourceError
 from surgery.live.text import Chunking
 from surgery.recipe.file import parse
@@ -200,6 +201,8 @@ def test_curves_and_checkpoints(trained) -> None:
     assert {path.name for path in out.iterdir()} == {*VARIANTS, "curves.json", "curves.png", "curves.svg"}
     assert json.loads((out / "curves.json").read_text()) == result
     assert result["recipe"]["pretrain"]["variants"] == list(VARIANTS) and result["recipe"]["surgery"] == 1
+    assert set(result) == set(results.Pretrained.__annotations__)
+    assert all(set(results.Curves.__annotations__) <= set(found) for found in result["variants"].values())
     firsts = set()
     for name in VARIANTS:
         found = result["variants"][name]

@@ -6,9 +6,9 @@ import click
 
 from ...checkpoint.results import json_text, require_result_file, write_result
 from ...recipe.builtin import recipe_file
-from ..options import DTYPE, FILE, JSON, LINK, RECIPE, REVISION, options
+from ..options import DTYPE, FILE, JSON, LINK, QUIET, RECIPE, REVISION, options
 from ..options import given as given_paths
-from ..show.console import output
+from ..screen import Screen
 
 
 @click.command()
@@ -16,15 +16,17 @@ from ..show.console import output
 @click.argument("source")
 @options(
     click.option("--out", type=FILE, help="Also check that this output can be created."),
-    LINK, DTYPE, REVISION, JSON,
+    LINK, DTYPE, REVISION, QUIET, JSON,
 )  # fmt: skip
-def plan(recipe, source, out, link, dtype, revision, json_file) -> int:
+def plan(recipe, source, out, link, dtype, revision, quiet, json_file) -> int:
     """Print which tensors and files RECIPE would add, change and keep in SOURCE. Reads headers only, writes nothing."""
     require_result_file(json_file, "--json", given_paths(recipe_file(recipe), source, out))
     from ...verbs.plan import plan as verb
-    from ..show.plan import show_plan
+    from ..show.plan import planned, show_plan
 
     result = verb(recipe, source, out=out, link=link, dtype=dtype, revision=revision).to_dict()
     write_result(json_file, "--json", json_text(result))
-    show_plan(output(), result)
+    screen = Screen(quiet, json_file)
+    show_plan(screen.tables, result)
+    screen.end(planned(result))
     return 0

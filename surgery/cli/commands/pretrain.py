@@ -6,9 +6,9 @@ import click
 
 from ...checkpoint.results import json_text, require_result_file, write_result
 from ...recipe.builtin import recipe_file
-from ..options import FILE, JSON, RECIPE, options
+from ..options import FILE, JSON, QUIET, RECIPE, options
 from ..options import given as given_paths
-from ..show.console import output
+from ..screen import Screen
 
 
 @click.command()
@@ -20,16 +20,17 @@ from ..show.console import output
         "--held-out", multiple=True, type=FILE, metavar="FILE",
         help="Text to judge on (repeatable); else the first sequences of --text.",
     ),
-    JSON,
+    QUIET, JSON,
 )  # fmt: skip
-def pretrain(recipe, out, text, held_out, json_file) -> int:
+def pretrain(recipe, out, text, held_out, quiet, json_file) -> int:
     """Train the small GPT-2 variants of RECIPE from nothing; checkpoints and curves go to the new directory OUT."""
     require_result_file(json_file, "--json", given_paths(recipe_file(recipe), out, *text, *held_out))
     from ...verbs.pretrain import pretrain as verb
     from ..show.pretrain import show_curves
-    from ..show.progress import TerminalReporter
 
-    result = verb(recipe, out, text=text, held_out=held_out, reporter=TerminalReporter())
+    screen = Screen(quiet, json_file)
+    result = verb(recipe, out, text=text, held_out=held_out, reporter=screen.reporter)
     write_result(json_file, "--json", json_text(result))
-    show_curves(output(), result, out)
+    show_curves(screen.tables, result, out)
+    screen.end(f"trained: {', '.join(result['variants'])}; written to {out}")
     return 0

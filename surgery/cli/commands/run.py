@@ -9,9 +9,25 @@ import click
 from ...checkpoint.results import json_text, require_result_file, write_result
 from ...recipe.builtin import recipe_file
 from ..judged import judged
-from ..options import DEVICE, DTYPE, FILE, JSON, LINK, RECIPE, REVISION, SIGN, TASKS, TEXT, chunking, command, options
+from ..options import (
+    DEVICE,
+    DTYPE,
+    FILE,
+    JSON,
+    LINK,
+    QUIET,
+    RECIPE,
+    RESULT,
+    REVISION,
+    SIGN,
+    TASKS,
+    TEXT,
+    chunking,
+    command,
+    options,
+)  # fmt: skip
 from ..options import given as given_paths
-from ..show.console import output
+from ..screen import Screen
 
 
 @click.command()
@@ -26,12 +42,12 @@ from ..show.console import output
     ),
     click.option("--no-verify", is_flag=True, help="Write without proof; the manifest says unverified."),
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
-    click.option("--report", type=FILE, metavar="FILE", help="What was gained, and surveys of both, in one HTML file."),
+    click.option("--report", type=RESULT, metavar="FILE", help="What was gained, and surveys of both, in one page."),
     click.option("--tuning", type=FILE, metavar="DIR", help="Keep the state of tuning here, and go on from it."),
     click.option("--adapter", type=FILE, metavar="DIR", help="Also write what was tuned as a PEFT adapter."),
-    SIGN, TASKS, chunking(64, 2), LINK, DTYPE, REVISION, DEVICE, JSON,
+    SIGN, TASKS, chunking(64, 2), LINK, DTYPE, REVISION, DEVICE, QUIET, JSON,
 )  # fmt: skip
-def run(recipe, source, out, no_verify, report, chunks, chunk_length, json_file, **given) -> int:
+def run(recipe, source, out, no_verify, report, chunks, chunk_length, quiet, json_file, **given) -> int:
     """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified."""
     first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
     if first:
@@ -42,27 +58,30 @@ def run(recipe, source, out, no_verify, report, chunks, chunk_length, json_file,
         require_result_file(report, "--report", paths)
     from ...live.text import Chunking
     from ...progress import SILENT
+    from ...report.verdict import outcome
     from ...steps.options import RunOptions
     from ...verbs.run import run as verb
     from ...verification.verdict import plain_json
     from ..show.plan import show_output
-    from ..show.progress import TerminalReporter
     from ..show.verdict import show_verdict
 
     chosen = RunOptions(
         verify=not no_verify, surveys=report is not None, chunking=Chunking(chunks, chunk_length), command=command(),
         **given,
     )  # fmt: skip
-    verdict = verb(recipe, source, out, chosen, TerminalReporter() if first else SILENT)
+    screen = Screen(quiet, json_file, report)
+    verdict = verb(recipe, source, out, chosen, screen.reporter if first else SILENT)
     if verdict is None:  # this process has helped to tune
         return 0
     write_result(json_file, "--json", json_text(plain_json(verdict)))
-    show_verdict(output(), verdict)
+    show_verdict(screen.tables, verdict)
     if report is not None:
         from ...report import write_report
 
         write_report(verdict["surveys"], report, verdict)
     if verdict["passed"] is not False:
-        show_output(output(), out, verdict)
+        show_output(screen.tables, out, verdict)
     kept = chosen.keep_failed
+    end = f"wrote {out}" if verdict["passed"] is not False else f"{out} was not created"
+    screen.end(f"{outcome(verdict)}; {end}")
     return judged(verdict, f"what was written is in {kept}" if kept else f"{out} was not created")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from ...checkpoint.results import json_text, require_result_file, require_result_folder, write_result
-from ..options import DEVICE, DTYPE, FILE, JSON, REVISION, TEXT, chunking, command, options
+from ...results import Survey
+from ..options import DEVICE, DTYPE, FILE, JSON, QUIET, RESULT, REVISION, TEXT, chunking, command, options
 from ..options import given as given_paths
-from ..show.console import output
+from ..screen import Screen
 
 
 @click.command()
@@ -17,12 +18,12 @@ from ..show.console import output
     click.option(
         "--interventions", is_flag=True, help="Also change the live model as the survey suggests, and measure."
     ),
-    click.option("--report", type=FILE, metavar="FILE", help="Write a report as one HTML file."),
+    click.option("--report", type=RESULT, metavar="FILE", help="Write a report as one HTML file."),
     click.option("--plots", type=FILE, metavar="DIR", help="Write the report's plots as PNG and SVG files."),
-    DTYPE, REVISION, DEVICE, JSON,
+    DTYPE, REVISION, DEVICE, QUIET, JSON,
 )  # fmt: skip
 def scan(
-    sources, text, chunks, chunk_length, interventions, report, plots, dtype, revision, device, json_file
+    sources, text, chunks, chunk_length, interventions, report, plots, dtype, revision, device, quiet, json_file
 ) -> int:  # fmt: skip
     """Survey each SOURCE on text, layer by layer: massive activations, geometry, attention, super neurons."""
     require_result_file(json_file, "--json", given_paths(*sources, *text, report))
@@ -31,19 +32,19 @@ def scan(
     from ...live.text import Chunking
     from ...verbs.scan import scan as verb
     from ...verification.verdict import plain_json
-    from ..show.progress import TerminalReporter
-    from ..show.survey import show_survey
+    from ..show.survey import scanned, show_survey
 
-    surveys: list[dict] = []
+    screen = Screen(quiet, json_file, report)
+    surveys: list[Survey] = []
     heads: list[tuple[int, int]] = []  # those of the first source are shown of all, where they have them
     for source in sources:
         survey = verb(
             source, text=text, dtype=dtype, revision=revision, device=device, interventions=interventions,
-            chunking=Chunking(chunks, chunk_length), heads=heads, command=command(), reporter=TerminalReporter(),
+            chunking=Chunking(chunks, chunk_length), heads=heads, command=command(), reporter=screen.reporter,
         )  # fmt: skip
         heads = heads or [(shown["block"], shown["head"]) for shown in survey["attention_maps"]]
         surveys.append(survey)
-        show_survey(output(), survey)
+        show_survey(screen.tables, survey)
     result = plain_json(surveys[0] if len(surveys) == 1 else {"surveys": surveys})
     write_result(json_file, "--json", json_text(result))
     if report is not None or plots is not None:
@@ -53,4 +54,6 @@ def scan(
             write_report(surveys, report)
         if plots is not None:
             write_plots(surveys, plots)
+    for survey in surveys:
+        screen.end(scanned(survey))
     return 0

@@ -6,9 +6,9 @@ import click
 
 from ...checkpoint.results import json_text, require_result_file, write_result
 from ..judged import judged
-from ..options import DEVICE, FILE, JSON, REVISION, TASKS, TEXT, chunking, command, options
+from ..options import DEVICE, FILE, JSON, QUIET, RESULT, REVISION, TASKS, TEXT, chunking, command, options
 from ..options import given as given_paths
-from ..show.console import output
+from ..screen import Screen
 
 
 @click.command()
@@ -28,24 +28,29 @@ from ..show.console import output
         "--require", type=click.Choice(["verified"]), help="Fail (1) unless it was verified when it was written."
     ),
     TASKS, chunking(None, 2), REVISION, DEVICE,
-    click.option("--junit", type=FILE, metavar="FILE", help="Write gates and checks as JUnit XML."),
-    JSON,
+    click.option("--junit", type=RESULT, metavar="FILE", help="Write gates and checks as JUnit XML."),
+    click.option("--summary", type=RESULT, metavar="FILE", help="Write what was found as Markdown, as for CI jobs."),
+    QUIET, JSON,
 )  # fmt: skip
-def verify(checkpoint, chunks, chunk_length, junit, json_file, **given) -> int:
+def verify(checkpoint, chunks, chunk_length, junit, summary, quiet, json_file, **given) -> int:
     """Check the converted CHECKPOINT: files and tensors; with --text also quality; with --against also the source."""
     inputs = given_paths(checkpoint, given["against"], *given["text"], *given["calibration"], given["public_key"])
-    require_result_file(json_file, "--json", given_paths(*inputs, junit))
-    require_result_file(junit, "--junit", inputs)
+    require_result_file(json_file, "--json", given_paths(*inputs, junit, summary))
+    require_result_file(junit, "--junit", given_paths(*inputs, summary))
+    require_result_file(summary, "--summary", inputs)
+    from ...report.verdict import markdown, outcome
     from ...steps.options import VerifyOptions
     from ...verbs.verify import chunking_of
     from ...verbs.verify import verify as verb
     from ...verification.verdict import junit_xml, plain_json
-    from ..show.progress import TerminalReporter
     from ..show.verdict import show_verdict
 
     chosen = VerifyOptions(chunking=chunking_of(checkpoint, chunks, chunk_length), command=command(), **given)
-    verdict = verb(checkpoint, chosen, TerminalReporter())
+    screen = Screen(quiet, json_file, junit, summary)
+    verdict = verb(checkpoint, chosen, screen.reporter)
     write_result(json_file, "--json", json_text(plain_json(verdict)))
     write_result(junit, "--junit", junit_xml(verdict))
-    show_verdict(output(), verdict)
+    write_result(summary, "--summary", markdown(verdict, str(checkpoint)))
+    show_verdict(screen.tables, verdict)
+    screen.end(outcome(verdict))
     return judged(verdict, f"do not use {checkpoint}")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
 
 from ...words import human
 from .tables import new_table
+
+STATUSES = ("added", "changed", "may change", "kept")
 
 
 def show_plan(console: Console, plan: dict) -> None:
@@ -22,7 +28,7 @@ def show_plan(console: Console, plan: dict) -> None:
     console.print(files)
     console.print()
     statuses = new_table("Tensors", "status", "count", "example", "dtype", "shape")
-    for status in ("added", "changed", "may change", "kept"):
+    for status in STATUSES:
         named = [(name, entry) for name, entry in plan["tensors"].items() if entry["status"] == status]
         if named:
             name, entry = named[0]
@@ -32,11 +38,16 @@ def show_plan(console: Console, plan: dict) -> None:
     for note in plan["notes"]:
         console.print(f"\nNote: {note}.", markup=False)
     if plan["download"]:
-        console.print(f"\nDownload: {human(plan['download'])} of weights, which a run fetches", end="")
+        console.print(f"\nDownload: {human(plan['download'])} of weights, which a run fetches")
+    console.print("\nAll tensors by name: --json FILE")
+
+
+def planned(plan: Mapping[str, Any]) -> str:
+    """The plan in one line."""
+    counts = Counter(entry["status"] for entry in plan["tensors"].values())
+    tensors = ", ".join(f"{counts[status]:,} {status}" for status in STATUSES if counts[status])
     disk = plan["disk"]
-    console.print(
-        f"\nDisk: {human(disk['needed'])} needed, {human(disk['free'])} free. All tensors by name: --json FILE"
-    )
+    return f"planned: tensors {tensors}; disk {human(disk['needed'])} needed, {human(disk['free'])} free"
 
 
 def _trained(tune: dict, trains: list[str]) -> str:
@@ -46,7 +57,7 @@ def _trained(tune: dict, trains: list[str]) -> str:
     return f"then tuned, up to {tune['steps']:,} steps: {'; '.join(parts)}"
 
 
-def show_output(console: Console, out, verdict: dict) -> None:
+def show_output(console: Console, out, verdict: Mapping[str, Any]) -> None:
     """What was written, and how to load it."""
     files = [path for path in out.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)

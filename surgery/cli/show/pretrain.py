@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 
 from .tables import new_table
 
 
-def show_curves(console: Console, result: dict, out) -> None:
+def show_curves(console: Console, result: Mapping[str, Any], out) -> None:
     table = new_table(
         "After training", "variant", "loss", "held-out ppl", "massive", "of them on text", "scale-free",
         "largest |x| / median", "sink rate",

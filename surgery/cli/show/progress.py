@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from ...plain import shown
 from ...progress import Reporter
+from ...words import human
 from .console import Told
 
 LOG_SECONDS = 30
@@ -33,23 +42,23 @@ class TerminalReporter(Reporter):
         self.console.print(text, soft_wrap=not self.console.is_terminal)
 
     @contextlib.contextmanager
-    def bar(self, what: str, total: int | None) -> Iterator:
+    def bar(self, what: str, total: int | None, *, of_bytes: bool = False) -> Iterator:
         if not self.console.is_terminal:
-            yield self._log_lines(total)
+            yield self._log_lines(total, human if of_bytes else "{:,}".format)
             return
         columns = (
             SpinnerColumn(),
             TextColumn("  {task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            DownloadColumn() if of_bytes else MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(what, total=total)
             yield lambda count, what: progress.update(task, advance=count, description=escape(shown(what)))
 
-    def _log_lines(self, total: int | None):
-        """For logs, which cannot redraw a bar: a line every half minute."""
+    def _log_lines(self, total: int | None, shown: Callable[[int], str]):
+        """For logs, which cannot redraw a bar: a line every half minute, with counts as `shown` writes them."""
         done, start, told = 0, time.monotonic(), time.monotonic()
 
         def advance(count: int, what: str) -> None:
@@ -57,7 +66,7 @@ class TerminalReporter(Reporter):
             done += count
             if time.monotonic() - told >= LOG_SECONDS:
                 told = time.monotonic()
-                of = f" of {total:,}" if total is not None else ""
-                self._line(f"  {escape(what)}: {done:,}{of} after {told - start:.0f} s")
+                of = f" of {shown(total)}" if total is not None else ""
+                self._line(f"  {escape(what)}: {shown(done)}{of} after {told - start:.0f} s")
 
         return advance

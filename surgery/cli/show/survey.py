@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from ...words import factor
+from ...words import count_of, factor, score
 from .tables import new_table
 
 
-def show_survey(console: Console, survey: dict) -> None:
-    title = f"Survey of {escape(survey['source'])}"
-    table = new_table(
-        title, "layer", "max", "median", "ratio", "massive", "dims", "|x_0|", "|x_i|", "p1", "entropy, bits",
-        "sink rate", "mixing",
-    )  # fmt: skip
+def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
+    console.print(f"[bold]Survey of {escape(survey['source'])}[/]\n", soft_wrap=True)
+    sizes = new_table("Activations", "layer", "max", "median", "ratio", "massive", "dims")
+    shape = new_table("Norms, spectra, attention", "layer", "|x_0|", "|x_i|", "p1", "bits", "sink rate", "mixing")
     for row in survey["layers"]:
-        dims = ", ".join(str(dim) for dim, _ in row["dims"][:4]) or "-"
-        table.add_row(
-            str(row["layer"]), f"{row['max']:,.1f}", f"{row['median']:.3f}", f"{row['ratio']:,.0f}", str(row["count"]),
-            dims, f"{row['first_norm']:,.1f}", f"{row['rest_norm']:,.1f}", _share(row.get("p1")),
+        layer, dims = str(row["layer"]), ", ".join(str(dim) for dim, _ in row["dims"][:4]) or "-"
+        sizes.add_row(
+            layer, f"{row['max']:,.1f}", f"{row['median']:.3f}", f"{row['ratio']:,.0f}", f"{row['count']:,}", dims
+        )
+        shape.add_row(
+            layer, f"{row['first_norm']:,.1f}", f"{row['rest_norm']:,.1f}", _share(row.get("p1")),
             _share(row.get("entropy_bits")), _share(row.get("sink_rate")), _share(row.get("mixing")),
         )  # fmt: skip
-    console.print(table)
+    console.print(sizes, "")
+    console.print(shape)
     for line in _findings(survey):
         console.print(line, markup=False, highlight=False)
     if survey.get("interventions"):
         console.print("")
-        console.print(_interventions(survey["interventions"]))
+        _show_interventions(console, survey["interventions"])
         console.print(f"\n{_audit(survey['audit'])}", highlight=False)
+
+
+def scanned(survey: Mapping[str, Any]) -> str:
+    """The survey in one line."""
+    count, ppl = survey["massive_activations"]["count"], survey["perplexity"]["ppl"]
+    massive = count_of(count, "massive activation")
+    return f"scanned {survey['source']}: {massive} in {len(survey['layers'])} layers, perplexity {score(ppl)}"
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _findings(survey: dict) -> list[str]:
+def _findings(survey: Mapping[str, Any]) -> list[str]:
     """What the table comes to, line by line."""
     total, across = survey["massive_activations"], survey["across"]
     lines = [
@@ -51,7 +61,7 @@ def _findings(survey: dict) -> list[str]:
             f"Born in layer {across['born']}, {end}; dims {', '.join(map(str, total['dims'][:6]))}, on {tokens}"
         )
     if looked := max((row.get("spectra") or 0 for row in survey["layers"]), default=0):
-        lines.append(f"p1, entropy and phases are those of {looked} of the {survey['chunks']} sequences")
+        lines.append(f"p1, bits (of entropy) and phases are those of {looked} of the {survey['chunks']} sequences")
     for unit in survey["super_neurons"][:3]:
         lines.append(
             f"Super neuron: layer {unit['layer']}, unit {unit['unit']}, {unit['share']:.0%} of what is written to dim "
@@ -63,23 +73,25 @@ def _findings(survey: dict) -> list[str]:
     return lines
 
 
-def _interventions(rows: list[dict]) -> Table:
-    table = new_table(
-        "Interventions", "", "where", "touched", "perplexity", "of untouched", "95% interval", "sink rate",
-        "entropy, bits", "massive",
-    )  # fmt: skip
-    for row in rows:
-        where = escape(str(row["where"]))
-        if row.get("error"):
-            table.add_row(row["name"], where, "0", escape(row["error"]))
-            continue
+def _show_interventions(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    scores = new_table("Interventions", "", "where", "perplexity", "of untouched", "95% interval", words=2)
+    effects = new_table("What else they change", "", "touched", "sink rate", "bits", "massive")
+    done = [row for row in rows if not row.get("error")]
+    for row in done:
         change = row["delta_nll"]
-        table.add_row(
-            row["name"], where, f"{row['touched']:,}", f"{row['ppl']:,.4g}", f"{factor(change['mean']):.4g}",
-            f"{factor(change['low']):.4g} to {factor(change['high']):.4g}", _share(row["sink_rate"]),
-            _share(row["entropy_bits"]), f"{row['massive']:,}",
+        scores.add_row(
+            row["name"], escape(str(row["where"])), f"{row['ppl']:,.4g}", f"{factor(change['mean']):.4g}",
+            f"{factor(change['low']):.4g} to {factor(change['high']):.4g}",
         )  # fmt: skip
-    return table
+        effects.add_row(
+            row["name"], f"{row['touched']:,}", _share(row["sink_rate"]), _share(row["entropy_bits"]),
+            f"{row['massive']:,}",
+        )  # fmt: skip
+    console.print(scores, "")
+    console.print(effects)
+    for row in rows:
+        if row not in done:
+            console.print(f"Not possible: {row['name']}, {row['where']}: {row['error']}", markup=False)
 
 
 def _audit(found: dict) -> str:

@@ -1,0 +1,182 @@
+"""What the verbs return: plain dicts, ready for JSON, and what each key of them holds.
+
+Numbers may be NaN or infinite; `--json` writes those as text. Differences are in nats per token, of mean negative
+log-likelihoods (NLL), with a paired 95% interval over chunks. Keys that only some recipes bring need not be there.
+`plan` returns a `Plan`, whose `to_dict` is what `--json` writes.
+"""
+
+# Annotations are not postponed here: TypedDict would then take every key for required.
+from typing import Any, Literal, NotRequired, TypedDict
+
+
+class Score(TypedDict):
+    """Perplexity, mean NLL in nats, and over how many predicted tokens."""
+
+    ppl: float
+    nll: float
+    tokens: int
+
+
+class Delta(TypedDict):
+    """A mean over chunks and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Massive(TypedDict):
+    """Massive activations: how many, the largest over the median of its layer, and where: dims, layers, token ids."""
+
+    count: int
+    worst_ratio: float
+    dims: list[int]
+    layers: list[int]
+    token_ids: list[int]
+
+
+# ---- scan
+
+
+class MassiveActivation(TypedDict):
+    """One of them: `position` is in its chunk."""
+
+    dim: int
+    position: int
+    token: str
+    value: float
+
+
+class Layer(TypedDict):
+    """One layer of a survey: layer 0 is the embeddings' output, layer k what block k - 1 writes, and its attention.
+
+    Means are over sequences; lists are by head. What belongs to attention is None in layer 0.
+    """
+
+    layer: int
+    max: float  # largest |x|
+    median: float  # of |x|
+    ratio: float  # largest |x| over the median
+    count: int  # massive activations
+    massive: list[MassiveActivation]
+    dims: list[Any]  # (dim, how many)
+    tokens: list[Any]  # (token, how many)
+    top3: list[float]  # the largest |x|
+    first_norm: float  # L2 norm of the first token
+    rest_norm: float  # of all others, mean
+    p1: float | None  # share of the energy in the strongest direction
+    entropy_bits: float | None  # of the spectrum
+    entropy_normalised: float | None
+    dominance: float | None
+    sink_score: list[float] | None
+    sink_rate: float | None  # share of heads that sink
+    mixing: float | None
+
+
+class Survey(TypedDict):
+    """What `scan` found of one source."""
+
+    source: str
+    model_type: str
+    chunks: int
+    chunk_length: int
+    n_slots: int
+    normed_sites: int  # whose heads are normed
+    perplexity: Score
+    massive_activations: Massive
+    layers: list[Layer]
+    across: dict[str, Any]  # born, died, dims, tokens, phases, correlations: what the layers say together
+    super_neurons: list[dict[str, Any]]  # layer, unit, dim, share
+    attention_maps: list[dict[str, Any]]
+    landscape: dict[str, Any]
+    interventions: NotRequired[list[dict[str, Any]]]  # with `interventions=True`
+    audit: NotRequired[dict[str, Any]]
+    provenance: NotRequired[dict[str, Any]]
+
+
+# ---- run and verify
+
+
+class Gate(TypedDict):
+    """One judgement: `value` may be at most `limit`, or where `minimum` is true at least."""
+
+    name: str
+    passed: bool
+    value: float
+    limit: float
+    minimum: NotRequired[bool]
+
+
+class Check(TypedDict):
+    """One check of the files, and what it found in words."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Integrity(TypedDict):
+    """All checks of the files; `passed` where all of them did."""
+
+    passed: bool
+    checks: list[Check]
+
+
+class Verdict(TypedDict):
+    """What `run` and `verify` found. `passed` is None where nothing was measured (`verify=False`)."""
+
+    passed: bool | None
+    gates: list[Gate]
+    integrity: Integrity
+
+    # Of every checkpoint that was measured on text; without an original only what is of the converted model.
+    perplexity: NotRequired[dict[Literal["bare", "bos", "control", "converted"], Score]]
+    delta_nll: NotRequired[dict[Literal["vs_control", "vs_bare"], Delta]]  # of the converted model
+    massive_activations: NotRequired[dict[Literal["before", "after"], Massive]]
+
+    # Of gates that a recipe names, by their names; surgery.verification.gates documents each.
+    agreement: NotRequired[dict[str, Any]]  # share (mean, low, high), tokens
+    quantised: NotRequired[dict[str, Any]]  # scheme -> original, converted (Score), delta_nll
+    streaming: NotRequired[dict[str, Any]]  # original, original_kept, converted (Score), delta_nll
+    cache_edits: NotRequired[dict[str, Any]]  # edit -> original, original_kept, converted (Score), delta_nll
+    tasks: NotRequired[dict[str, Any]]
+
+    # Of operations.
+    prefix: NotRequired[dict[str, Any]]  # ids, tokens: what was folded
+    prefix_search: NotRequired[dict[str, Any]]  # objective, tried: best first
+    random_ids: NotRequired[dict[str, float]]  # largest differences of logits: plain, padded, cached; and the limit
+    smoothing: NotRequired[dict[str, Any]]
+    rotation: NotRequired[dict[str, Any]]
+    head_norm: NotRequired[dict[str, Any]]
+    tune: NotRequired[dict[str, Any]]
+
+    # Of the checkpoint as a whole.
+    status: NotRequired[str]  # what its manifest says: verified or unverified
+    digest: NotRequired[str]  # SHA-256 of the manifest
+    sealed: NotRequired[Any]  # whether it is signed, and by which key
+    required: NotRequired[list[Check]]  # what the caller asked for besides
+    notes: NotRequired[list[str]]  # what has to be told though it is no fault
+    provenance: NotRequired[dict[str, Any]]  # texts, chunks, device, date, versions
+    surveys: NotRequired[list[Survey]]  # with `surveys=True`: of the original and of the converted model
+
+
+# ---- pretrain
+
+
+class Curves(TypedDict):
+    """How one variant trained."""
+
+    parameters: int
+    losses: list[float]  # of every step
+    measured: list[dict[str, Any]]  # step, loss, ppl, massive, ratio, sink_rate, ... where it was measured
+
+
+class Pretrained(TypedDict):
+    """What `pretrain` found: variant -> curves, and what they were trained by. `curves.json` holds the same."""
+
+    surgery: str  # version
+    recipe: dict[str, Any]
+    vocabulary: int
+    training_tokens: int
+    text_sha256: str
+    variants: dict[str, Curves]
