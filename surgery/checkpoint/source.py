@@ -215,7 +215,7 @@ def _download(repo: str, revision: str | None) -> Path:
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=[CONFIG, MANIFEST, "*.safetensors", INDEX, "*.py", *COMPANION_PATTERNS],
+                allow_patterns=[CONFIG, MANIFEST, "README.md", "*.safetensors", INDEX, "*.py", *COMPANION_PATTERNS],
                 ignore_patterns=[
                     "*/*",
                     "consolidated*",

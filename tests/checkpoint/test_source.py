@@ -217,7 +217,7 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pyt
     taken = huggingface_hub.utils.filter_repo_objects(
         names, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
-    assert list(taken) == ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "LICENSE"]
+    assert list(taken) == ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "README.md", "LICENSE"]
     (root / SINGLE).unlink()
     refused(SourceError, "no safetensors weights on the hub", "pickles", spec="owner/name")
 
