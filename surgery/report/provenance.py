@@ -32,6 +32,17 @@ def table(told: Mapping[str, Any] | None) -> Table | None:
     return Table("Provenance", ("", "what it was"), [row for row in rows if row[1]], text=text, words=2)
 
 
+def line(told: Mapping[str, Any] | None) -> str:
+    """When, on what text and with which version, in a line; empty where nothing is told."""
+    if not told:
+        return ""
+    files, cut = (told.get("texts") or {}).get("evaluation") or [], (told.get("chunks") or {}).get("evaluation")
+    parts = [_plain(told.get("date"))[:10], ", ".join(_plain(file["name"]) for file in files)]
+    parts.append(f"{count_of(cut['count'], 'chunk')} of {cut['length']:,} tokens" if cut else "")
+    parts.append(f"surgery {_plain((told.get('versions') or {}).get('surgery'))}")
+    return " · ".join(part for part in parts if part)
+
+
 def _source(source: Mapping[str, Any]) -> str:
     revision, dtype = source.get("revision"), source.get("dtype")
     parts = [_plain(source.get("spec")), f"revision {_plain(revision)}" if revision else ""]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.disk import disk_errors, require_target
+from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.provenance import moment, name_of, names_only
 from ..checkpoint.source import materialise
@@ -205,6 +206,12 @@ def _measure(
         converted=lambda: (load_converted(stage.path, device=options.device), load_tokenizer(stage.path)),
         reporter=reporter,
     )
+    if found.surveys is not None:
+        gguf = plan.source.kind == "gguf"
+        before = plan.source.root.stat().st_size if gguf else plan.source.layout.total_bytes
+        after = read_layout(stage.path).total_bytes
+        for survey, size, kind in zip(found.surveys, (before, after), ("gguf" if gguf else "", ""), strict=True):
+            survey["files"] = {"bytes": size, "kind": kind or "safetensors"}
     return replace(findings, checks=checks, judgements=found.judgements, measured=found.measured), found.surveys
 
 
