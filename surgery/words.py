@@ -62,6 +62,14 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"−{text}" if value < 0 else text
 
 
+def rounded(value: float) -> str:
+    """A large count in three digits and a word: 134,515,008 -> 135 million."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.3g} {word}"
+    return number(value)
+
+
 def fixed(value: float | None, decimals: int) -> str:
     """A number with so many decimals, where it is small enough for them to matter."""
     return f"{value:.{decimals}f}" if value is not None and math.isfinite(value) and value < 1000 else number(value)
@@ -170,6 +178,11 @@ def visible_name(name: str) -> str:
 def named(name: object, room: int = 80) -> str:
     """A name from a stranger's file as it may stand in a message: cut to `room` characters, controls visible."""
     return visible_name(shortened(str(name), room))
+
+
+def visible_text(text: str) -> str:
+    """Several lines of text as they may stand on a page: lines stay, other controls and half characters are shown."""
+    return "\n".join(visible_name(line) for line in text.split("\n"))
 
 
 def quoted(tokens: Sequence[object], most: int = 5) -> str:

@@ -145,7 +145,7 @@ def open_source(spec: str, *, revision: str | None = None, dtype: str | None = N
 def fetch_small(at: HubId) -> Snapshot:
     """What a model on the hub has beside its weights; pickles are left there."""
     refused = (f"*{suffix}" for suffix in REFUSED_SUFFIXES if suffix != ".py")
-    return fetch_some(at, [CONFIG, MANIFEST, INDEX, "*.py", *COMPANION_PATTERNS], ["*/*", *refused])
+    return fetch_some(at, [CONFIG, MANIFEST, INDEX, "README.md", "*.py", *COMPANION_PATTERNS], ["*/*", *refused])
 
 
 def _open_hub(at: HubId) -> Source:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
+from ..checkpoint.provenance import Provenance
 from ..checkpoint.source import Source
-from ..words import wrapped
+from ..words import count_of, listing, wrapped
+from .origin import Origin
 
 _CARD = """---
 {metadata}
@@ -18,7 +21,7 @@ _CARD = """---
 
 # {title}
 
-`{base}` with {what}
+{what}
 
 ## Load
 
@@ -31,13 +34,23 @@ tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 
 {loading}
 
+## Limits
+
 {limits}
 
 ## Measured
 
 {results}
 
-## Recipe
+## Licence
+
+{licence}
+
+## How it was made
+
+{made}
+
+### Recipe
 
 ```json
 {recipe}
@@ -47,11 +60,13 @@ tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 verdict. `surgery verify PATH` checks them.
 """
 _LOADING = """torch and transformers are all it needs. With `import surgery` first, `trust_remote_code` can be left out.
-{inside} Loading by a class's own name (`{causal}.from_pretrained`) bypasses all of this, cannot be stopped, and gives
-a model without its {added}."""
+{inside}"""
 _LIMITS = (
-    "The attention implementation is `sdpa` or `eager`; others are refused, since they would leave the {added} out."
+    "* The attention implementation is `sdpa` or `eager`; others are refused, since they would leave the {added} out.",
+    "* A class loaded by its own name (`{causal}.from_pretrained`) bypasses all of this, cannot be stopped, and gives "
+    "a model without its {added}.",
 )
+_UNPROVED = "Nothing: written with --no-verify."
 
 
 @dataclass(frozen=True)
@@ -70,31 +85,97 @@ class Section:
     limits: str = ""
 
 
-def model_card(
-    source: Source, causal: str, recipe: dict[str, Any], sections: Sequence[Section], results: str | None
-) -> str:
-    """The card's text. `causal` is the original's class.
+@dataclass(frozen=True)
+class Shown:
+    """What was found and how, in Markdown; and the verdict's JSON, None where nothing was measured."""
 
-    `results` are what was measured, in Markdown; None: nothing was, and the card says so.
-    """
+    name: str  # of the converted checkpoint
+    verdict: Mapping[str, Any] | None
+    results: str
+    act: Provenance
+    made: str
+
+
+def model_card(
+    source: Source, known: Origin, causal: str, recipe: dict[str, Any], sections: Sequence[Section], shown: Shown
+) -> str:
+    """The card's text. `causal` is the original's class; `known` is what the source's own card says."""
     adding = [section for section in sections if section.adds is not None]
-    metadata = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation",
-        tags=["surgery", *(section.tag for section in adding if section.tag is not None)],
-        base_model=source.repo,
-    )  # fmt: skip
-    base = source.spec if source.kind == "hub" else source.root.name
+    added = " and ".join(section.adds for section in adding if section.adds is not None)
+    metadata = _metadata(known, [section.tag for section in adding if section.tag is not None], shown)
+    base = _base(source, known)
     what = "\n\nIt also has ".join(wrapped(section.text) for section in adding)
     also = [wrapped(section.text) for section in sections if section.adds is None]
-    added = " and ".join(section.adds for section in adding if section.adds is not None)
-    inside, further = (
-        " ".join(filter(None, (getattr(section, part) for section in sections))) for part in ("loading", "limits")
-    )
+    inside = " ".join(section.loading for section in sections if section.loading)
+    limits = [line.format(added=added, causal=causal) for line in _LIMITS]
+    limits += [f"* {section.limits}" for section in sections if section.limits]
+    title = " and ".join(section.title or "" for section in adding)
     return _CARD.format(
-        metadata=metadata.to_yaml(), title=f"{base}, with {' and '.join(section.title or '' for section in adding)}",
-        base=base, what="\n\n".join([what, *also]),
-        loading=wrapped(_LOADING.format(inside=inside, causal=causal, added=added)),
-        limits=wrapped(f"{_LIMITS.format(added=added)} {further}"),
-        recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
-        results=results if results is not None else "Nothing: written with --no-verify.",
+        metadata=metadata.to_yaml().rstrip(), title=f"{_title(source, known)}, with {title}",
+        what="\n\n".join([f"{base} with {what}", *also]), loading=wrapped(_LOADING.format(inside=inside)),
+        limits="\n".join(map(wrapped, limits)), results=shown.results or _UNPROVED, licence=wrapped(_licence(known)),
+        made=shown.made, recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
     )  # fmt: skip
+
+
+def _metadata(known: Origin, tags: Sequence[str], shown: Shown) -> ModelCardData:
+    """What the hub reads. It derives lineage from `base_model`; of its relations, "finetune" alone fits new weights."""
+    results = [] if shown.verdict is None else _evaluated(shown.verdict, shown.act)
+    return ModelCardData(
+        language=_one_or_list(known.language), license=known.license, license_name=known.license_name,
+        license_link=known.license_link, library_name="transformers", pipeline_tag="text-generation",
+        tags=["surgery", *tags], base_model=_one_or_list(known.base_model),
+        model_name=shown.name if results else None, eval_results=results or None,
+        base_model_relation="finetune" if known.base_model else None,
+    )  # fmt: skip
+
+
+def _evaluated(verdict: Mapping[str, Any], act: Provenance) -> list[EvalResult]:
+    """Perplexity after and before, as whoever converted the model has measured it."""
+    files, cut, scores = act.texts.evaluation, act.chunks.evaluation, verdict.get("perplexity") or {}
+    if not files or cut is None:
+        return []
+    named = {"converted": "perplexity", "bare": "perplexity of the original"}
+    found = {name: float((scores.get(key) or {}).get("ppl", math.nan)) for key, name in named.items()}
+    arguments = {"sha256": [file.sha256 for file in files], "chunks": cut.count, "tokens in a chunk": cut.length}
+    if act.texts.split:
+        arguments["part"] = "second half"
+    return [
+        EvalResult(
+            task_type="text-generation", dataset_type="text", dataset_name=", ".join(file.name for file in files),
+            dataset_args=arguments, metric_type="perplexity", metric_name=name, metric_value=round(value, 4),
+            verified=False,
+        )
+        for name, value in found.items()
+        if math.isfinite(value)
+    ]  # fmt: skip
+
+
+def _one_or_list(values: tuple[str, ...]) -> str | list[str] | None:
+    return (list(values) if len(values) > 1 else values[0]) if values else None
+
+
+def _title(source: Source, known: Origin) -> str:
+    return known.base_model[0] if source.kind == "directory" and known.cached else source.name
+
+
+def _base(source: Source, known: Origin) -> str:
+    """The source as it may be named, with a link where the hub has it."""
+    links = [f"[{name}](https://huggingface.co/{name})" for name in known.base_model]
+    if links and (source.kind == "hub" or known.cached):
+        return links[0]
+    kind = {"gguf": "GGUF file", "directory": "local directory"}[source.kind]
+    made_of = f", made of {listing(links)}," if links else ""
+    return f"`{source.name}` (a {kind}{made_of.rstrip(',')})"
+
+
+def _licence(known: Origin) -> str:
+    """What the source's terms are, so far as it says; they hold for what was made of it."""
+    name = f"{known.license} ({known.license_name})" if known.license_name else known.license
+    link = known.license_link or ""
+    where = f", see [{link}]({link})" if link else ""
+    said = f"That of the source: {name}{where}." if name else "The source does not say, and its terms hold here too."
+    if known.files:
+        files = listing([f"[{file}]({file})" for file in known.files])
+        said += f" {count_of(len(known.files), 'file')} of its terms came along: {files}."
+    return f"{said} Not read: {known.broken}." if known.broken else said

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from ..checkpoint.results import write_result
 from ..errors import OutputError, SourceError
 from ..table import Table
-from . import maps, plots, tables
+from ..words import count_of, visible_name
+from . import maps, plots, provenance, tables
 from .beside import beside
 from .style import DARK, LIGHT, drawing, inline_svg, write_figure
-from .summary import names_of, summary
+from .summary import names_of, samples, summary
 
 Plot = Callable[[dict, Sequence[dict]], Figure | None]
 
@@ -114,17 +115,23 @@ def write_report(
     surveys = _checked(surveys)
     if out.is_dir():
         raise OutputError(f"{out} is a directory; give a file for the report.")
-    names = names_of(surveys)
+    names, told = names_of(surveys), bool(verdict and verdict.get("perplexity"))
+    made = [survey.get("provenance") for survey in surveys] if verdict is None else [verdict.get("provenance")]
     with drawing():
         page = _template().render(
             names=names,
+            title=_title(names, verdict),
+            lead=provenance.line(next((one for one in made if one), None)),
             several=len(surveys) > 1,
-            summaries=[summary(survey, name) for survey, name in zip(surveys, names, strict=True)],
-            changes=tables.changes(surveys, names),
+            summaries=[summary(survey, name, told) for survey, name in zip(surveys, names, strict=True)],
+            changes=tables.changes(surveys, names, told),
+            few=_few(surveys[0], verdict) if told else None,
             tiles=tables.tiles(surveys[0]),
-            overview=tables.overview(surveys, names),
+            overview=tables.overview(surveys, names, told),
             comparison=_comparison(surveys, names),
             gained=None if verdict is None else _gained(verdict),
+            samples=samples(surveys, names),
+            made=[table for table in map(provenance.table, made) if table],
             sections=list(_sections(surveys, names)),
             light=LIGHT,
             dark=DARK,
@@ -132,6 +139,24 @@ def write_report(
     # A source's path may hold bytes that are no UTF-8; they must not keep the report from being written.
     write_result(out, "the report", page.encode("utf-8", "backslashreplace").decode())
     return out
+
+
+def _title(names: Sequence[str], verdict: Mapping[str, Any] | None) -> str:
+    source = (((verdict or {}).get("provenance") or {}).get("source") or {}).get("spec")
+    return " · ".join(names) if source is None else f"{visible_name(str(source))}: original and converted"
+
+
+def _few(survey: Mapping[str, Any], verdict: Mapping[str, Any] | None) -> str | None:
+    """Why figures of the survey are of less text than those of the verdict, where they are."""
+    read = ((((verdict or {}).get("provenance") or {}).get("chunks") or {}).get("evaluation") or {}).get("count")
+    if not read or not survey.get("chunks"):
+        return None
+    if survey["chunks"] >= read:
+        return f"All of this page is of the same {count_of(read, 'chunk')} of text."
+    return (
+        f"What was gained or lost is measured on all {read} chunks of the text. All that follows is a survey of the "
+        f"first {survey['chunks']}: it looks into every layer, which is slow, and few chunks show what stands where."
+    )
 
 
 def write_plots(surveys: Sequence[Mapping[str, Any]], folder: Path | str) -> list[Path]:

@@ -18,10 +18,14 @@ from ..words import (
     number,
     percent,
     quoted,
+    ranges,
+    rounded,
     score,
     visible_name,
+    visible_text,
 )
 
+GROWN = 0.1  # of a layer's sink rate, from which on it is explained
 PHASES = ("mix", "compress", "refine")
 
 
@@ -74,27 +78,34 @@ def best(survey: dict, key: str, choose=max) -> tuple[int, float] | None:
     return next(layer for value, layer in found if value == extreme), extreme
 
 
-def summary(survey: dict, name: str) -> list[str]:
-    """The survey of one model in plain words, a sentence or two on each of its findings."""
-    parts = (_model(survey, name), _massive(survey), _auto(survey), _sinks(survey), _geometry(survey), _phases(survey),
-             _correlations(survey))  # fmt: skip
+def summary(survey: dict, name: str, told: bool = False) -> list[str]:
+    """The survey of one model in plain words, a sentence or two on each of its findings.
+
+    `told`: perplexity and massive activations have been told of more text, so here only where these are.
+    """
+    parts = (
+        _model(survey, name, told), _massive(survey, told), _auto(survey), _sinks(survey), _geometry(survey),
+        _phases(survey), _correlations(survey),
+    )  # fmt: skip
     return [part for part in (*parts, *_interventions(survey), _audit(survey)) if part]
 
 
-def _model(survey: dict, name: str) -> str:
+def _model(survey: dict, name: str, told: bool) -> str:
     blocks = count_of(len(survey["layers"]) - 1, "block")
-    kind = f"a {survey['model_type']} model with {blocks}" if survey.get("model_type") else f"a model with {blocks}"
+    kind = f"type {survey['model_type']}, {blocks}" if survey.get("model_type") else blocks
+    if finite(survey.get("parameters")):
+        kind += f", {rounded(survey['parameters'])} parameters"
     slots, normed = survey.get("n_slots"), survey.get("normed_sites")
-    also = f" and {count_of(slots, 'explicit bias slot')} at each attention site" if slots else ""
-    text = f"{name} is {kind}{also}" + (f", with heads normed at {count_of(normed, 'site')}." if normed else ".")
+    also = f", {count_of(slots, 'explicit bias slot')} at each attention site" if slots else ""
+    text = f"{name}: {kind}{also}" + (f", heads normed at {count_of(normed, 'site')}." if normed else ".")
     ppl = (survey.get("perplexity") or {}).get("ppl")
-    if survey.get("chunks") and ppl is not None:
+    if survey.get("chunks") and ppl is not None and not told:
         of = f" of {survey['chunk_length']:,} tokens" if survey.get("chunk_length") else ""
         text += f" Its perplexity on {count_of(survey['chunks'], 'chunk')}{of} is {score(ppl)}."
     return text
 
 
-def _massive(survey: dict) -> str | None:
+def _massive(survey: dict, told: bool) -> str | None:
     found = survey.get("massive_activations")
     if not found:
         return None
@@ -104,7 +115,7 @@ def _massive(survey: dict) -> str | None:
         return "No activation is massive (|x| at least 100 and at least 1,000 times the layer's median)." + also
     text = f"{count_of(found['count'], 'activation is' if found['count'] == 1 else 'activation')}"
     text = f"{text}{'' if found['count'] == 1 else ' are'} massive; the worst is {number(found.get('worst_ratio'))} "
-    text += "times the median of its layer."
+    text = "Some activations are massive." if told else f"{text}times the median of its layer."
     if found.get("dims"):
         dims = "dimension" if len(found["dims"]) == 1 else "dimensions"
         text += f" They stand in feature {dims} {listing(found['dims'])}"
@@ -121,10 +132,10 @@ def _auto(survey: dict) -> str | None:
     spans = ((survey.get("across") or {}).get("auto") or {}).get("spans")
     if not spans:
         return None
-    ranges = [f"{first}" if first == last else f"{first}–{last}" for first, last in spans]
+    named = [f"{first}" if first == last else f"{first}–{last}" for first, last in spans]
     layers = "layer" if len(spans) == 1 and spans[0][0] == spans[0][1] else "layers"
     return f"By the scale-free criterion (ten times what an ordinary token's largest entry is), {layers} " + (
-        f"{listing(ranges)} {'has' if layers == 'layer' else 'have'} them."
+        f"{listing(named)} {'has' if layers == 'layer' else 'have'} them."
     )
 
 
@@ -138,6 +149,43 @@ def _sinks(survey: dict) -> str | None:
     return (
         f"In layer {rate[0]}, {percent(rate[1])} of the heads are attention sinks: "
         f"on average they give {to} at least 30% of their attention."
+    )
+
+
+def samples(surveys: Sequence[dict], names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(name, beginning of the text, how the model goes on) of each survey that has a sample."""
+    found = zip(names, (survey.get("sample") for survey in surveys), strict=True)
+    return [(name, visible_text(sample["prompt"]), visible_text(sample["written"])) for name, sample in found if sample]
+
+
+def early_sinks(before: dict, after: dict) -> str | None:
+    """Why more heads of some layers have a sink than before, where slots were added and it is so."""
+    if not after.get("n_slots") or before.get("n_slots"):
+        return None
+    rates = [{row["layer"]: row.get("sink_rate") for row in survey["layers"]} for survey in (before, after)]
+    grown = {
+        layer: (rates[0][layer], rate)
+        for layer, rate in rates[1].items()
+        if finite(rate) and finite(rates[0].get(layer)) and rate - rates[0][layer] >= GROWN
+    }
+    if not grown:
+        return None
+    most = max(grown, key=lambda layer: grown[layer][1] - grown[layer][0])
+    was, now = grown[most]
+    text = (
+        f"Why sink rates rise in {'layers' if len(grown) > 1 else 'layer'} {ranges([*grown])} (most in layer {most}: "
+    )
+    text += f"{percent(was)} → {percent(now)}): "
+    born = place(before, "born")
+    if born is not None and min(grown) <= born:
+        text += (
+            f"in the original the first token becomes a sink when its massive activations are born, in layer {born}; "
+            "before, it is a token like any other. "
+        )
+    return text + (
+        "Slots are keys of the prefix from the first layer on, and heads that find nothing else to read rest on them, "
+        "as the original's heads do when it reads that prefix. A head is counted by the largest of its scores: of the "
+        "first token and of each slot."
     )
 
 

@@ -6,20 +6,30 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from ..checkpoint.disk import human
 from ..table import Table
-from ..words import finite, interval, listing, number, percent, score, visible, visible_name
-from .summary import best, effect, intervention_name, place, untouched
+from ..words import NONE, finite, interval, listing, number, percent, rounded, score, visible, visible_name
+from .summary import best, early_sinks, effect, intervention_name, place, untouched
 
 MOST = 12  # rows of a table of things that were found, the largest first
 
 
-def overview(surveys: Sequence[dict], names: Sequence[str]) -> Table:
-    """One column per survey, one row per figure; rows that no survey has are left out."""
-    lines = [
+def overview(surveys: Sequence[dict], names: Sequence[str], told: bool = False) -> Table:
+    """One column per survey, one row per figure; rows that no survey has are left out.
+
+    `told`: perplexity and massive activations have been told of more text, and stand there alone.
+    """
+    counted = [
         ("perplexity", [score(_get(s, "perplexity", "ppl")) for s in surveys]),
         ("massive activations", [number(_get(s, "massive_activations", "count")) for s in surveys]),
         ("worst of them / median", [number(_worst(s)) for s in surveys]),
-        ("in dimensions", [_dims(s) for s in surveys]),
+    ]
+    lines = [
+        ("parameters", [_parameters(s) for s in surveys]),
+        ("weights on disk", [_files(s) for s in surveys]),
+        ("tokens read in a second", [_speed(s) for s in surveys]),
+        *([] if told else counted),
+        ("massive activations in dimensions" if told else "in dimensions", [_dims(s) for s in surveys]),
         ("born in layer", [number(place(s, "born")) for s in surveys]),
         ("gone from layer", [number(place(s, "died")) for s in surveys]),
         ("highest sink rate", [_extreme(s, "sink_rate", max, percent) for s in surveys]),
@@ -32,8 +42,26 @@ def overview(surveys: Sequence[dict], names: Sequence[str]) -> Table:
         ("bias slots per site", [number(s.get("n_slots")) for s in surveys]),
         ("sites with a head norm", [number(s.get("normed_sites")) for s in surveys]),
     ]
-    kept = [(name, *cells) for name, cells in lines if any(cell != "–" for cell in cells)]
-    return Table("At a glance", ("", *names), kept)
+    kept = [(name, *cells) for name, cells in lines if any(cell != NONE for cell in cells)]
+    note = ""
+    if any(_speed(survey) != NONE for survey in surveys):
+        note = "Speed is of one sequence in one pass, as this machine was just then; it is no benchmark."
+    return Table("At a glance", ("", *names), kept, note)
+
+
+def _parameters(survey: dict) -> str:
+    count = _get(survey, "parameters")
+    return NONE if count is None else rounded(count)
+
+
+def _files(survey: dict) -> str:
+    size, kind = _get(survey, "files", "bytes"), (survey.get("files") or {}).get("kind")
+    return NONE if size is None else f"{human(int(size))}{' (quantised GGUF)' if kind == 'gguf' else ''}"
+
+
+def _speed(survey: dict) -> str:
+    tokens, seconds = _get(survey, "speed", "tokens"), _get(survey, "speed", "seconds")
+    return number(tokens / seconds, 3) if tokens and seconds else NONE
 
 
 def head_variance(survey: dict, of: str) -> float | None:
@@ -65,8 +93,8 @@ def _read(survey: dict) -> str:
     return f"of {tokens:,} tokens" if tokens is not None else ""
 
 
-def changes(surveys: Sequence[dict], names: Sequence[str]) -> list[str]:
-    """What differs between the first survey and each of the others, in words."""
+def changes(surveys: Sequence[dict], names: Sequence[str], told: bool = False) -> list[str]:
+    """What differs between the first survey and each of the others, in words; `told` as in `overview`."""
     first = surveys[0]
     found = []
     for survey, name in zip(surveys[1:], names[1:], strict=True):
@@ -79,6 +107,7 @@ def changes(surveys: Sequence[dict], names: Sequence[str]) -> list[str]:
             ("variance of a head at the first token", *(head_variance(s, "first") for s in (first, survey)), number),
             ("at later ones", *(head_variance(s, "rest") for s in (first, survey)), number),
         ]
+        pairs = [pair for pair in pairs if not (told and pair[0] in ("massive activations", "perplexity"))]
         parts = [
             f"{what} {show(before)} → {show(after)}{' bits' if what == 'lowest entropy' else ''}"
             for what, before, after, show in pairs
@@ -87,9 +116,11 @@ def changes(surveys: Sequence[dict], names: Sequence[str]) -> list[str]:
         if parts:
             text = f"From {names[0]} to {name}: {', '.join(parts)}."
             tokens = [_get(s, "perplexity", "tokens") for s in (first, survey)]
-            if None not in tokens and tokens[0] != tokens[1]:
+            if not told and None not in tokens and tokens[0] != tokens[1]:
                 text += f" The perplexities are of different text ({tokens[0]:,} and {tokens[1]:,} tokens)."
             found.append(text)
+        if (why := early_sinks(first, survey)) is not None:
+            found.append(why)
     return found
 
 

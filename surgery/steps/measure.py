@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..anatomy.sites import Anatomy
 from ..live.likelihood import scored
 from ..live.model import Live
+from ..live.sample import continuation, speed
 from ..live.score import Score
 from ..live.stream import Observer
 from ..live.text import FEW_CHUNKS
@@ -116,7 +117,8 @@ def measure_pair(pair: Pair, original: Load | None, converted: Load, reporter: R
         live = Live(model, pair.anatomy)
         found = measure(live, tokenizer)
         if name is not None:
-            surveys.append({"source": name, **_surveyed(live, tokenizer, pair.evaluation, whose, reporter)})
+            heads = [(shown["block"], shown["head"]) for survey in surveys for shown in survey["attention_maps"]]
+            surveys.append({"source": name, **_surveyed(live, tokenizer, pair.evaluation, heads, whose, reporter)})
         config = model.config
         del live, model
         gc.collect()
@@ -134,12 +136,21 @@ def measure_pair(pair: Pair, original: Load | None, converted: Load, reporter: R
     )
 
 
-def _surveyed(live: Live, tokenizer: Any, evaluation: torch.Tensor, whose: str, reporter: Reporter) -> dict[str, Any]:
-    """A survey of some of the evaluation text."""
+def _surveyed(
+    live: Live, tokenizer: Any, evaluation: torch.Tensor, heads: Sequence[tuple[int, int]], whose: str,
+    reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """A survey of some of the evaluation text, with how fast it is read and how the model would go on from its start.
+
+    `heads` (block, head) are those whose attention is shown, so that both models show the same; none: it chooses.
+    """
     some = evaluation[: FEW_CHUNKS.count]
     reporter.step(f"survey {whose}")
+    written = continuation(live, some[0])
+    sample = None if written is None else {part: tokenizer.decode(ids) for part, ids in written.items()}
+    further = {"speed": speed(live, some[0]), "sample": sample}
     with reporter.bar("survey", len(some)) as advance:
-        return survey(live, tokenizer, some, advance=advance)
+        return {**survey(live, tokenizer, some, heads=heads, advance=advance), **further}
 
 
 def is_exact(recipe: Recipe, config: PreTrainedConfig, length: int) -> bool:

@@ -12,12 +12,14 @@ from typing import Any, Unpack, cast
 import torch
 
 from ..checkpoint.disk import disk_errors, require_target
+from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
-from ..checkpoint.provenance import moment, names_only
+from ..checkpoint.provenance import moment, name_of, names_only
 from ..checkpoint.signature import Signer, manifest_digest
 from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
-from ..converted.card import model_card
+from ..converted.card import Shown, model_card
+from ..converted.origin import origin
 from ..converted.reading import load_converted
 from ..endings.leftovers import clear_for
 from ..errors import OutputError, SourceError
@@ -26,6 +28,7 @@ from ..live.text import Chunking
 from ..operations import OPERATIONS
 from ..operations.base import Stand
 from ..progress import SILENT, Reporter
+from ..report.provenance import table as provenance_table
 from ..report.verdict import card_tables
 from ..results import Verdict
 from ..steps.act import provenance, told
@@ -224,6 +227,12 @@ def _measure(
         converted=lambda: (load_converted(stage.path, device=options.device), load_tokenizer(stage.path)),
         reporter=reporter,
     )
+    if found.surveys is not None:
+        gguf = plan.source.kind == "gguf"
+        before = plan.source.root.stat().st_size if gguf else plan.source.layout.total_bytes
+        after = read_layout(stage.path).total_bytes
+        for survey, size, kind in zip(found.surveys, (before, after), ("gguf" if gguf else "", ""), strict=True):
+            survey["files"] = {"bytes": size, "kind": kind or "safetensors"}
     return replace(findings, checks=checks, judgements=found.judgements, measured=found.measured), found.surveys
 
 
@@ -246,10 +255,13 @@ def _finish(
     recipe = plan.recipe
     stand = Stand(recipe.exact, recipe.tune is not None, operated.changes.trains)
     sections = [change.says(operated.parts[change.name], plan.target, stand) for change in recipe.changes]
-    results = card_tables(build_verdict(replace(findings, checks=[])), recipe.verify) if findings.measured else None
-    stage.add_text(
-        "README.md", model_card(plan.source, plan.anatomy.model_class.__name__, recipe.to_dict(), sections, results)
-    )
+    known = origin(plan.source)
+    if known.broken is not None:
+        reporter.note(f"{known.broken}: the card does not tell its licence")
+    stage.add_text("README.md", model_card(
+        plan.source, known, plan.anatomy.model_class.__name__, recipe.to_dict(), sections,
+        _shown(stage, findings, manifest, recipe),
+    ))  # fmt: skip
     reporter.step("check the files against the source")
     # What was dequantised for this run has been linked into the checkpoint: there is nothing left to compare with.
     if stage.scratch.exists():
@@ -262,6 +274,17 @@ def _finish(
         stage.path, manifest, read_config(stage.path), OPERATIONS, plan.changes.changed.keys(), source, beside
     )
     return replace(findings, checks=[*checks, *findings.checks]), manifest
+
+
+def _shown(stage: Stage, findings: Findings, manifest: Manifest, recipe: Recipe) -> Shown:
+    """What the card shows: it is written before the files are checked."""
+    assert manifest.provenance is not None
+    made = provenance_table(told(manifest.provenance, manifest.source, None))
+    verdict = build_verdict(replace(findings, checks=[])) if findings.measured else None
+    return Shown(
+        name_of(stage.out), verdict, "" if verdict is None else card_tables(verdict, recipe.verify),
+        manifest.provenance, "" if made is None else made.markdown(),
+    )  # fmt: skip
 
 
 def _conclude(

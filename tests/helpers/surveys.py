@@ -9,6 +9,20 @@ import numpy as np
 TOKENS = ["The", " cat", "\n", " sat", " on", "."]
 
 
+def make_provenance() -> dict:
+    """As `steps.act.told` gives it."""
+    text = {"name": "wiki.txt", "bytes": 1234, "sha256": "ab" * 32}
+    return {
+        "date": "2023-11-14T22:13:20Z", "command": ["surgery", "scan", "tiny"], "device": "cpu", "dtype": "float32",
+        "versions": {"surgery": "0.1.0", "python": "3.11.7"},
+        "texts": {"evaluation": [text], "calibration": [], "split": False},
+        "chunks": {"evaluation": {"count": 8, "length": 64}, "calibration": None},
+        "source": {"spec": "tiny", "kind": "directory", "revision": None, "dtype": None,
+                   "sha256": {"a.bin": "cd" * 32}},
+        "recipe": None,
+    }  # fmt: skip
+
+
 def make_survey(source: str = "models/tiny", *, slots: int = 0, spike: float = 5000.0) -> dict:
     """A survey of 5 layers, 3 heads and 6 tokens; `spike` stands at layers 2 and 3 in dimension 7 of token 0."""
     layers = []
@@ -54,6 +68,9 @@ def make_survey(source: str = "models/tiny", *, slots: int = 0, spike: float = 5
     big = spike >= 1000
     return {
         "source": source, "model_type": "llama", "chunks": 8, "chunk_length": 64, "n_slots": slots, "normed_sites": 0,
+        "parameters": 134_515_008, "files": {"bytes": 538_000_000, "kind": "safetensors"},
+        "speed": {"tokens": 64, "seconds": 0.05}, "sample": {"prompt": "The cat", "written": " sat\non it."},
+        "provenance": make_provenance(),
         "perplexity": {"ppl": 20.003, "nll": 2.996, "tokens": 504}, "massive_activations": found if big else nothing,
         "layers": layers,
         "across": {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.page import Page
-from helpers.surveys import make_survey
+from helpers.surveys import make_provenance, make_survey
 
 from surgery import words
 from surgery.checkpoint.results import json_text
@@ -41,7 +41,7 @@ def together(tmp_path_factory) -> Page:
 
 
 def test_all_sections_and_their_figures_are_there(alone):
-    assert alone.sections == ["summary", *SECTIONS, "words"]
+    assert alone.sections == ["samples", "summary", *SECTIONS, "provenance", "words"]
     figures = [attrs["aria-label"] for tag, attrs in alone.tags if tag == "svg"]
     assert len(figures) == len(html.SECTIONS) + 1  # and one attention map
     assert all("tiny" in label for label in figures)
@@ -95,7 +95,7 @@ def test_colours_are_variables_that_both_themes_define(alone):
 
 def test_the_summary_says_what_the_survey_holds(alone):
     for sentence in (
-        "tiny is a llama model with 4 blocks. Its perplexity on 8 chunks of 64 tokens is 20.00.",
+        "tiny: type llama, 4 blocks, 135 million parameters. Its perplexity on 8 chunks of 64 tokens is 20.00.",
         "4 activations are massive; the worst is 10,000 times the median of its layer. They stand in feature dimension "
         "7, on the tokens “The”. They are born in layer 2 and gone from layer 4 on.",
         "In layer 2, 66.7% of the heads are attention sinks",
@@ -112,7 +112,7 @@ def test_the_summary_says_what_the_survey_holds(alone):
 def test_several_surveys_stand_side_by_side(together):
     assert {"overview", *SECTIONS} <= set(together.sections)
     # Two folders have the same name: they are called by their whole source.
-    assert together.source.count("<h3>a/tiny</h3>") == together.source.count("<h3>b/tiny</h3>") == 1 + len(SECTIONS)
+    assert together.source.count("<h3>a/tiny</h3>") == together.source.count("<h3>b/tiny</h3>") == 2 + len(SECTIONS)
     assert "From a/tiny to b/tiny: massive activations 4 → 0, perplexity 20.00 → 20.00" in together.text
     assert "No activation is massive" in together.text and "No phases of depth are claimed." in together.text
     assert "2 explicit bias slots at each attention site" in together.text
@@ -129,6 +129,51 @@ def test_a_different_text_is_not_compared_in_silence():
     assert "different text" not in tables.changes([first, first], ["x", "y"])[0]
 
 
+def test_the_page_says_when_on_what_and_with_what(alone):
+    assert "2023-11-14 · wiki.txt · 8 chunks of 64 tokens · surgery 0.1.0" in alone.text
+    made = alone.text.partition("Provenance")[2]
+    for told in ("2023-11-14 22:13:20 UTC", f"wiki.txt, 1.2 kB, SHA-256 {'ab' * 32}", f"a.bin SHA-256 {'cd' * 32}",
+                 "evaluation: 8 chunks of 64 tokens", "in float32 on cpu", "surgery scan tiny",
+                 "python 3.11.7"):  # fmt: skip
+        assert told in made
+
+
+def test_size_speed_and_samples_stand_side_by_side(together):
+    for told in ("parameters 135 million 135 million", "weights on disk 538.0 MB 538.0 MB",
+                 "tokens read in a second 1,280 1,280", "it is no benchmark"):  # fmt: skip
+        assert told in together.text
+    assert together.source.count('<p class="sample"><span class="what">The cat</span> sat\non it.</p>') == 2
+
+
+def test_rising_sink_rates_are_explained_where_they_rise():
+    before, after = make_survey("x"), make_survey("y", slots=2, spike=40.0)
+    assert summary.early_sinks(before, after) is None  # they fall
+    after["layers"][1]["sink_rate"], after["layers"][3]["sink_rate"] = 1 / 3, 0.7
+    said = summary.early_sinks(before, after)
+    assert said in tables.changes([before, after], ["x", "y"])
+    assert said.startswith("Why sink rates rise in layer 1 (most in layer 1: 0% → 33.3%): in the original")
+    assert "born, in layer 2" in said and "Slots are keys of the prefix" in said
+    after["layers"][1]["sink_rate"], after["layers"][4]["sink_rate"] = 0.0, 0.5  # only behind where they are born
+    assert "born" not in summary.early_sinks(before, after)
+    assert summary.early_sinks(after, after) is None and summary.early_sinks(before, before) is None
+
+
+def test_beside_a_verdict_there_is_one_set_of_figures(tmp_path):
+    """The verdict is of 64 chunks, the surveys are of 8: perplexity and counts are the verdict's, and why is said."""
+    surveys = [make_survey("m, original"), make_survey("m, converted", slots=2, spike=40.0)]
+    act = make_provenance() | {"chunks": {"evaluation": {"count": 64, "length": 64}, "calibration": None}}
+    scores = {
+        "bare": {"ppl": 19.5, "nll": 2.97, "tokens": 4032},
+        "converted": {"ppl": 19.4, "nll": 2.96, "tokens": 4032},
+    }
+    verdict = {"passed": True, "gates": [], "perplexity": scores, "delta_nll": {}, "provenance": act}
+    text = Page(write_report(surveys, tmp_path / "r.html", verdict).read_text(encoding="utf-8")).text
+    assert "measured on all 64 chunks of the text. All that follows is a survey of the first 8" in text
+    assert "19.4000" in text and "20.00" not in text and "4 activations are massive" not in text
+    assert "tiny: original and converted" in text and "64 chunks of 64 tokens" in text
+    assert "is of the same" in html._few(surveys[0], {"provenance": make_provenance()})
+
+
 HOSTILE = [
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</svg></style>", "$\\frac{1}{0}$", "a\x00\x1b[31m",
     "\ud800", f'id="{LIGHT["ink"]}', "url(#x)", "{{ 7 * 7 }}", "\u202eevil", "-->",
@@ -143,6 +188,9 @@ def test_no_text_becomes_markup(tmp_path):
     survey["across"]["tokens"] = HOSTILE[:5]
     for at, token in enumerate(HOSTILE):
         survey["layers"][2]["massive"].append({"dim": at, "position": at, "token": token, "value": 1000.0 - at})
+    survey["sample"] = {"prompt": HOSTILE[0], "written": "\n".join(HOSTILE[1:])}
+    survey["provenance"] |= {"command": HOSTILE, "device": "<b>", "date": "<i>", "versions": {"<b>": "\x1b"}}
+    survey["provenance"]["texts"]["evaluation"][0]["name"] = HOSTILE[1]
     survey["interventions"][1]["name"] = "<script>x</script>"
     survey["interventions"][1]["where"] = "<img src=x>"
     page = write([survey], tmp_path)
@@ -191,6 +239,7 @@ GONE = {
     "interventions": ["interventions"],
     # No section stands on these alone.
     "source model_type chunks chunk_length n_slots normed_sites perplexity massive_activations across audit": [],
+    "parameters files speed sample provenance": [],
 }
 
 
