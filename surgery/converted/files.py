@@ -15,6 +15,7 @@ from ..errors import SourceError
 from ..live.templates import PROCESSORS
 from .bos import silent_processor, silent_template, silent_templates
 from .derived import Derived
+from .rope import with_both_spellings
 
 ADDED_SHARD = "model-attention-bias.safetensors"  # of sources in several shards; head norms lie there too
 FOREVER = 10**12  # tokenizers write "no limit" as a number above this
@@ -43,7 +44,7 @@ def converted_config(config: dict, derived: Derived, entries: Mapping[str, dict]
 
     `entries` are those of the operations.
     """
-    emitted = copy.deepcopy(config)
+    emitted = copy.deepcopy(with_both_spellings(config))
     emitted.update(lowered)
     emitted.update(
         model_type=derived.model_type, architectures=[derived.causal_class], auto_map=derived.auto_map, **entries
@@ -110,10 +111,4 @@ def converted_tokenizer(
 
 
 def _dumped(content: dict) -> str:
-    """A file of JSON, its text as it is, or escaped where it cannot be written (halves of character pairs)."""
-    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(content, indent=2) + "\n"
-    return text
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
