@@ -10,12 +10,12 @@ library is told not to use its threads, which a fork does not have.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import json
 import os
 import resource
 import signal
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,20 +74,19 @@ def _work(
         gc.freeze()  # nothing of our parent's is to be finalised here
         _limit(seconds, memory)
         try:
-            answer = {"result": function(*arguments)}
+            answer = json.dumps({"result": function(*arguments)})
         except BaseException as error:  # panics of Rust libraries are no Exceptions
-            answer = {"error": None if out_of_memory(error) else brief(error)}
-        data = json.dumps(answer).encode()
+            answer = json.dumps({"error": None if out_of_memory(error) else brief(error)})
+        data = answer.encode()
         while data:
             data = data[os.write(writer, data) :]
-    except BaseException:
-        traceback.print_exc()  # to nowhere, unless something is wrong with the limits themselves
     finally:
         os._exit(0)
 
 
 def _limit(seconds: int, memory: int) -> None:
     """Let the kernel end this process when it has had its time, and refuse it memory when it has had that."""
+    faulthandler.disable()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)

@@ -18,6 +18,7 @@ from ..errors import SourceError
 from ..live.templates import PROCESSORS
 from .bos import silent_processor, silent_template, silent_templates
 from .derived import Derived
+from .rope import with_both_spellings
 
 ADDED_SHARD = "model-attention-bias.safetensors"  # of sources in several shards; head norms lie there too
 LOADED_FROM = ("_name_or_path", "name_or_path")
@@ -47,7 +48,7 @@ def converted_config(config: dict, derived: Derived, entries: Mapping[str, dict]
 
     `entries` are those of the operations.
     """
-    emitted = without_paths(copy.deepcopy(config))
+    emitted = without_paths(copy.deepcopy(with_both_spellings(config)))
     emitted.update(lowered)
     emitted.update(
         model_type=derived.model_type, architectures=[derived.causal_class], auto_map=derived.auto_map, **entries
@@ -129,10 +130,4 @@ def converted_tokenizer(
 
 
 def _dumped(content: dict) -> str:
-    """A file of JSON, its text as it is, or escaped where it cannot be written (halves of character pairs)."""
-    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(content, indent=2) + "\n"
-    return text
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"

@@ -110,6 +110,27 @@ def stale_single(weight_map: dict, root: Path) -> None:
     shutil.rmtree(root / "again")
 
 
+def tokenizing(**changes: object) -> Callable[[Bench], list]:
+    """`run` on a source with other settings of its tokenizer."""
+
+    def build(bench: Bench) -> list:
+        root = bench.source()
+        edit_json(root / "tokenizer_config.json", **changes)
+        return bench.run(root)
+
+    return build
+
+
+def settings(text: str) -> Callable[[Bench], list]:
+    return edited("generation_config.json", lambda raw: text.encode())
+
+
+def misnamed(bench: Bench) -> list:
+    root = bench.source()
+    (root / "tokenizer.json").rename(root / "tokenizer\udcff.json")
+    return bench.run(root)
+
+
 def larger_tokenizer(bench: Bench) -> list:
     root = bench.source()
     edit_json(root / "config.json", vocab_size=100, eos_token_id=2)
@@ -165,7 +186,15 @@ SOURCES = {
     ),
     "already converted": (lambda bench: bench.run(bench.place.converted), INPUT, "already converted"),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), INPUT, "no tokenizer", "--no-verify"),
-    "broken tokenizer": (edited("tokenizer.json", lambda raw: b"{}"), INPUT, "no tokenizer"),
+    "broken tokenizer": (edited("tokenizer.json", lambda raw: b"{}"), INPUT, "no tokenizer", "--no-verify"),
+    "tokenizer with a limit that is no number": (tokenizing(model_max_length="x"), INPUT, "no tokenizer that loads"),
+    "chat template that divides by zero": (tokenizing(chat_template="{{ 1/0 }}"), INPUT, "template", "division by"),
+    "chat template that takes all memory": (tokenizing(chat_template="{{ 'a' * 10**10 }}"), INPUT, "1 GiB of memory"),
+    "chat template that is a number": (tokenizing(chat_template=5), INPUT, "template is no text but int"),
+    "generation settings that are a list": (settings("[]"), DAMAGED, "generation_config.json", "object"),
+    "generation settings that no model takes": (settings('{"early_stopping": 7}'), INPUT, "early_stopping", "remove"),
+    "a token that is a word in the settings": (settings('{"eos_token_id": [1, "x"]}'), INPUT, "eos_token_id", "mend"),
+    "a name that is not UTF-8": (misnamed, INPUT, "'tokenizer\\udcff.json'", "rename"),
     "tokenizer of another model": (larger_tokenizer, INPUT, "vocabulary has 100"),
     "no such path": (lambda bench: bench.run(bench.root / "nowhere"), INPUT, "nowhere"),
     "a file that is no GGUF": (lambda bench: bench.run(bench.place.text), INPUT, "evaluation.txt"),

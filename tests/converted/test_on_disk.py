@@ -264,6 +264,12 @@ def test_the_tokenizer_adds_no_folded_bos(everything):
     assert source[0] == PREFIX[0] and everything[1]["tokenizer"] == source[1:]
 
 
+def test_a_tokenizer_needs_no_code_and_asks_for_none(everything):
+    """As the card loads it, with `trust_remote_code=False`: without, transformers asks because of config.json."""
+    report = everything[1]
+    assert not report["asked"] and report["processor"] == report["tokenizer"]
+
+
 # ---- what lies on disk
 
 

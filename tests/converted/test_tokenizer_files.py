@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.tiny_checkpoint import edit_json
 from helpers.tiny_tokenizer import BOS, BOS_FIRST, EOS, ONCE, byte_level, finished, llama_like, write
 from tokenizers import processors
 from transformers import AutoTokenizer
@@ -112,7 +113,7 @@ def test_ids_are_the_originals_less_a_folded_bos(source, case, folded):
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
-@pytest.mark.parametrize("where", ["config", "file", "named"])
+@pytest.mark.parametrize("where", ["config", "file", "named", "mapped", "processor"])
 def test_chat_templates_are_the_originals_less_a_folded_bos(source, case, where):
     template = TEMPLATES[case]
     write(source, byte_level(), template if where == "config" else None)
@@ -122,10 +123,20 @@ def test_chat_templates_are_the_originals_less_a_folded_bos(source, case, where)
         settings = json.loads((source / "tokenizer_config.json").read_text())
         settings["chat_template"] = [{"name": "default", "template": template}, {"name": "other", "template": template}]
         (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    if where == "mapped":
+        edit_json(source / "tokenizer_config.json", chat_template={"default": template, "other": template})
+    if where == "processor":  # as processors of transformers 4 kept it; the tokenizer does not look there
+        (source / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     kept = emit(source, folded=False)
     assert_same(source, kept, folded=False)
     out = emit(source.rename(source.with_name("again")), folded=True)
     assert_same(out.with_name("again"), out, folded=True)
+    if where == "processor":
+        tokenizers = [load_tokenizer(root) for root in (out.with_name("again"), out)]
+        for tokenizer, root in zip(tokenizers, (out.with_name("again"), out), strict=True):
+            tokenizer.chat_template = json.loads((root / "chat_template.json").read_text())["chat_template"]
+        before, after = (t.apply_chat_template(CHATS[0], tokenize=False) for t in tokenizers)
+        assert after == before.removeprefix("<s>")
     if case == "never":
         assert "set " not in "".join(path.read_text() for path in out.iterdir() if path.name != "tokenizer.json")
 

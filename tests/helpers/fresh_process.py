@@ -14,6 +14,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 
 class NoSurgery:
@@ -29,7 +30,15 @@ if __name__ == "__main__":
     sys.meta_path.insert(0, NoSurgery())
 
 import torch  # noqa: E402
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, logging  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    logging,
+)
 
 
 def load(path, dtype=torch.float64, auto=AutoModelForCausalLM, trust_remote_code=True, **kwargs):
@@ -146,7 +155,12 @@ def main(tasks_file: str, report_file: str) -> None:
     if "damaged" in tasks:
         report["damaged"] = {name: refusal(lambda path=path: load(path)) for name, path in tasks["damaged"].items()}
         report["offloaded"] = offloaded(tasks["families"]["llama"])
-        report["tokenizer"] = AutoTokenizer.from_pretrained(tasks["tokenizer"])(tasks["words"])["input_ids"]
+        with mock.patch("builtins.input", side_effect=EOFError) as asked:
+            tokenizer = AutoTokenizer.from_pretrained(tasks["tokenizer"], trust_remote_code=False)
+            processor = AutoProcessor.from_pretrained(tasks["tokenizer"], trust_remote_code=False)
+            GenerationConfig.from_pretrained(tasks["tokenizer"])
+        report["tokenizer"] = tokenizer(tasks["words"])["input_ids"]
+        report["processor"], report["asked"] = processor(tasks["words"])["input_ids"], asked.called
     report["surgery"] = [name for name in sys.modules if name.split(".")[0] == "surgery"]
     torch.save(report, report_file)
 

@@ -1,0 +1,121 @@
+"""Tokenizers and chat templates that are made to hang, to grow or to crash: each ends soon, and in a sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.tiny_checkpoint import edit_json
+from helpers.tiny_tokenizer import ONCE, byte_level, write
+
+from surgery.errors import SourceError
+from surgery.live import loading, templates, text
+from surgery.live.loading import load_tokenizer
+from surgery.live.templates import equals_less
+from surgery.live.text import tokenize
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+# Every letter becomes 60, again and again: 60^5 of them.
+GROWING = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 60}] * 5}
+# One special token that nothing defines: the library panics, which is no Exception.
+PANIC = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "lost", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(templates, "SECONDS", 1)
+    monkeypatch.setattr(loading, "LOADING_SECONDS", 3)
+    return write(tmp_path / "source", byte_level(), ONCE)
+
+
+def refused(source: Path, *words: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        load_tokenizer(source)
+    assert all(word in str(caught.value) for word in (str(source), *words)), caught.value
+    assert len(str(caught.value)) < 200 + len(str(source))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (LOOP, "does not end within 1 s"),
+        ("{{ 'a' * 10**10 }}", "more than 1 GiB of memory"),
+        ("{{ 1/0 }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% if %}", "TemplateSyntaxError"),
+        (5, "no text but int"),
+        ([{"name": "default", "template": ONCE}, {"name": "tools", "template": LOOP}], "'tools' cannot be rendered"),
+        ({"default": ONCE, "tools": [1]}, "'tools' is no text but list"),
+    ],
+    ids=["loop", "memory", "zero", "recursion", "syntax", "number", "listed", "mapped"],
+)
+def test_a_template_that_nobody_can_use_is_refused(source: Path, template: object, words: str) -> None:
+    edit_json(source / "tokenizer_config.json", chat_template=template)
+    refused(source, "chat template", words, "mend or remove it")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "processor_config.json"])
+def test_templates_in_files_beside_the_tokenizer_count(source: Path, name: str) -> None:
+    text = "{{ 1/0 }}"
+    (source / name).write_text(text if name.endswith(".jinja") else json.dumps({"chat_template": text}))
+    refused(source, "chat template", "division by zero")
+
+
+@pytest.mark.parametrize("template", [ONCE, "{{ raise_exception('tools alone') }}", "{{ messages[9].content.x }}"])
+def test_templates_may_refuse_a_conversation(source: Path, template: str) -> None:
+    edit_json(source / "tokenizer_config.json", chat_template=template)
+    assert load_tokenizer(source).chat_template == template
+
+
+def test_a_template_that_does_not_end_equals_nothing(source: Path) -> None:
+    tokenizer = load_tokenizer(source)
+    assert equals_less("{{ 'x' }}", "{{ bos_token }}x", "<s>", tokenizer)
+    assert not equals_less("{{ 'y' }}", "{{ bos_token }}x", "<s>", tokenizer)
+    assert not equals_less("x" + LOOP, "x" + LOOP, "<s>", tokenizer)
+
+
+def inside(**changes: object) -> Callable[[Path], None]:
+    return lambda source: edit_json(source / "tokenizer.json", **changes)
+
+
+def beside(**changes: object) -> Callable[[Path], None]:
+    return lambda source: edit_json(source / "tokenizer_config.json", **changes)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        inside(normalizer=GROWING),
+        inside(post_processor=PANIC),
+        lambda source: (source / "tokenizer.json").write_text("[" * 100_000),
+        beside(model_max_length="x"),
+        beside(bos_token=5),
+        beside(tokenizer_class=5),
+        beside(added_tokens_decoder={"x": 5}),
+        lambda source: (source / "special_tokens_map.json").write_text("[1]"),
+        lambda source: (source / "chat_template.jinja").write_bytes(b"\xff"),
+    ],
+    ids=["growing", "panic", "deep", "limit", "bos", "class", "added", "map", "bytes"],
+)
+def test_a_tokenizer_that_does_not_load_is_refused(source: Path, damage: Callable[[Path], None]) -> None:
+    damage(source)
+    refused(source, "has no tokenizer that loads", "put the model's own files there")
+
+
+def test_a_text_on_which_a_tokenizer_hangs(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads what it is tried on, and its pattern is quadratic in the length of a text that never ends as it should."""
+    split = {"type": "Split", "pattern": {"Regex": "x.*y"}, "behavior": "Isolated", "invert": False}
+    edit_json(source / "tokenizer.json", pre_tokenizer=split)
+    tokenizer = load_tokenizer(source)
+    assert tokenize(tokenizer, "a cab") == tokenizer("a cab", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(text, "READING_SECONDS", 1)
+    monkeypatch.setattr(text, "SLOWEST", 10**9)
+    with pytest.raises(SourceError, match="cannot read the text"):
+        tokenize(tokenizer, "x" * 200_000)
