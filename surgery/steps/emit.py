@@ -41,6 +41,20 @@ def emit(plan: Plan, stage: Stage, directory: Path, operated: Operated, link: bo
     }
     _emit_shards(plan, layout, stage, changed, link)
     stage.add_tensors(plan.added_shard, added, {"format": "pt"})
+    emit_beside(plan, stage, directory, changes)
+    return build_manifest(
+        source=_source_entry(plan),
+        recipe=plan.recipe.to_dict(),
+        versions=_versions(),
+        tensors=_became(plan, changes, changed),
+        files={},
+        verdict=None,
+    )
+
+
+def emit_beside(plan: Plan, stage: Stage, directory: Path, changes: Changes) -> None:
+    """Write everything beside the weights but the card: index, config.json, tokenizer files, licences, code."""
+    _, infos = added_layout(changes.added, plan.added_shard)
     kept = {
         t.name: TensorInfo(t.name, t.dtype, t.shape, plan.shards[t.shard], t.start, t.stop)
         for t in plan.source.layout.tensors.values()
@@ -50,14 +64,6 @@ def emit(plan: Plan, stage: Stage, directory: Path, operated: Operated, link: bo
     _emit_companions(plan, stage, directory, changes)
     for name, content in plan.derived.files().items():
         stage.add_text(name, content)
-    return build_manifest(
-        source=_source_entry(plan),
-        recipe=plan.recipe.to_dict(),
-        versions=_versions(),
-        tensors=_became(plan, changes, changed),
-        files={},
-        verdict=None,
-    )
 
 
 def emitted_config(plan: Plan, changes: Changes) -> dict[str, Any]:
