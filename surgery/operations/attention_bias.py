@@ -11,7 +11,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import Stored
 from ..converted.card import Section
-from ..converted.described import Described
+from ..converted.described import Described, damaged
 from ..errors import SourceError
 from ..live.graft import Fold, eab_config, fold, grafted
 from ..live.model import Live
@@ -104,6 +104,15 @@ class AttentionBias(Operation):
     @property
     def searches(self) -> bool:
         return self.prefix == "auto"
+
+    def as_found(self, described: Described) -> Self:
+        if self.prefix != "auto":
+            return self
+        found = described.eab.prefix_ids
+        if not 0 < len(found) <= self.max_slots:
+            said = f"eab.prefix_ids holds {len(found)} tokens, and the recipe searches for 1 to {self.max_slots}"
+            raise damaged(described.root, said)
+        return self.model_copy(update={"prefix": found})
 
     def plan(self, target: Target, parts: Folded | None = None) -> Changes:
         prefix = self._prefix(target) if parts is None else parts.fold.prefix

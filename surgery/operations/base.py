@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -178,6 +178,22 @@ class Operation(Named):
     def searches(self) -> bool:
         """Whether its prefix is searched on calibration text."""
         return False
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it can be fitted once more from the source alone: to the same, but for rounding."""
+        return self.reads is None and not self.searches
+
+    def as_found(self, described: Described) -> Self:
+        """The same settings for fitting once more: what was searched is what a converted checkpoint says was found.
+
+        DamagedCheckpoint where no search of these settings finds that.
+        """
+        return self
+
+    def could_make(self, before: torch.Tensor, after: torch.Tensor) -> bool:
+        """Whether it could have changed a tensor of the source to `after`, whatever the text that it was fitted on."""
+        return True
 
     @abc.abstractmethod
     def plan(self, target: Target, parts: Parts | None = None) -> Changes:

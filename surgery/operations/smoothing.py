@@ -68,6 +68,17 @@ class Smoothing(Operation):
     def reads(self) -> str | None:
         return "smoothing is scaled"
 
+    def could_make(self, before: torch.Tensor, after: torch.Tensor) -> bool:
+        """Rows and columns, each by a power of two."""
+        (mantissas, exponents), (changed, moved) = torch.frexp(before.float()), torch.frexp(after.float())
+        if not torch.equal(mantissas, changed):
+            return False
+        by = moved - exponents
+        if before.ndim < 2 or bool((mantissas == 0).any()):  # a zero does not show by what it was scaled
+            return True
+        by = by.flatten(1)
+        return bool((by - by[:1] - by[:, :1] + by[0, 0] == 0).all())
+
     def plan(self, target: Target, parts: Smoothed | None = None) -> Changes:
         """Any weight of a block may change. UnsupportedModel where none is stored as the model has it."""
         anatomy, found, renamed = target.anatomy, {}, []

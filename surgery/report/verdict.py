@@ -19,7 +19,7 @@ _STATUS = {
     "verified": "Status: verified when it was written, as its manifest says.",
     "unverified": "Status: unverified. It was written without proof, or kept though it failed.",
 }
-_UNSEALED = "Not sealed: whoever can change the files can change the manifest too (--digest, --public-key, --against)."
+_UNSEALED = "Not sealed: whoever can change the files can change the manifest too (--digest, --public-key)."
 
 CHANGES: tuple[type[Operation], ...] = (*OPERATIONS, Tune)
 
@@ -96,6 +96,8 @@ def _standing(verdict: Mapping[str, Any]) -> list[str]:
         by = [f"the key {sealed['signature']}"] if sealed.get("signature") else []
         by += ["the digest that was given"] if sealed.get("digest") else []
         said.append(f"Sealed: by {' and '.join(by)}." if by else _UNSEALED)
+    if unchecked := verdict.get("unchecked"):
+        said.append(f"Not checked: {'; '.join(unchecked)}.")
     return said
 
 

@@ -43,15 +43,7 @@ def emit(
     }
     _emit_shards(plan, layout, stage, changed, link)
     stage.add_tensors(plan.added_shard, added, {"format": "pt"})
-    kept = {
-        t.name: TensorInfo(t.name, t.dtype, t.shape, plan.shards[t.shard], t.start, t.stop)
-        for t in plan.source.layout.tensors.values()
-    }
-    stage.add_json(INDEX, index_json({**kept, **infos}))
-    stage.add_json("config.json", emitted_config(plan, changes))
-    _emit_companions(plan, stage, directory, changes)
-    for name, content in plan.derived.files().items():
-        stage.add_text(name, content)
+    emit_beside(plan, stage, directory, changes)
     return build_manifest(
         source=_source_entry(plan),
         recipe=plan.recipe.to_dict(),
@@ -61,6 +53,20 @@ def emit(
         verdict=None,
         provenance=provenance,
     )
+
+
+def emit_beside(plan: Plan, stage: Stage, directory: Path, changes: Changes) -> None:
+    """Write everything beside the weights but the card: index, config.json, tokenizer files, licences, code."""
+    _, infos = added_layout(changes.added, plan.added_shard)
+    kept = {
+        t.name: TensorInfo(t.name, t.dtype, t.shape, plan.shards[t.shard], t.start, t.stop)
+        for t in plan.source.layout.tensors.values()
+    }
+    stage.add_json(INDEX, index_json({**kept, **infos}))
+    stage.add_json("config.json", emitted_config(plan, changes))
+    _emit_companions(plan, stage, directory, changes)
+    for name, content in plan.derived.files().items():
+        stage.add_text(name, content)
 
 
 def emitted_config(plan: Plan, changes: Changes) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def operate(
                 random_ids = compare_random_ids(live, control)
         if plan.recipe.tune is not None:
             parts = {change.name: change.held(live, parts[change.name]) for change in changes}
-        tensors = _collect(live, changes, parts)
+        tensors = collect(live, changes, parts)
     del live
     gc.collect()
     return Operated(parts, plan.final(parts), tensors, random_ids)
@@ -89,7 +89,7 @@ def _comparable(live: Live, changes: Sequence[Operation]) -> Callable[[int], boo
     return lambda length: all(change.exact_on(live.model.config, length) for change in exact)
 
 
-def _collect(live: Live, changes: Sequence[Operation], parts: Mapping[str, Parts]) -> dict[str, torch.Tensor]:
+def collect(live: Live, changes: Sequence[Operation], parts: Mapping[str, Parts]) -> dict[str, torch.Tensor]:
     """What is added and changed, in main memory; of a tensor that several change, the last counts."""
     tensors = {}
     for change in changes:

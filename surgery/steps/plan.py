@@ -92,8 +92,8 @@ class Plan:
         return {**kept, **added}
 
     def final(self, parts: Mapping[str, Parts]) -> Changes:
-        """What is done, now that everything is fitted."""
-        found = {change.name: change.plan(self.target, parts[change.name]) for change in self.recipe.changes}
+        """What is done, now that everything is fitted; of what is not, the most there can be."""
+        found = {change.name: change.plan(self.target, parts.get(change.name)) for change in self.recipe.changes}
         return _together(self.anatomy, found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,6 +130,11 @@ def prepare(
     would refuse: SourceError, DamagedCheckpoint, UnsupportedModel, OutputError, NoSpace.
     """
     source = open_source(spec, revision=revision, dtype=dtype)
+    return plan_on(source, recipe, out, needs_tokenizer=needs_tokenizer, link=link)
+
+
+def plan_on(source: Source, recipe: Recipe, out: Path | None, *, needs_tokenizer: bool, link: bool = False) -> Plan:
+    """The same for a source that is open."""
     # Before the tokenizer, which would complain in its own words.
     anatomy, fits = examine_source(source)
     if source.kind != "gguf":

@@ -46,6 +46,10 @@ class Tune(Settings, Operation):
     def reads(self) -> str | None:
         return "tune trains" if self.dataset is None else None
 
+    @property
+    def repeats(self) -> bool:
+        return False  # a data set is text too
+
     def plan(self, target: Target, parts: Any = None) -> Changes:
         """UnsupportedModel where LoRA is to change what the checkpoint stores in another form than the model has it."""
         anatomy = target.anatomy

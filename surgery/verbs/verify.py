@@ -28,6 +28,7 @@ from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
 from ..results import Verdict
 from ..steps.act import provenance, told
+from ..steps.again import check_again
 from ..steps.fetch import fetch_converted, fetch_weights
 from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
@@ -91,6 +92,9 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
             if source is not None and directory is not None and has_tokenizer(source.companions):
                 original = load_tokenizer(directory)
             checks.append(check_tokenizer(root, original, described.eab.prefix_ids, texts.evaluation))
+        if source is not None and directory is not None and described is not None and recipe is not None:
+            if all(check.passed for check in checks):  # or the source is another, and that has been said
+                checks += check_again(described, manifest, recipe, source, directory, options.device, reporter)
         standing = replace(standing, checks=[*checks, *standing.checks])
         if described is None or recipe is None or texts.evaluation is None:
             return _told(standing, paths, date, options, texts, manifest)
@@ -110,8 +114,11 @@ def _standing(
 ) -> Findings:  # fmt: skip
     """What vouches for the manifest, what it says of itself, and what is not looked at."""
     held = check_seals(root, digest, key)
+    unchecked = [] if options.against else ["whether weights, slots and settings are what the source gives (--against)"]
+    unchecked += [] if options.text else ["what the model predicts (--text)"]
+    said = seals_said(root, manifest, digest, key, held)
     return Findings(
-        held, said=seals_said(root, manifest, digest, key, held),
+        held, said={**said, "unchecked": unchecked} if unchecked else said,
         required=required_checks(manifest, options.require), notes=seal_notes(root, key),
     )  # fmt: skip
 

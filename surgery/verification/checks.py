@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SurgeryError, shortened
+from ..errors import NoSpace, SurgeryError, shortened
 
 Found = tuple[bool, str] | tuple[bool, str, tuple[str, ...]]
 
@@ -31,9 +31,11 @@ class Check:
 
 
 def check(name: str, look: Callable[[], Found]) -> Check:
-    """What `look` finds; an error of ours, or one of reading files, is a check that failed."""
+    """What `look` finds; an error of ours, or one of reading files, is a check that failed. NoSpace is none."""
     try:
         return Check(name, *look())
+    except NoSpace:
+        raise
     except SurgeryError as error:
         return Check(name, False, str(error))
     except OSError as error:

@@ -20,7 +20,8 @@ def test_what_people_read_may_change(name: str) -> None:
     "name",
     [
         "vocab.txt", "merges.txt", "dict.txt", "target_vocab.TXT", "tokenizer.md", "LICENSE", "LICENSE.md",
-        "NOTICE.txt", "chat_template.md", "config.json", "tokenizer.json", "surgery.json", "chat_template.jinja", *SHARDS,
+        "NOTICE.txt", "chat_template.md", "config.json", "tokenizer.json", "surgery.json", "chat_template.jinja",
+        *SHARDS,
     ],
 )  # fmt: skip
 def test_what_programs_read_may_not(name: str) -> None:

@@ -98,7 +98,7 @@ def rehash(root: Path) -> None:
     files = {
         name: {"sha256": digest, "bytes": (root / name).stat().st_size}
         for name, digest in sha256_of_files(root).items()
-        if name != "surgery.json"
+        if name not in ("surgery.json", "model.sig")
     }
     edit_json(root / "surgery.json", files=files)
 

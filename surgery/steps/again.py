@@ -1,0 +1,270 @@
+"""What a run would write from the source once more, held against a converted checkpoint that is there.
+
+Nothing is listed by hand: the files beside the weights are emitted anew and compared byte for byte, and operations are
+fitted anew as far as they follow from the source alone. What text or training decided cannot be had again: the
+manifest's hashes hold it, and what seals the manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ..anatomy.stored import stored_values
+from ..checkpoint.contents import SETTINGS, SIGNATURE, all_files, is_document
+from ..checkpoint.layout import Layout, read_layout
+from ..checkpoint.manifest import MANIFEST, Manifest
+from ..checkpoint.regular import read_json
+from ..checkpoint.source import Source
+from ..checkpoint.stage import Stage
+from ..checkpoint.values import as_stored
+from ..checkpoint.writing import plan_file
+from ..converted.described import Described
+from ..converted.files import added_layout
+from ..endings.temporary import temporary
+from ..errors import DamagedCheckpoint, NoSpace, SurgeryError
+from ..live.loading import load_original, load_tokenizer
+from ..live.model import Live
+from ..operations.base import Changes, Fitting, Operation, Parts
+from ..progress import Reporter
+from ..verification.checks import Check, Found, check
+from ..words import listing
+from .emit import emit_beside
+from .operate import collect
+from .plan import Plan, plan_on
+from .recipe import Recipe
+
+FILES, TENSORS = "files again", "tensors again"
+# By how much of the largest entry of its row an entry may differ: what float32 makes of another order of summation in
+# a deep model, on another machine. SmolLM2's slots differ from those in float64 by up to 2^-13.5, at the median 2^-19.
+ROUNDING = 2.0**-10
+# Rounding spreads: what differs in one layer differs in all after it. So few entries that differ were changed by hand.
+SPREAD = 0.01
+
+
+@dataclass(frozen=True)
+class Again:
+    """What was fitted anew: the plan, what is done, and the tensors by their names in the checkpoint.
+
+    `left`: the operations that were not, the last of the recipe.
+    """
+
+    plan: Plan
+    changes: Changes
+    tensors: Mapping[str, torch.Tensor]
+    left: Sequence[Operation]
+
+    @property
+    def open(self) -> set[str]:
+        """Names of tensors that those may have added or changed."""
+        by_operation = self.plan.by_operation
+        names = {
+            name for one in self.left for part in ("added", "changed") for name in getattr(by_operation[one.name], part)
+        }
+        return names | (set(self.changes.added) if self.plan.recipe.tune is not None else set())
+
+
+def check_again(
+    described: Described, manifest: Manifest, recipe: Recipe, source: Source, directory: Path, device: str,
+    reporter: Reporter,
+) -> list[Check]:  # fmt: skip
+    """Whether the checkpoint that `described` is of holds what `recipe` makes of `source` (plain files in `directory`).
+
+    NoSpace where the source does not fit into memory.
+    """
+    try:
+        again = fit_again(described, recipe, source, directory, device, reporter)
+    except NoSpace:
+        raise
+    except SurgeryError as error:  # the recipe or config.json of the checkpoint says what cannot be done
+        return [Check(FILES, False, str(error))]
+    reporter.step("compare what was written with what a run would write")
+    return [
+        check(FILES, lambda: _same_files(described.root, again, directory)),
+        check(TENSORS, lambda: _same_tensors(described.root, manifest, again, directory)),
+    ]
+
+
+def fit_again(
+    described: Described, recipe: Recipe, source: Source, directory: Path, device: str, reporter: Reporter
+) -> Again:  # fmt: skip
+    """Plan `recipe` on the source, and fit its operations, up to the first that text or training decides."""
+    operations = tuple(operation.as_found(described) for operation in recipe.operations)
+    plan = plan_on(source, recipe.model_copy(update={"operations": operations}), None, needs_tokenizer=False)
+    if source.kind == "gguf" and plan.target.tokenizer is not None:
+        plan = replace(plan, target=replace(plan.target, tokenizer=load_tokenizer(directory)))
+    changes = plan.recipe.changes
+    repeated = next((i for i, change in enumerate(changes) if not change.repeats), len(changes))
+    parts: dict[str, Parts] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    if repeated:
+        reporter.step("fit the operations again, from the source")
+        live = Live(load_original(directory, device=device), plan.anatomy)
+        with contextlib.ExitStack() as grafts:
+            for change in changes[:repeated]:
+                planned = plan.by_operation[change.name]
+                fitting = Fitting(plan.target, planned, None, reporter, {**parts}, None, 0.0, directory)
+                parts[change.name] = change.fit(live, fitting)
+                grafts.enter_context(change.graft(live, parts[change.name]))
+            tensors = collect(live, changes[:repeated], parts)
+        del live
+        gc.collect()
+    final = plan.final(parts)
+    _, infos = added_layout(final.added, plan.added_shard)
+    added = {name: as_stored(infos[name], tensor) for name, tensor in tensors.items() if name in infos}
+    weights = {name: tensor for name, tensor in tensors.items() if name not in infos}
+    stored = stored_values(replace(source.layout, root=directory), plan.anatomy, weights)
+    return Again(plan, final, {**added, **stored}, changes[repeated:])
+
+
+# ---- files
+
+
+def _same_files(root: Path, again: Again, directory: Path) -> Found:
+    """Every file beside the weights is, byte for byte, what a run writes. Generation settings may be others."""
+    with _emitted(again, directory) as stage:
+        wanted = {path.name: path.read_bytes() for path in stage.iterdir()}
+    plan = again.plan
+    found = {name: path for name, path in all_files(root).items() if path.is_file()}
+    weights = {*plan.shards.values(), plan.added_shard}
+    ours = {name for name in found if not is_document(name)} - weights - {MANIFEST, SIGNATURE}
+    if missing := sorted(wanted.keys() - found.keys()):
+        return False, f"{missing[0]} is missing: a run writes it from {plan.source.spec}"
+    notes: list[str] = []
+    for name in sorted(ours):
+        if name not in wanted and name != SETTINGS:
+            return False, f"{name} is there, and a run writes no such file from {plan.source.spec}"
+        if name not in wanted or found[name].read_bytes() != wanted[name]:
+            if name != SETTINGS:
+                return (
+                    False,
+                    f"{name} is not what a run writes from {plan.source.spec}{_where(found[name], wanted[name])}",
+                )
+            notes.append(f"{name} is not the source's: generation settings were changed")
+    for name, header in _headers(again, directory).items():
+        with (root / name).open("rb") as file:
+            if file.read(len(header)) != header:
+                return False, f"the header of {name} is not what a run writes"
+    told = f"{len(wanted) - len(notes)} files byte for byte as a run writes them from {plan.source.spec}"
+    return True, "; ".join([told, *notes]), tuple(notes)
+
+
+def _headers(again: Again, directory: Path) -> dict[str, bytes]:
+    """How each file of weights begins: those of the source as they are there, then that of what was added."""
+    headers = {}
+    for old, new in again.plan.shards.items():
+        with (directory / old).open("rb") as file:
+            size = file.read(8)
+            headers[new] = size + file.read(int.from_bytes(size, "little"))
+    entries = [(name, stored.dtype, stored.shape) for name, stored in again.changes.added.items()]
+    headers[again.plan.added_shard], _ = plan_file(again.plan.added_shard, entries, {"format": "pt"})
+    return headers
+
+
+@contextlib.contextmanager
+def _emitted(again: Again, directory: Path) -> Iterator[Path]:
+    """A directory with all that a run writes beside the weights and the card; there for the time of the block."""
+    with temporary() as scratch, Stage(scratch / "out") as stage:
+        emit_beside(again.plan, stage, directory, again.changes)
+        yield stage.path
+
+
+def _where(path: Path, wanted: bytes) -> str:
+    """At which key a JSON file first differs, as the end of a sentence."""
+    if path.suffix != ".json":
+        return ""
+    with temporary() as scratch:
+        other = scratch / path.name
+        other.write_bytes(wanted)
+        key = _first_difference(read_json(path), read_json(other))
+    return f" (at {key[:100]})" if key else " (the same content, written otherwise)"
+
+
+def _first_difference(a: Any, b: Any) -> str:
+    """The path to the first value in which two JSON values differ; empty where there is none."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            if key not in a or key not in b:
+                return key
+            if a[key] != b[key] or type(a[key]) is not type(b[key]):
+                return ".".join(filter(None, (key, _first_difference(a[key], b[key]))))
+    return ""
+
+
+# ---- tensors
+
+
+def _same_tensors(root: Path, manifest: Manifest, again: Again, directory: Path) -> Found:
+    """What was fitted again is what is stored, but for rounding; and what was not is said."""
+    layout, spec, left = read_layout(root), again.plan.source.spec, again.open
+    compared = {name: tensor for name, tensor in again.tensors.items() if name not in left}
+    entries = differing = to_the_bit = 0
+    furthest, where = 0.0, ""
+    for name, wanted in compared.items():
+        found = _read(layout, name)
+        if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+            return False, f"{name} is {found.dtype} of shape {tuple(found.shape)}, computed again it is not"
+        distance = 0.0 if torch.equal(found, wanted) else _distance(found, wanted)
+        if not distance <= ROUNDING:
+            return False, f"{name} is not what is computed again from {spec} (off by {distance:.2g})"
+        to_the_bit += torch.equal(found, wanted)
+        furthest = max(furthest, distance)
+        if found.dtype == torch.float32:  # in half precision rounding shows in few entries
+            unequal = int((found != wanted).sum())
+            entries, differing, where = entries + found.numel(), differing + unequal, name if unequal else where
+    if 0 < differing < SPREAD * entries:
+        said = f"{differing} of {entries:,} entries differ from what is computed again, the others agree to the bit"
+        return False, f"{where}: {said}, so it is no rounding"
+    if made := _not_made(layout, manifest, again, directory, compared):
+        return False, made
+    told = f"{len(compared)} tensors as computed again from {spec}"
+    if to_the_bit == len(compared):
+        told += ", to the bit"
+    else:
+        told += f", {to_the_bit} to the bit, others off by {furthest:.1g} of a row's largest entry, as rounding is"
+    if not again.left:
+        return True, told
+    names = listing([operation.name for operation in again.left], 8)
+    note = f"what {names} made of text cannot be computed again: the manifest alone holds it, if it is sealed"
+    return True, f"{told}; {note}", (note,)
+
+
+def _not_made(
+    layout: Layout, manifest: Manifest, again: Again, directory: Path, compared: Mapping[str, torch.Tensor]
+) -> str | None:  # fmt: skip
+    """A tensor that is said to be changed, and that no operation of the recipe makes like this, as a sentence."""
+    original = read_layout(directory)
+    for name, entry in manifest.tensors.items():
+        if entry.status != "changed" or name in compared:
+            continue
+        makers = [
+            change for change in again.plan.recipe.changes if name in again.plan.by_operation[change.name].changed
+        ]
+        if not makers:
+            return f"{name} is said to be changed, and no operation of the recipe changes it"
+        if len(makers) == 1 and not makers[0].could_make(_read(original, name), _read(layout, name)):
+            return f"{name} is not what {makers[0].name} makes of it, whatever the text"
+    return None
+
+
+def _read(layout: Layout, name: str) -> torch.Tensor:
+    if name not in layout.tensors:
+        raise DamagedCheckpoint(f"{name} is missing, and computed again it is there")
+    with safe_open(layout.root / layout.tensors[name].shard, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference as a share of the largest entry of its row, less what storing in half precision rounds."""
+    a, b = found.double(), wanted.double()
+    row = b.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    step = torch.finfo(wanted.dtype).eps if wanted.dtype in (torch.float16, torch.bfloat16) else 0.0
+    return (((a - b).abs() - step * b.abs()).clamp(min=0) / row).max().nan_to_num(nan=float("inf")).item()
