@@ -4,6 +4,7 @@
     surgery.run(recipe, source, out, RunOptions(text=[...]))       convert, verify, publish
     surgery.verify(out, VerifyOptions(against=source))             check a converted checkpoint
     surgery.scan(source, text=[...])                               massive activations and sinks, layer by layer
+    surgery.push(out, "owner/name")                                send a converted checkpoint to the hub
     surgery.pretrain(recipe, out, text=[...])                      small models from nothing
 
 Importing surgery also makes the converted model types (`eab_llama`, ...) known to transformers' Auto classes.
@@ -19,16 +20,17 @@ if TYPE_CHECKING:
     from .steps.options import RunOptions, VerifyOptions
     from .verbs.plan import plan
     from .verbs.pretrain import pretrain
+    from .verbs.push import push
     from .verbs.run import run
     from .verbs.scan import scan
     from .verbs.verify import verify
 
 __version__ = "0.1.0"
 _HOMES = {
-    **{verb: f"verbs.{verb}" for verb in ("plan", "pretrain", "run", "scan", "verify")},
+    **{verb: f"verbs.{verb}" for verb in ("plan", "pretrain", "push", "run", "scan", "verify")},
     **dict.fromkeys(("RunOptions", "VerifyOptions"), "steps.options"),
 }
-__all__ = ["RunOptions", "VerifyOptions", "plan", "pretrain", "run", "scan", "verify"]
+__all__ = ["RunOptions", "VerifyOptions", "plan", "pretrain", "push", "run", "scan", "verify"]
 
 
 def __getattr__(name: str):

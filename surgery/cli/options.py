@@ -19,7 +19,7 @@ def options(*wanted):
 
 
 JSON = click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write the result as JSON too.")
-REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
+REVISION = click.option("--revision", help="Branch, tag or commit of a hub id; or write id@REVISION.")
 DTYPE = click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype to dequantise a GGUF to (float32)."
 )
