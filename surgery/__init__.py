@@ -5,6 +5,7 @@
     surgery.verify(out, against=source)                check a converted checkpoint
     surgery.seal(out)                                  take edited documents into the manifest
     surgery.scan(source, text="wiki.txt")              massive activations and sinks, layer by layer
+    surgery.push(out, "owner/name")                    send a converted checkpoint to the hub
     surgery.pretrain(recipe, out, text=[...])          small models from nothing
     surgery.clean(directory)                           remove what killed runs left behind
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .verbs.clean import clean
     from .verbs.plan import plan
     from .verbs.pretrain import pretrain
+    from .verbs.push import push
     from .verbs.run import run
     from .verbs.scan import scan
     from .verbs.seal import seal
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 _HOMES = {
-    **{verb: f"verbs.{verb}" for verb in ("clean", "plan", "pretrain", "run", "scan", "seal", "verify")},
+    **{verb: f"verbs.{verb}" for verb in ("clean", "plan", "pretrain", "push", "run", "scan", "seal", "verify")},
     **dict.fromkeys(("RunOptions", "VerifyOptions"), "steps.options"),
     **dict.fromkeys(("Pretrained", "Survey", "Verdict"), "results"),
     "Chunking": "live.text",
@@ -51,7 +53,7 @@ _HOMES = {
 }
 __all__ = [
     "Chunking", "Plan", "Pretrained", "Recipe", "Reporter", "RunOptions", "Survey", "SurgeryError", "Verdict",
-    "VerifyOptions", "clean", "plan", "pretrain", "run", "scan", "seal", "verify",
+    "VerifyOptions", "clean", "plan", "pretrain", "push", "run", "scan", "seal", "verify",
 ]  # fmt: skip
 
 

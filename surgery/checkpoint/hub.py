@@ -108,15 +108,14 @@ def sizes_of(snapshot: Snapshot) -> dict[str, int]:
 
 
 def download(snapshot: Snapshot, sizes: Mapping[str, int], advance: Advance = unseen) -> None:
-    """Bring these files (name to bytes) into the snapshot's directory; those that are there are left alone.
+    """Bring these files, name to bytes, into the snapshot's directory, where they are missing.
 
     A connection that breaks off is taken up where it broke, and files that were complete stay for another try.
     `advance` is told of bytes. Raises NoSpace before anything is downloaded.
     """
     from huggingface_hub import hf_hub_download
 
-    missing = {name: size for name, size in sizes.items() if not (snapshot.root / name).exists()}
-    require_space(snapshot.root, sum(missing.values()))
+    require_space(snapshot.root, sum(sizes.values()))
     stop = threading.Event()
 
     def fetch(name: str) -> None:
@@ -124,7 +123,7 @@ def download(snapshot: Snapshot, sizes: Mapping[str, int], advance: Advance = un
         hf_hub_download(snapshot.id.repo, name, revision=snapshot.commit, tqdm_class=bar)
 
     with hub_errors(str(snapshot.id)):
-        at_once(fetch, [*missing], stop)
+        at_once(fetch, [*sizes], stop)
 
 
 def _named_weights(root: Path) -> Collection[str]:

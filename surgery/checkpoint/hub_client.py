@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -82,6 +83,21 @@ def bars(advance: Advance, stop: threading.Event) -> type[_Bar]:
     return type("Bar", (_Bar,), {"advance": staticmethod(advance), "stop": stop})
 
 
+@contextlib.contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """The client's own bars, which it draws for uploads, are left out where standard error is no terminal."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 # ---- failures
 
 
@@ -89,16 +105,21 @@ def bars(advance: Advance, stop: threading.Event) -> type[_Bar]:
 def hub_errors(at: str) -> Iterator[None]:
     """Turn whatever the client raises while it reads `at`, "owner/name@revision", into one sentence of SourceError, or
     into NoSpace."""
-    from huggingface_hub import errors as hub
-
-    # What is no answer of a hub, such as the page of a captive portal, ends in errors of any of these kinds.
-    nonsense = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
     try:
         yield
     except SurgeryError:
         raise
-    except (hub.HTTPError, hub.XetDownloadError, OSError, RuntimeError, *nonsense) as error:
+    except foreign_errors() as error:
         raise _said(at, error) from error
+
+
+def foreign_errors() -> tuple[type[Exception], ...]:
+    """What the client may raise when something other than surgery is at fault."""
+    from huggingface_hub import errors as hub
+
+    # What is no answer of a hub, such as the page of a captive portal, ends in errors of any of these kinds.
+    nonsense = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
+    return (hub.HTTPError, hub.XetDownloadError, OSError, RuntimeError, *nonsense)
 
 
 def _said(at: str, error: Exception) -> SurgeryError:

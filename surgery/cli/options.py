@@ -36,7 +36,7 @@ class ResultFile(click.Path):
 RESULT = ResultFile()
 JSON = click.option("--json", "json_file", type=RESULT, metavar="FILE", help="Write the result as JSON (-: to stdout).")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Show only errors and the last line.")
-REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
+REVISION = click.option("--revision", help="Branch, tag or commit of a hub id; or write id@REVISION.")
 DTYPE = click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype to dequantise a GGUF to (float32)."
 )

@@ -20,8 +20,9 @@ def on_hub(spec: Path | str, revision: str | None = None) -> HubId | None:
 
 def fetch_weights(source: Source, reporter: Reporter) -> Path:
     """The directory of a source that is none of GGUF, with its weights in it."""
-    if source.missing:
-        reporter.step(f"download {source.spec}")
+    if not source.missing:
+        return materialise(source, source.root)
+    reporter.step(f"download {source.spec}")
     with reporter.bar("download", sum(source.missing.values())) as advance:
         return materialise(source, source.root, advance)
 
@@ -36,7 +37,6 @@ def fetch_converted(checkpoint: Path | str, reporter: Reporter) -> Path:
     if at is None:
         require_converted(Path(checkpoint))
         return Path(checkpoint)
-    reporter.step(f"download {at}")
     snapshot = fetch_small(at)
     if not is_converted(snapshot.root):
         raise SourceError(f"{at} is not a converted checkpoint; give the output of a run.")
@@ -51,6 +51,9 @@ def fetch_all(snapshot: Snapshot, reporter: Reporter) -> Path:
         if not all((snapshot.root / name).exists() for name in read_manifest(snapshot.root).files):
             raise
         return snapshot.root
-    with reporter.bar("download", sum(sizes.values())) as advance:
-        download(snapshot, sizes, advance)
+    missing = {name: size for name, size in sizes.items() if not (snapshot.root / name).exists()}
+    if missing:
+        reporter.step(f"download {snapshot.id}")
+        with reporter.bar("download", sum(missing.values())) as advance:
+            download(snapshot, missing, advance)
     return snapshot.root

@@ -3,10 +3,11 @@
 from .clean import clean
 from .plan import plan
 from .pretrain import pretrain
+from .push import push
 from .recipes import recipes
 from .run import run
 from .scan import scan
 from .seal import seal
 from .verify import verify
 
-COMMANDS = (plan, run, verify, seal, scan, pretrain, recipes, clean)
+COMMANDS = (plan, run, verify, seal, push, scan, pretrain, recipes, clean)

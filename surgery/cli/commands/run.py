@@ -30,6 +30,16 @@ from ..options import given as given_paths
 from ..screen import Screen
 
 
+def require_pushing(push: str, no_verify: bool) -> None:
+    """Refuse what could not be pushed in the end, before anything else is done."""
+    from ...checkpoint.pushing import require_push
+    from ...errors import SourceError
+
+    if no_verify:
+        raise SourceError(f"--push {push} sends what was proved, which --no-verify leaves out; take one away.")
+    require_push(push)
+
+
 @click.command()
 @RECIPE
 @click.argument("source")
@@ -44,10 +54,11 @@ from ..screen import Screen
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
     click.option("--report", type=RESULT, metavar="FILE", help="What was gained, and surveys of both, in one page."),
     click.option("--tuning", type=FILE, metavar="DIR", help="Keep the state of tuning here, and go on from it."),
+    click.option("--push", metavar="ID", help="Then push OUT to the hub: owner/name, or owner/name@branch."),
     click.option("--adapter", type=FILE, metavar="DIR", help="Also write what was tuned as a PEFT adapter."),
     SIGN, TASKS, chunking(64, 2), LINK, DTYPE, REVISION, DEVICE, QUIET, JSON,
 )  # fmt: skip
-def run(recipe, source, out, no_verify, report, chunks, chunk_length, quiet, json_file, **given) -> int:
+def run(recipe, source, out, no_verify, report, push, chunks, chunk_length, quiet, json_file, **given) -> int:
     """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified."""
     first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
     if first:
@@ -56,13 +67,15 @@ def run(recipe, source, out, no_verify, report, chunks, chunk_length, quiet, jso
         paths = given_paths(recipe_file(recipe), source, out, *texts, *outputs, given["sign"])
         require_result_file(json_file, "--json", [*paths, *given_paths(report)])
         require_result_file(report, "--report", paths)
+        if push is not None:
+            require_pushing(push, no_verify)
     from ...live.text import Chunking
     from ...progress import SILENT
     from ...report.verdict import outcome
     from ...steps.options import RunOptions
     from ...verbs.run import run as verb
     from ...verification.verdict import plain_json
-    from ..show.plan import show_output
+    from ..show.plan import show_output, show_pushed
     from ..show.verdict import show_verdict
 
     chosen = RunOptions(
@@ -82,6 +95,10 @@ def run(recipe, source, out, no_verify, report, chunks, chunk_length, quiet, jso
     if verdict["passed"] is not False:
         show_output(screen.tables, out, verdict)
     kept = chosen.keep_failed
+    if push is not None and verdict["passed"]:
+        from ...verbs.push import push as push_verb
+
+        show_pushed(screen.tables, push_verb(out, push, screen.reporter))
     end = f"wrote {out}" if verdict["passed"] is not False else f"{out} was not created"
     screen.end(f"{outcome(verdict)}; {end}")
     return judged(verdict, f"what was written is in {kept}" if kept else f"{out} was not created")

@@ -57,6 +57,13 @@ def _trained(tune: dict, trains: list[str]) -> str:
     return f"then tuned, up to {tune['steps']:,} steps: {'; '.join(parts)}"
 
 
+def show_pushed(console: Console, pushed: Mapping[str, Any]) -> None:
+    """Where it is on the hub, and who can see it."""
+    seen = "private, until you make it public in its settings" if pushed["private"] else "public"
+    console.print(f"\nPushed:   {pushed['url']} ({seen})", markup=False)
+    console.print(f"Check it: surgery verify {pushed['id']}", markup=False)
+
+
 def show_output(console: Console, out, verdict: Mapping[str, Any]) -> None:
     """What was written, and how to load it."""
     files = [path for path in out.rglob("*") if path.is_file()]
