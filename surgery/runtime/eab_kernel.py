@@ -81,7 +81,7 @@ def _concatenated(
     mask: Tensor | None, slot_mask: Tensor | None, dropout: float,
 ) -> Tensor:  # fmt: skip
     """PyTorch's attention over slots and keys; causal without a mask where every slot is visible."""
-    groups, extra = query.shape[1] // key.shape[1], 0
+    extra = 0
     if slot_key.shape[0]:
         if causal and slot_mask is None:
             extra = slot_key.shape[0]
@@ -89,7 +89,7 @@ def _concatenated(
         key, value, mask = _concatenate(query, key, value, slot_key, slot_value, causal and not extra, mask, slot_mask)
         causal = extra > 0
     out = F.scaled_dot_product_attention(
-        query, _repeat(key, groups), _repeat(value, groups), attn_mask=mask, dropout_p=dropout, is_causal=causal,
+        query, _repeated(key, query), _repeated(value, query), attn_mask=mask, dropout_p=dropout, is_causal=causal,
         scale=scale,
     )  # fmt: skip
     return out[:, :, extra:]
@@ -142,10 +142,9 @@ def _eager(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Every logit written out, softmax in float32 or wider."""
     keys, values, full_mask = _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask)
-    groups = query.shape[1] // key.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
     # In half precision the products of long vectors lose more than the softmax forgives: they are taken in float32.
-    logits = query.to(wide) @ _repeat(keys, groups).to(wide).transpose(2, 3) * scale  # (B, Hq, T, n + S)
+    logits = query.to(wide) @ keys.to(wide).transpose(2, 3) * scale  # (B, Hq, T, n + S)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if full_mask is not None:
@@ -156,17 +155,16 @@ def _eager(
         logits = torch.cat([logits, sinks], dim=-1)
     weights = torch.softmax(logits, dim=-1)[..., : keys.shape[2]].to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=dropout > 0)
-    return weights @ _repeat(values, groups), weights[..., slot_key.shape[0] :]
+    return weights @ values, weights[..., slot_key.shape[0] :]
 
 
 def _concatenate(
     query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, causal: bool, mask: Tensor | None,
     slot_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Slots in front: keys (B, H, n + S, D), values (B, H, n + S, E), mask (B|1, Hq|1, T, n + S) or None."""
-    batch, queries = query.shape[0], query.shape[2]
-    keys = torch.cat([slot_key.to(key).transpose(0, 1).expand(batch, -1, -1, -1), key], dim=2)
-    values = torch.cat([slot_value.to(value).transpose(0, 1).expand(batch, -1, -1, -1), value], dim=2)
+    """Slots in front: keys (B, Hq, n + S, D), values (B, Hq, n + S, E), mask (B|1, Hq|1, T, n + S) or None."""
+    queries = query.shape[2]
+    keys, values = _behind(slot_key, key, query), _behind(slot_value, value, query)
     if causal:
         mask = torch.ones(queries, queries, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is None and slot_mask is None:
@@ -193,6 +191,17 @@ def _grouped_mask(mask: Tensor, heads: int) -> Tensor:
     return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (heads, -1))
 
 
-def _repeat(states: Tensor, groups: int) -> Tensor:
-    """(B, H, S, D) -> (B, H * groups, S, D), head h serving query heads h * groups ... h * groups + groups - 1."""
+def _behind(slots: Tensor, states: Tensor, query: Tensor) -> Tensor:
+    """(n, H, D) in front of (B, H, S, D), for every head of `query`: (B, Hq, n + S, D).
+
+    Repeated before they are put together: of what is n longer than the text, `torch.export` cannot tell, for every
+    length of the text, how it lies in memory.
+    """
+    slots = slots.to(states).transpose(0, 1).expand(states.shape[0], -1, -1, -1)
+    return torch.cat([_repeated(slots, query), _repeated(states, query)], dim=2)
+
+
+def _repeated(states: Tensor, query: Tensor) -> Tensor:
+    """(B, H, S, D) -> (B, Hq, S, D): head h serves query heads h * groups ... h * groups + groups - 1."""
+    groups = query.shape[1] // states.shape[1]
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)

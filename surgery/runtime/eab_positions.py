@@ -42,9 +42,19 @@ def text_positions(kwargs: dict[str, Any]) -> Tensor:
 
 
 def _refuse_packing(positions: Tensor) -> None:
-    """Packed sequences (positions that start again, no mask) would need slots at each start: refuse them."""
-    if positions.ndim == 2 and bool((positions.diff(dim=-1) != 1).any()):
-        raise ValueError("packed sequences are not supported with slots: pass an attention_mask, one sequence per row")
+    """Packed sequences (positions that start again, no mask) would need slots at each start: refuse them.
+
+    While a model is traced there are no values to look at: then what comes of it looks, and raises RuntimeError.
+    """
+    if positions.ndim != 2:
+        return
+    said = "packed sequences are not supported with slots: pass an attention_mask, one sequence per row"
+    counted = positions[:, :1] + torch.arange(positions.shape[1], device=positions.device)
+    plain = (positions == counted).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(plain, said)
+    elif not bool(plain):
+        raise ValueError(said)
 
 
 def number_text(
@@ -77,8 +87,6 @@ def shift_positions(
     compiling = torch.compiler.is_compiling()
     if positions is None:
         positions = text_positions(kwargs)
-    elif unmasked and compiling:
-        raise ValueError("pass an attention_mask along with position_ids when compiling a model with slots")
     elif unmasked:
         _refuse_packing(positions)
     if unmasked and compiling:

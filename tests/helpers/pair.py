@@ -46,9 +46,12 @@ def pair_of(family: str) -> Pair:
     return Pair(tiny_model(family))
 
 
-def derived_model(family="llama", prefix=PREFIX):
-    """The class that a converted checkpoint loads, in float64, with the tiny model's weights and its folded slots."""
-    pair, module = pair_of(family), load_derived(family)
+def derived_model(family="llama", prefix=PREFIX, pair=None):
+    """The class that a converted checkpoint loads, in float64, with the tiny model's weights and its folded slots.
+
+    `pair`: another of that family than the shared one.
+    """
+    pair, module = pair or pair_of(family), load_derived(family)
     config = {**pair.model.config.to_dict(), "eab": eab_config(pair.live.anatomy, prefix, "as_prefix")}
     del config["model_type"]
     config_class, model_class = (vars(module)[f"Eab{c.__name__}"] for c in (type(pair.model.config), type(pair.model)))

@@ -34,7 +34,7 @@ def test_compiled_forward_and_decoding_step():
         # Tracing cannot see whether positions start again; what runs must.
         numbered = compiled(input_ids=ids, position_ids=torch.arange(40)[None], use_cache=False).logits
         assert worst(numbered, expected) < 1e-5
-        with pytest.raises(ValueError, match="packed sequences"):
+        with pytest.raises(RuntimeError, match="packed sequences"):
             compiled(input_ids=ids, position_ids=torch.arange(20).repeat(2)[None], use_cache=False)
     torch._dynamo.reset()
 
