@@ -107,7 +107,7 @@ def without_choices(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 def _cleaned(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _cleaned(v) for k, v in value.items() if k != "auto_map" and not _chooses(k, v)}
+        return {k: _cleaned(v) for k, v in value.items() if k != "auto_map" and not _chooses(str(k), v)}
     return [_cleaned(item) for item in value] if isinstance(value, list) else value
 
 

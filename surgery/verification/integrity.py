@@ -63,15 +63,13 @@ def check_integrity(
     `described`: what config.json says, or why that cannot be read (`read_config`). `operations`: all there are; each
     knows what config.json asks for on its behalf. `may_change`: whether the recipe changes weights.
     """
-    checks = [
-        _check("files", lambda: _files(root, manifest, advance)),
-        _check("config", lambda: _config(_said(described))),
-        _check("code", lambda: _code(root, _said(described))),
-    ]
+    checks = [_check("files", lambda: _files(root, manifest, advance))]
+    code = _check("code", lambda: _code(root, _said(described)))
     try:
         layout = read_layout(root)
-    except SurgeryError as error:
-        return [*checks, Check("tensors", False, str(error))]
+    except SurgeryError as error:  # and then nothing can be said of whether config.json fits them
+        return [*checks, code, Check("tensors", False, str(error))]
+    checks += [_check("config", lambda: _config(_said(described))), code]
     checks.append(_check("tensors", lambda: _tensors(layout, manifest)))
     checks += _added(layout, manifest, described, operations)
     if source is not None and source_dir is not None:
