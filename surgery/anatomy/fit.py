@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..checkpoint.bounded import Allowance, within
 from ..checkpoint.config import CONFIG, require_countable
 from ..checkpoint.layout import Layout
 from ..errors import DamagedCheckpoint, SurgeryError, brief
 from ..words import count_of, named
-from .bounded import Allowance, within
 from .quiet import quiet
 from .sites import ADDED, Anatomy, examine
 
@@ -63,7 +63,7 @@ def examine_stored(config: dict, layout: Layout) -> tuple[Anatomy, Fit]:
     Bounded by the number of these tensors, whatever the config asks for. Raises DamagedCheckpoint where the two do not
     fit, and otherwise what `examine` raises.
     """
-    require_countable(config, layout)
+    require_countable(config, layout.tensors, layout.root / CONFIG)
     with quiet():
         anatomy = examine(config, tensors=len(layout.tensors))
     return anatomy, fit(anatomy, layout)

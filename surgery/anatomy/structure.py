@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ..checkpoint.bounded import Allowance, within
 from ..errors import SurgeryError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS, Adapter
-from .bounded import Allowance, within
 from .calls import Call, observing
 
 TOKENS = 4

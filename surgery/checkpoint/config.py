@@ -6,7 +6,7 @@ Whatever is asked of the whole file holds of the dicts inside as well: transform
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def without_choices(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 def _cleaned(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _cleaned(v) for k, v in value.items() if k != "auto_map" and not _chooses(k, v)}
+        return {k: _cleaned(v) for k, v in value.items() if k != "auto_map" and not _chooses(str(k), v)}
     return [_cleaned(item) for item in value] if isinstance(value, list) else value
 
 
@@ -155,16 +155,17 @@ def _quantised(what: str) -> SourceError:
 # ---- too much
 
 
-def stack_size(layout: Layout) -> int:
+def stack_size(names: Iterable[str]) -> int:
     """How many layers the names of tensors have room for: one more than the largest first number in a name."""
-    found = (_FIRST_INDEX.search(name) for name in layout.tensors)
+    found = (_FIRST_INDEX.search(name) for name in names)
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
-def require_countable(config: Mapping[str, Any], layout: Layout) -> None:
-    """DamagedCheckpoint where `config` counts further than the tensors of `layout` could fill, so that reading it, or
-    building its model, would not end. Whether the two fit exactly is another question."""
-    stack = stack_size(layout)
+def require_countable(config: Mapping[str, Any], names: Iterable[str], where: Path) -> None:
+    """DamagedCheckpoint where `config`, which stands in the file `where`, counts further than the tensors of these
+    names could fill, so that reading it, or building its model, would not end. Whether the two fit exactly is another
+    question."""
+    stack = stack_size(names)
     for dotted, value in _entries(dict(config)):
         key = _last(dotted)
         if type(value) is not int:
@@ -176,6 +177,4 @@ def require_countable(config: Mapping[str, Any], layout: Layout) -> None:
             held = "more than any model has"
         else:
             continue
-        raise DamagedCheckpoint(
-            f"{layout.root / CONFIG}: {named(dotted)} is {value:,}, {held}; correct it, or download it again."
-        )
+        raise DamagedCheckpoint(f"{where}: {named(dotted)} is {value:,}, {held}; correct it, or download it again.")

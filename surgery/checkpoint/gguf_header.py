@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DamagedCheckpoint, SourceError
+from ..words import named
 from .regular import is_lfs_pointer, lfs_pointer, open_regular
 
 _VERSIONS = (2, 3)
@@ -66,7 +67,9 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from error
     except (struct.error, ValueError, OverflowError) as error:
-        raise DamagedCheckpoint(f"{path} is truncated or damaged in its header ({error}); {_AGAIN}.") from error
+        raise DamagedCheckpoint(
+            f"{path} is truncated or damaged in its header ({named(error, 120)}); {_AGAIN}."
+        ) from error
 
 
 class _Cursor:
@@ -175,7 +178,7 @@ def _tensors(
         end = tensor.start + tensor.nbytes
         if end > size:
             raise DamagedCheckpoint(
-                f'{path} is truncated: tensor "{tensor.name}" ends at byte {end}, the file at {size}; {_AGAIN}.'
+                f'{path} is truncated: tensor "{named(tensor.name)}" ends at byte {end}, the file at {size}; {_AGAIN}.'
             )
     if size - end >= alignment:
         raise DamagedCheckpoint(f"{path} has {size - end} trailing bytes after its last tensor; {_AGAIN}.")

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from ..bounded import GIB, bounded
 from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, SurgeryError, UnsupportedModel, brief
+from ..words import named
+from .config import require_countable
 from .disk import disk_errors
 from .gguf_header import Header
 
@@ -62,7 +64,7 @@ def derive(header: Header) -> Derived:
     with deriving(header):
         processor, config = _config(header)
         _check_config(header, config)
-        model = _meta_model(config)
+        model = _meta_model(config, len(header.tensors))
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         names = _names(header, model, processor, shapes)
     config.architectures = [type(model).__name__]
@@ -97,7 +99,7 @@ def _check_rope_scaling(header: Header) -> None:
         suffix = key.removeprefix(prefix)
         if suffix not in neutral or neutral[suffix] is not None and value != neutral[suffix]:
             raise UnsupportedModel(
-                f"{header.path} scales its rotary positions ({key} = {value}), which transformers "
+                f"{header.path} scales its rotary positions ({named(key)} = {named(value, 40)}), which transformers "
                 f"does not read from a GGUF; {_INSTEAD}."
             )
 
@@ -114,6 +116,7 @@ def _config(header: Header) -> tuple[Any, PreTrainedConfig]:
     raw = load_gguf_checkpoint(str(header.path), return_tensors=False)["config"]
     kind: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
     config = {key: value for key, value in raw.items() if key != "_model_name_or_path"}  # a title, not a path
+    require_countable(raw, [stored.name for stored in header.tensors], header.path)
     return kind(config=raw), CONFIG_MAPPING[raw["model_type"]].from_dict(config)
 
 
@@ -143,11 +146,13 @@ def _check_config(header: Header, config: PreTrainedConfig) -> None:
         if suffix in expected:
             if not _agree(value, expected[suffix]):
                 raise UnsupportedModel(
-                    f"{header.path} says {key} = {value}, and transformers would compute with "
+                    f"{header.path} says {named(key)} = {named(value, 40)}, and transformers would compute with "
                     f"{expected[suffix]}; {_INSTEAD}."
                 )
         elif mapping.get(suffix) is None:
-            raise UnsupportedModel(f"{header.path} says {key} = {value}, which transformers does not read; {_INSTEAD}.")
+            raise UnsupportedModel(
+                f"{header.path} says {named(key)} = {named(value, 40)}, which transformers does not read; {_INSTEAD}."
+            )
 
 
 def _expected(config: PreTrainedConfig) -> dict[str, Any]:
@@ -174,12 +179,14 @@ def _agree(stated: Any, computed: Any) -> bool:
     return bool(stated == computed)
 
 
-def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+def _meta_model(config: PreTrainedConfig, tensors: int) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from .bounded import Allowance, within
+
     config._attn_implementation = "eager"  # which all families know; what reads the structure asks in its own way
-    with torch.device("meta"):
+    with torch.device("meta"), within(Allowance.of(tensors)):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
@@ -201,16 +208,16 @@ def _names(
         whole = name or table.get(stored.name.removesuffix(".weight"))  # merged experts lose the suffix
         if name in taken or name is None and whole in shapes:
             raise UnsupportedModel(
-                f'{header.path} stores "{whole}" in pieces ("{stored.name}"), as mixtures of '
+                f'{header.path} stores "{whole}" in pieces ("{named(stored.name)}"), as mixtures of '
                 f"experts do, which cannot be streamed one to one; {_INSTEAD}."
             )
         if name not in shapes:
             raise UnsupportedModel(
-                f'{header.path} holds the tensor "{stored.name}", which transformers does not read; {_INSTEAD}.'
+                f'{header.path} holds the tensor "{named(stored.name)}", which transformers does not read; {_INSTEAD}.'
             )
         if math.prod(stored.shape) != math.prod(shapes[name]):
             raise UnsupportedModel(
-                f'Tensor "{stored.name}" of {header.path} has shape {stored.shape}, and "{name}" '
+                f'Tensor "{named(stored.name)}" of {header.path} has shape {stored.shape}, and "{name}" '
                 f"needs {shapes[name]}; {_INSTEAD}."
             )
         _check_kind(header, stored.name, stored.kind)

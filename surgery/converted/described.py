@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ..anatomy.fit import fit, original_tensors
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, examine
-from ..checkpoint.config import code_choices, read_config, require_countable
+from ..checkpoint.config import CONFIG, code_choices, read_config, require_countable
 from ..checkpoint.layout import read_layout
 from ..errors import DamagedCheckpoint
 from ..words import named
@@ -56,7 +56,7 @@ class Described:
         base = {key: value for key, value in self.config.items() if key not in OURS}
         base["model_type"] = self.converted.base
         tensors = original_tensors(read_layout(self.root))
-        require_countable(base, tensors)
+        require_countable(base, tensors.tensors, self.root / CONFIG)
         n_slots, limit = self.eab.n_slots, base.get("max_position_embeddings")
         raised = {**base, "max_position_embeddings": limit + n_slots} if type(limit) is int else base
         with quiet():  # the raised limit is a guess

@@ -43,17 +43,15 @@ def check_integrity(
     knows what config.json asks for on its behalf. `changeable`: tensors of the source that operations of the recipe may
     change, None where nothing says which.
     """
-    checks = [
-        check("files", lambda: same_files(root, manifest, advance)),
-        check("config", lambda: _config(_said(described))),
-        check("code", lambda: same_code(root, _said(described))),
-    ]
+    checks = [check("files", lambda: same_files(root, manifest, advance))]
+    code = check("code", lambda: same_code(root, _said(described)))
     try:
         layout = read_layout(root)
-    except SurgeryError as error:
+    except SurgeryError as error:  # and then nothing can be said of whether config.json fits them
         shards = {entry.shard for entry in manifest.tensors.values()}
         contents = check("contents", lambda: known_kinds(root, shards))
-        return [*checks, contents, Check("tensors", False, str(error))]
+        return [*checks, code, contents, Check("tensors", False, str(error))]
+    checks += [check("config", lambda: _config(_said(described))), code]
     checks.append(check("contents", lambda: known_kinds(root, layout.shards)))
     checks.append(check("tensors", lambda: _tensors(layout, manifest)))
     checks += _added(layout, manifest, described, operations)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from surgery.anatomy.bounded import Allowance, within
 from surgery.anatomy.fit import Fit, examine_stored
 from surgery.anatomy.sites import examine, parse_config
+from surgery.checkpoint.bounded import Allowance, within
 from surgery.checkpoint.layout import SINGLE, read_layout
 from surgery.checkpoint.regular import read_json
 from surgery.errors import DamagedCheckpoint, SourceError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,22 @@ def pickled(bench: Bench) -> list:
     (root / SINGLE).unlink()
     (root / "pytorch_model.bin").write_bytes(b"\x80\x02")
     return bench.run(root)
+
+
+def linked(bench: Bench) -> list:
+    root = bench.source()
+    (root / "LICENSE").symlink_to(bench.file("id_rsa", "private"))
+    return bench.run(root)
+
+
+def piped(bench: Bench) -> list:
+    os.mkfifo((root := bench.source()) / "NOTICE")
+    return bench.run(root)
+
+
+def pipe(bench: Bench) -> Path:
+    os.mkfifo(bench.root / "pipe")
+    return bench.root / "pipe"
 
 
 def with_nan(bench: Bench) -> list:
@@ -156,6 +173,12 @@ SOURCES = {
     "trailing bytes": (edited(SINGLE, lambda raw: raw + b"\0"), DAMAGED, SINGLE, "trailing bytes"),
     "Git-LFS pointer": (edited(SINGLE, lambda raw: LFS_POINTER.encode()), DAMAGED, SINGLE, "git lfs pull"),
     "empty shard": (edited(SINGLE, lambda raw: b""), DAMAGED, SINGLE),
+    "a config of more layers": (configured(num_hidden_layers=100_000), DAMAGED, "num_hidden_layers", "of 2"),
+    "a config of a larger model": (configured(vocab_size=30_000_000), DAMAGED, "lm_head.weight", "(320, 32)"),
+    "a config of fewer layers": (configured(num_hidden_layers=1), DAMAGED, "model.layers.1."),
+    "an empty quantization_config": (configured(quantization_config={}), INPUT, "quantization_config"),
+    "a link that leaves": (linked, INPUT, "LICENSE is a link to", "id_rsa"),
+    "a pipe in the source": (piped, INPUT, "NOTICE is a pipe"),
     "pickle weights": (pickled, INPUT, "pytorch_model.bin", "save_pretrained"),
     "no weights": (without(SINGLE), INPUT, SINGLE),
     "index names ../x": (indexed(leave_directory), DAMAGED, "../x.safetensors", INDEX),
@@ -273,6 +296,10 @@ TEXTS = {
         lambda bench: bench.run(None, AUTO, "--calibration", bench.file("c.txt", "A bridge.")), INPUT, "calibration"
     ),
     "scan without text": (lambda bench: ["scan", bench.place.source], INPUT, "--text"),
+    "scan of a pipe": (lambda bench: ["scan", bench.place.source, "--text", pipe(bench)], INPUT, "not a regular file"),
+    "scan of a device": (lambda bench: ["scan", bench.place.source, "--text", "/dev/zero"], INPUT, "/dev/zero"),
+    "a recipe that is a pipe": (lambda bench: bench.run(recipe=pipe(bench)), INPUT, "not a regular file"),
+    "a GGUF that is a pipe": (lambda bench: bench.run(pipe(bench).rename(bench.root / "x.gguf")), INPUT, "x.gguf"),
     "scan of too short a text": (
         lambda bench: ["scan", bench.place.source, "--text", bench.file("t.txt", "A bridge.")], INPUT, "--chunk-length"
     ),
@@ -304,6 +331,9 @@ OUTPUTS = {
     "--json in no directory": (with_option("--json", lambda bench: bench.root / "a" / "b"), INPUT, "--json"),
     "--json inside the source": (with_option("--json", lambda bench: bench.place.source / "v"), INPUT, "--json"),
     "--json inside OUT": (with_option("--json", lambda bench: bench.out / "v.json"), INPUT, "--json"),
+    "--json is a pipe": (with_option("--json", pipe), INPUT, "pipe", "--json"),
+    "--json is a device": (with_option("--json", lambda bench: Path("/dev/zero")), INPUT, "device", "--json"),
+    "--report is a pipe": (with_option("--report", pipe), INPUT, "pipe", "--report"),
     "--json over the recipe": (with_option("--json", lambda bench: bench.root / "recipe.yaml"), INPUT, "--json"),
     "--json over the text": (with_option("--json", lambda bench: bench.place.text), INPUT, "--json"),
     "--report over the text": (with_option("--report", lambda bench: bench.place.text), INPUT, "--report"),

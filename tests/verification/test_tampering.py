@@ -150,6 +150,15 @@ def overwrite_end(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b" ")
 
 
+def replace(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def configured(**changes: object) -> Tamper:
+    return lambda root: edit_json(root / "config.json", **changes)
+
+
 def link_file(root: Path) -> None:
     shutil.move(root / SLOTS, root.parent / "slots")
     (root / SLOTS).symlink_to(root.parent / "slots")
@@ -168,6 +177,9 @@ PLAIN: dict[str, tuple[Tamper, str, str]] = {
     "a link in place of a file": (link_file, "files", SLOTS),
     "a link to a directory": (lambda root: (root / "more").symlink_to(root.parent), "files", "more"),
     "a pipe": (lambda root: os.mkfifo(root / "pipe"), "files", "pipe"),
+    "a pipe for code": (lambda root: os.mkfifo(root / "more.py"), "files", "more.py"),
+    "a device for a tokenizer": (lambda root: replace(root / "tokenizer.json", "/dev/zero"), "files", "tokenizer.json"),
+    "a device for weights": (lambda root: replace(root / KEPT, "/dev/zero"), "files", KEPT),
     "a file cut short": (lambda root: os.truncate(root / SLOTS, 100), "files", SLOTS),
     "the tokenizer": (add_bos_again, "files", "tokenizer.json"),
     "the code": (lambda root: (root / CODE).write_text("# nothing\n"), "files", CODE),
@@ -194,6 +206,20 @@ REHASHED: dict[str, tuple[Tamper, str, str]] = {
     "a model type that is no text": (
         lambda root: edit_json(root / "config.json", model_type=7), "config", "model_type 7"
     ),
+    "a kernel of the hub": (configured(_attn_implementation="owner/repo"), "config", "_attn_implementation"),
+    "a kernel by another key": (configured(attn_implementation="flash_attention_2"), "config", "attn_implementation"),
+    "a kernel for experts": (configured(experts_implementation="a/b"), "config", "experts_implementation"),
+    "a kernel for a part": (
+        configured(text_config={"_attn_implementation": "a/b"}), "config", "text_config._attn_implementation"
+    ),
+    "code for a part": (configured(text_config={"auto_map": {"AutoModel": "a/b--c.D"}}), "config", "auto_map"),
+    "other weights": (configured(transformers_weights="x.safetensors"), "config", "transformers_weights"),
+    "a quantiser": (configured(quantization_config={"quant_method": "gptq"}), "config", "quantization_config"),
+    "layers without end": (configured(num_hidden_layers=100_000), "config", "num_hidden_layers is 100,000"),
+    "a layer more": (configured(num_hidden_layers=3), "config", "model.layers.2."),
+    "a layer less": (configured(num_hidden_layers=1), "config", "model.layers.1."),
+    "a larger vocabulary": (configured(vocab_size=30_000_000), "config", "(30000000, 32)"),
+    "a number beyond floats": (configured(rope_theta=10**400), "config", "rope_theta"),
     "a tensor in two shards": (duplicate, "tensors", TENSOR),
     "BOS added again": (add_bos_again, "tokenizer", repr(BOS)),
     "BOS added again, in disguise": (hide_bos, "tokenizer", repr(BOS)),
@@ -279,10 +305,10 @@ def test_a_changed_tensor_cannot_be_declared_away(place: Place, copy: Path, stat
 def test_a_tensor_of_the_source_that_is_gone_is_named(place: Place, copy: Path) -> None:
     lose_tensor(copy)
     rehash(copy)
-    failed(surgery_command("verify", copy, "--against", place.source), "kept tensors", TENSOR)
+    failed(surgery_command("verify", copy, "--against", place.source), "config", f"{TENSOR} is missing")
 
 
-def test_without_the_source_a_missing_tensor_is_found_on_load(place: Place, copy: Path) -> None:
+def test_without_the_source_a_missing_tensor_is_found_too(place: Place, copy: Path) -> None:
     lose_tensor(copy)
     rehash(copy)
     for verb in ("verify", "scan"):

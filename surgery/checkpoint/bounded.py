@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as hooks
@@ -40,8 +41,8 @@ class Allowance:
         setattr(self, kind, left)
         if left < 0:
             raise DamagedCheckpoint(
-                f"config.json asks for a model of far more {kind} than the {self.tensors:,} tensors beside it could "
-                "fill; correct its counts, or download the checkpoint again."
+                f"the config asks for a model of far more {kind} than its {self.tensors:,} tensors could fill; correct "
+                "its counts, or download the checkpoint again."
             )
 
 
@@ -74,9 +75,9 @@ class _Counting(TorchDispatchMode):
     """Counts operations; each runs as it would."""
 
     def __init__(self, allowance: Allowance) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.allowance = allowance
 
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.allowance.take("operations")
         return function(*args, **(kwargs or {}))
