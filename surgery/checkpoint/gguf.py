@@ -14,7 +14,8 @@ from ..errors import DamagedCheckpoint, OutputError, SourceError, UnsupportedMod
 from ..progress import Advance, unseen
 from .disk import disk_errors
 from .gguf_header import Header, Stored, read_header
-from .gguf_model import derive, tokenizer_files, write_tokenizer
+from .gguf_model import derive
+from .gguf_tokenizer import tokenizer_files, write_tokenizer
 from .header import TensorInfo
 from .layout import INDEX, SINGLE, Layout
 from .values import tensor_bytes

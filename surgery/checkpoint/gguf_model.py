@@ -7,32 +7,23 @@ the derived config here, and refused where the model would compute something els
 from __future__ import annotations
 
 import math
-import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bounded import GIB, bounded
-from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, SurgeryError, UnsupportedModel, brief
 from ..words import named
 from .config import require_countable
-from .disk import disk_errors
 from .gguf_header import Header
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _NEEDED = ("block_count", "embedding_length", "attention.head_count", "context_length")
 # Keys that change nothing the model computes, or nothing that the comparison of shapes would not find.
 _HARMLESS = ("tensor_data_layout", "use_parallel_residual", "vocab_size", "feed_forward_length")
-_GPT2_SPLITS = ("default", "gpt-2", "gpt2")  # pre-tokenizers for which falling back to GPT-2's is right
-_PROBE_TEXT = "Hello,  World 2024!\n\tdef f(x): return x<|im_end|> \u00fcn\u00ef \u6f22\u5b57 </s>"
-TOKENIZER_SECONDS, TOKENIZER_MEMORY = 180, 4 * GIB  # vocabularies are converted in Python
-_INSTEAD = "give the original safetensors checkpoint instead"
+INSTEAD = "give the original safetensors checkpoint instead"
 
 
 @dataclass(frozen=True)
@@ -80,7 +71,7 @@ def deriving(header: Header) -> Iterator[None]:
         raise
     except Exception as error:
         raise UnsupportedModel(
-            f"transformers cannot read {header.path} (architecture {header.architecture}: {brief(error)}); {_INSTEAD}."
+            f"transformers cannot read {header.path} (architecture {header.architecture}: {brief(error)}); {INSTEAD}."
         ) from error
 
 
@@ -100,7 +91,7 @@ def _check_rope_scaling(header: Header) -> None:
         if suffix not in neutral or neutral[suffix] is not None and value != neutral[suffix]:
             raise UnsupportedModel(
                 f"{header.path} scales its rotary positions ({named(key)} = {named(value, 40)}), which transformers "
-                f"does not read from a GGUF; {_INSTEAD}."
+                f"does not read from a GGUF; {INSTEAD}."
             )
 
 
@@ -111,7 +102,7 @@ def _config(header: Header) -> tuple[Any, PreTrainedConfig]:
     if header.architecture in _packed_architectures():
         raise UnsupportedModel(
             f"{header.path} has the architecture {header.architecture}, which transformers converts "
-            f"while loading and surgery cannot stream; {_INSTEAD}."
+            f"while loading and surgery cannot stream; {INSTEAD}."
         )
     raw = load_gguf_checkpoint(str(header.path), return_tensors=False)["config"]
     kind: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
@@ -147,11 +138,11 @@ def _check_config(header: Header, config: PreTrainedConfig) -> None:
             if not _agree(value, expected[suffix]):
                 raise UnsupportedModel(
                     f"{header.path} says {named(key)} = {named(value, 40)}, and transformers would compute with "
-                    f"{expected[suffix]}; {_INSTEAD}."
+                    f"{expected[suffix]}; {INSTEAD}."
                 )
         elif mapping.get(suffix) is None:
             raise UnsupportedModel(
-                f"{header.path} says {named(key)} = {named(value, 40)}, which transformers does not read; {_INSTEAD}."
+                f"{header.path} says {named(key)} = {named(value, 40)}, which transformers does not read; {INSTEAD}."
             )
 
 
@@ -209,16 +200,16 @@ def _names(
         if name in taken or name is None and whole in shapes:
             raise UnsupportedModel(
                 f'{header.path} stores "{whole}" in pieces ("{named(stored.name)}"), as mixtures of '
-                f"experts do, which cannot be streamed one to one; {_INSTEAD}."
+                f"experts do, which cannot be streamed one to one; {INSTEAD}."
             )
         if name not in shapes:
             raise UnsupportedModel(
-                f'{header.path} holds the tensor "{named(stored.name)}", which transformers does not read; {_INSTEAD}.'
+                f'{header.path} holds the tensor "{named(stored.name)}", which transformers does not read; {INSTEAD}.'
             )
         if math.prod(stored.shape) != math.prod(shapes[name]):
             raise UnsupportedModel(
                 f'Tensor "{named(stored.name)}" of {header.path} has shape {stored.shape}, and "{name}" '
-                f"needs {shapes[name]}; {_INSTEAD}."
+                f"needs {shapes[name]}; {INSTEAD}."
             )
         _check_kind(header, stored.name, stored.kind)
         names[stored.name] = name
@@ -226,7 +217,7 @@ def _names(
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
     missing = sorted(set(shapes) - set(taken) - tied)
     if missing:
-        raise UnsupportedModel(f'{header.path} has no tensor for "{missing[0]}"; {_INSTEAD}.')
+        raise UnsupportedModel(f'{header.path} has no tensor for "{missing[0]}"; {INSTEAD}.')
     return names
 
 
@@ -250,56 +241,5 @@ def _check_kind(header: Header, name: str, kind: Any) -> None:
     except NotImplementedError as error:
         raise UnsupportedModel(
             f'Tensor "{name}" of {header.path} is stored as {kind.name}, which the gguf package '
-            f"cannot unpack; {_INSTEAD}."
+            f"cannot unpack; {INSTEAD}."
         ) from error
-
-
-def tokenizer_files(header: Header) -> tuple[str, ...]:
-    """The files `write_tokenizer` will write; warns where transformers does not know the pre-tokenizer."""
-    if "tokenizer.ggml.model" not in header.metadata:
-        return ()
-    split = header.metadata.get("tokenizer.ggml.pre", "default")
-    if header.metadata["tokenizer.ggml.model"] == "gpt2" and split not in (*_GPT2_SPLITS, *_known_splits()):
-        warnings.warn(
-            f"{header.path.name} names the pre-tokenizer {split!r}, which transformers does not know: it "
-            "splits text as GPT-2 does, so compare token ids with the original tokenizer.",
-            stacklevel=4,
-        )
-    template = ("chat_template.jinja",) if "tokenizer.chat_template" in header.metadata else ()
-    return (*template, "tokenizer.json", "tokenizer_config.json")
-
-
-def _known_splits() -> frozenset[str]:
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:  # transformers versions that split every byte-level vocabulary as GPT-2 does
-        return frozenset()
-    return frozenset(GGUF_PRE_TOKENIZER_SPLITS)
-
-
-def write_tokenizer(header: Header, into: Path) -> None:
-    """Write the file's tokenizer to `into` (which has config.json), and check that it reads back to the same ids.
-
-    The vocabulary and its patterns are a stranger's, so all of it happens in a child with limits of time and memory.
-    """
-    # Other tokenizer files beside the GGUF must not mix in, and the child must not write to `into`.
-    with temporary() as alone, temporary() as saved:
-        (alone / header.path.name).symlink_to(header.path.resolve())
-        shutil.copyfile(into / "config.json", saved / "config.json")
-        with deriving(header):
-            memory = TOKENIZER_MEMORY + header.path.stat().st_size  # it is mapped
-            same = bounded(_save, str(alone), header.path.name, str(saved), seconds=TOKENIZER_SECONDS, memory=memory)
-        if not same:
-            raise UnsupportedModel(f"The tokenizer of {header.path} gives other token ids once saved; {_INSTEAD}.")
-        with disk_errors(into):
-            for file in saved.iterdir():
-                shutil.copyfile(file, into / file.name)
-
-
-def _save(directory: str, name: str, into: str) -> bool:
-    """Save the tokenizer of a GGUF to `into`; whether it reads back to the same ids."""
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, gguf_file=name)
-    tokenizer.save_pretrained(into)
-    return bool(AutoTokenizer.from_pretrained(into)(_PROBE_TEXT).input_ids == tokenizer(_PROBE_TEXT).input_ids)

@@ -16,7 +16,7 @@ from ..anatomy.fit import Fit, examine_stored
 from ..anatomy.linears import linears
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.disk import free_space, require_space, require_target, same_disk
-from ..checkpoint.gguf_model import write_tokenizer
+from ..checkpoint.gguf_tokenizer import write_tokenizer
 from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import Source, has_tokenizer, open_source, without_tokenizer

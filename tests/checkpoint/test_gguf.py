@@ -25,6 +25,9 @@ from surgery.checkpoint.layout import INDEX, SINGLE, read_layout, read_tensor_by
 from surgery.checkpoint.source import materialise, open_source, source_hashes
 from surgery.checkpoint.values import tensor_bytes
 from surgery.errors import DamagedCheckpoint, OutputError, SourceError, SurgeryError, UnsupportedModel
+from surgery.steps.emit import emitted_config
+from surgery.steps.plan import prepare, source_tokenizer
+from surgery.steps.recipe import parse_recipe
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -415,3 +418,55 @@ def test_a_wrong_header_byte_is_a_sentence_or_harmless(
         read_header(scratch)
     except SurgeryError as error:
         assert "\n" not in str(error)
+
+
+# ---- its tokenizer is a stranger's program
+
+
+def with_tokenizer(template: str, model: str = "gpt2") -> Edit:
+    def edit(writer: gguf.GGUFWriter, _: dict[str, np.ndarray]) -> None:
+        letters = [*map(chr, range(33, 126)), "ab"]
+        writer.add_tokenizer_model(model)
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(["<s>", "</s>", *letters])
+        writer.add_token_types([3, 3, *[1] * len(letters)])
+        writer.add_token_merges(["a b"])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        writer.add_chat_template(template)
+
+    return edit
+
+
+def test_a_tokenizer_is_read_from_what_is_written(tmp_path: Path) -> None:
+    """The file is read once, in a child; what it becomes is loaded, as a run will."""
+    path = tiny_llama(tmp_path / "tiny.gguf", with_tokenizer("{{ bos_token }}{{ messages[0].content }}"))
+    tokenizer = source_tokenizer(open_source(str(path)))
+    assert tokenizer("ab c", add_special_tokens=False)["input_ids"] == [95, 68]
+    assert (tokenizer.bos_token, tokenizer.chat_template[:5]) == ("<s>", "{{ bo")
+
+
+@pytest.mark.parametrize(
+    ("template", "model", "words"),
+    [("{{ 1/0 }}", "gpt2", "division by zero"), ("x", "odd", "no tokenizer that loads")],
+    ids=["template", "vocabulary"],
+)
+def test_a_tokenizer_that_is_not_needed_is_left_out(tmp_path: Path, template: str, model: str, words: str) -> None:
+    path = tiny_llama(tmp_path / "tiny.gguf", with_tokenizer(template, model))
+    recipe = parse_recipe("surgery: 1\noperations:\n  - attention_bias: {prefix: [0]}\n", "recipe")
+    with pytest.raises(SurgeryError, match=f"{path}.*{words}.*run --no-verify"):
+        prepare(recipe, str(path), None, needs_tokenizer=True)
+    with pytest.warns(UserWarning, match=f"{path}.*{words}.*left out"):
+        plan = prepare(recipe, str(path), None, needs_tokenizer=False)
+    assert plan.target.tokenizer is None
+    materialise(plan.source, tmp_path / "plain")
+    found = {entry.name for entry in (tmp_path / "plain").iterdir()}
+    assert found == {"config.json", "generation_config.json", SINGLE}
+
+
+def test_both_spellings_of_the_rotary_base_are_emitted(tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path / "tiny.gguf")
+    recipe = parse_recipe("surgery: 1\noperations:\n  - attention_bias: {prefix: [0]}\n", "recipe")
+    plan = prepare(recipe, str(path), None, needs_tokenizer=False)
+    config = emitted_config(plan, plan.changes)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 12345.0

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,26 @@ def test_json_is_what_the_verbs_return(place: Place, tmp_path: Path) -> None:
         place.converted, VerifyOptions(against=str(place.source), text=[place.text], chunking=Chunking(4, 32))
     )
     assert apart_from_the_act(results(tmp_path / "v.json")) == apart_from_the_act(returned)
+
+
+def test_without_a_tokenizer_that_loads_ids_do(place: Place, tmp_path: Path) -> None:
+    """What the message of a broken tokenizer advises: it is left out, and the result is whole without."""
+    source, out, recipe = (
+        Path(shutil.copytree(place.source, tmp_path / "source")),
+        tmp_path / "out",
+        tmp_path / "r.yaml",
+    )
+    (source / "tokenizer.json").write_text("{")
+    recipe.write_text(RECIPE.replace('["<s>", "\\n"]', "[0, 5]"))
+    refused = surgery_command("run", recipe, source, out, "--text", place.text, *MEASURED)
+    assert refused.code == 2 and "list the prefix as ids and run --no-verify" in refused.err
+    for command in (("plan", recipe, source), ("run", recipe, source, out, "--no-verify")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            ended = surgery_command(*command)
+        assert ended.code == 0 and "its files are left out" in ended.err, ended.err
+    assert not [path.name for path in out.iterdir() if path.name.startswith("tokenizer")]
+    assert surgery_command("verify", out, "--against", source).code == 0
 
 
 def test_code_and_odd_settings_of_a_source_do_not_come_along(place: Place, tmp_path: Path) -> None:

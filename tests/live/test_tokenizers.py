@@ -110,7 +110,7 @@ def test_a_tokenizer_that_does_not_load_is_refused(source: Path, damage: Callabl
 
 
 def test_a_text_on_which_a_tokenizer_hangs(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads what it is tried on, and its pattern is quadratic in the length of a text that never ends as it should."""
+    """It reads what it is tried on. Its pattern is quadratic in the length of a text that never ends as it should."""
     split = {"type": "Split", "pattern": {"Regex": "x.*y"}, "behavior": "Isolated", "invert": False}
     edit_json(source / "tokenizer.json", pre_tokenizer=split)
     tokenizer = load_tokenizer(source)
