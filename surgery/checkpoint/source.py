@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +14,7 @@ from ..progress import Advance, unseen
 from .disk import sha256_of
 from .layout import INDEX, SINGLE, Layout, is_lfs_pointer, lfs_pointer, read_json, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
+from .witness import State, states_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +86,7 @@ class Source:
     layout: Layout
     companions: tuple[str, ...]
     plan: Any = field(default=None, repr=False, compare=False)  # a GGUF's GgufPlan, derived once
+    seen: Mapping[str, State] = field(default_factory=dict, repr=False, compare=False)  # before anything was read
 
     @property
     def blank(self) -> PreTrainedModel | None:
@@ -127,10 +129,11 @@ def open_source(spec: str, *, revision: str | None = None, dtype: str | None = N
 
 
 def _open_directory(spec: str, kind: str, root: Path, revision: str | None) -> Source:
+    seen = states_in(root)
     config = _read_config(root)
     refuse_adapter(root)
     layout = read_layout(root)
-    return Source(spec, kind, root, revision, config, layout, _companions(root, config))
+    return Source(spec, kind, root, revision, config, layout, _companions(root, config), seen=seen)
 
 
 def refuse_adapter(root: Path) -> None:
@@ -238,8 +241,9 @@ def _download(repo: str, revision: str | None) -> Path:
 def _open_gguf(spec: str, path: Path, dtype: str) -> Source:
     from .gguf import plan_gguf
 
+    seen = states_in(path)
     plan = plan_gguf(path, dtype)
-    return Source(spec, "gguf", path, None, plan.config, plan.layout, plan.companions, plan)
+    return Source(spec, "gguf", path, None, plan.config, plan.layout, plan.companions, plan, seen)
 
 
 def source_hashes(source: Source, advance: Advance = unseen) -> dict[str, str]:
