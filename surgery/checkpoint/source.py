@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +20,7 @@ from .manifest import MANIFEST, TYPE_PREFIX
 from .own_files import require_own_files
 from .provenance import name_of, plain
 from .regular import is_lfs_pointer, lfs_pointer, open_regular, read_json
+from .witness import State, states_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +88,7 @@ class Source:
     layout: Layout
     companions: tuple[str, ...]
     plan: Any = field(default=None, repr=False, compare=False)  # a GGUF's GgufPlan, derived once
+    seen: Mapping[str, State] = field(default_factory=dict, repr=False, compare=False)  # before anything was read
 
     @property
     def name(self) -> str:
@@ -162,13 +164,14 @@ def _open_hub(at: HubId) -> Source:
 def _open_directory(
     spec: str, kind: str, root: Path, revision: str | None, weights: Elsewhere = NOWHERE
 ) -> Source:  # fmt: skip
+    seen = states_in(root)
     require_own_files(root)
     config = _read_config(root)
     refuse_adapter(root)
     layout = read_layout(root, weights)
     refuse_quantised(root, config, layout)
-    companions = _companions(root, config)
-    return Source(spec, kind, root, revision, without_choices(config, root / CONFIG), layout, companions)
+    companions, config = _companions(root, config), without_choices(config, root / CONFIG)
+    return Source(spec, kind, root, revision, config, layout, companions, seen=seen)
 
 
 def refuse_adapter(root: Path) -> None:
@@ -254,8 +257,9 @@ def _code_files(config: dict[str, Any]) -> set[str]:
 def _open_gguf(spec: str, path: Path, dtype: str) -> Source:
     from .gguf import plan_gguf
 
+    seen = states_in(path)
     plan = plan_gguf(path, dtype)
-    return Source(spec, "gguf", path, None, plan.config, plan.layout, plan.companions, plan)
+    return Source(spec, "gguf", path, None, plan.config, plan.layout, plan.companions, plan, seen)
 
 
 def source_hashes(source: Source, advance: Advance = unseen) -> dict[str, str]:

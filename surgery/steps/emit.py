@@ -14,7 +14,6 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import INDEX, Layout
 from ..checkpoint.manifest import Manifest, build_manifest
 from ..checkpoint.provenance import Provenance
-from ..checkpoint.source import source_hashes
 from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored, differs
 from ..checkpoint.writing import index_json
@@ -25,11 +24,12 @@ from .plan import Plan, carried
 
 
 def emit(
-    plan: Plan, stage: Stage, directory: Path, operated: Operated, provenance: Provenance, link: bool
+    plan: Plan, stage: Stage, directory: Path, operated: Operated, hashes: Mapping[str, str], provenance: Provenance,
+    link: bool,
 ) -> Manifest:  # fmt: skip
     """Write every file but the card into the stage; returns the manifest, without file hashes and verdict yet.
 
-    `directory` holds the source as plain files, and keeps them.
+    `directory` holds the source as plain files, and keeps them. `hashes`: of the source's files, as they were read.
     """
     changes, layout = operated.changes, replace(plan.source.layout, root=directory)
     _, infos = added_layout(changes.added, plan.added_shard)
@@ -45,7 +45,7 @@ def emit(
     stage.add_tensors(plan.added_shard, added, {"format": "pt"})
     emit_beside(plan, stage, directory, changes)
     return build_manifest(
-        source=_source_entry(plan),
+        source=_source_entry(plan, hashes),
         recipe=plan.recipe.to_dict(),
         versions=provenance.versions,
         tensors=_became(plan, changes, changed),
@@ -111,7 +111,7 @@ def _emit_companions(plan: Plan, stage: Stage, directory: Path, changes: Changes
         stage.add_text(name, content)
 
 
-def _source_entry(plan: Plan) -> dict[str, Any]:
+def _source_entry(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
     """`source` of the manifest."""
     source = plan.source
     dtype = next(iter(source.layout.tensors.values())).dtype if source.kind == "gguf" else None
@@ -120,6 +120,6 @@ def _source_entry(plan: Plan) -> dict[str, Any]:
         "kind": source.kind,
         "revision": source.revision,
         "dtype": dtype,
-        "sha256": source_hashes(source),
+        "sha256": dict(hashes),
         "not_of_the_model": list(plan.fits.unused),
     }

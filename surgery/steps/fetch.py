@@ -23,7 +23,7 @@ def fetch_weights(source: Source, reporter: Reporter) -> Path:
     if not source.missing:
         return materialise(source, source.root)
     reporter.step(f"download {source.spec}")
-    with reporter.bar("download", sum(source.missing.values())) as advance:
+    with reporter.bar("download", sum(source.missing.values()), of_bytes=True) as advance:
         return materialise(source, source.root, advance)
 
 
@@ -54,6 +54,6 @@ def fetch_all(snapshot: Snapshot, reporter: Reporter) -> Path:
     missing = {name: size for name, size in sizes.items() if not (snapshot.root / name).exists()}
     if missing:
         reporter.step(f"download {snapshot.id}")
-        with reporter.bar("download", sum(missing.values())) as advance:
+        with reporter.bar("download", sum(missing.values()), of_bytes=True) as advance:
             download(snapshot, missing, advance)
     return snapshot.root

@@ -18,6 +18,7 @@ from ..checkpoint.provenance import moment, name_of, names_only
 from ..checkpoint.signature import Signer, manifest_digest
 from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
+from ..checkpoint.witness import Reading
 from ..converted.card import Shown, model_card
 from ..converted.origin import origin
 from ..converted.reading import load_converted
@@ -39,6 +40,7 @@ from ..steps.measure import Pair, measure_pair
 from ..steps.operate import Operated, operate
 from ..steps.options import RUN, RunKeywords, RunOptions, with_keywords
 from ..steps.plan import Plan, prepare
+from ..steps.reading import check_reading, reading_of
 from ..steps.recipe import Given, Recipe, load_recipe
 from ..steps.tune import assist, prepare_training
 from ..verification.gates.base import Inputs
@@ -88,7 +90,7 @@ def _converted(
     if training is not None and training.assists:
         assist(plan, training)
         return None
-    with Stage(out) as stage, _aside(options.adapter) as aside:
+    with Stage(out) as stage, _aside(options.adapter) as aside, reading_of(plan.source, reporter) as reading:
         # 2. The source as plain files.
         plan, directory = _materialised(plan, stage, reporter)
         # 3. Fit every operation, compare with the original, tune.
@@ -97,12 +99,12 @@ def _converted(
         operated = operate(plan, directory, inputs.calibrating, training, options.device, reporter)
         # 4. Write what was fitted.
         reporter.step("write the converted checkpoint")
-        manifest = emit(plan, stage, directory, operated, act, options.link)
+        manifest = emit(plan, stage, directory, operated, reading.recorded, act, options.link)
         operated = operated.without_tensors(plan)  # as large as the model, which is loaded anew
         # 5. Measure the original and what was written, each freshly loaded.
         findings, surveys = _measure(plan, stage, directory, operated, inputs, texts, options, reporter)
         # 6. Card and manifest; then check all files against the source.
-        findings, manifest = _finish(plan, stage, directory, operated, findings, manifest, reporter)
+        findings, manifest = _finish(plan, stage, directory, operated, findings, manifest, reading, reporter)
         # 7. Judge, and publish or not.
         found = names_only(build_verdict(findings), [stage.path, out, directory, plan.source.root])
         verdict = _conclude(stage, aside, found, manifest, options, signer)
@@ -249,7 +251,7 @@ def _said(plan: Plan, operated: Operated) -> dict[str, Any]:
 
 def _finish(
     plan: Plan, stage: Stage, directory: Path, operated: Operated, findings: Findings, manifest: Manifest,
-    reporter: Reporter,
+    reading: Reading, reporter: Reporter,
 ) -> tuple[Findings, Manifest]:  # fmt: skip
     """Write card and manifest, then check the integrity of all of it."""
     recipe = plan.recipe
@@ -273,7 +275,7 @@ def _finish(
     checks = check_integrity(
         stage.path, manifest, read_config(stage.path), OPERATIONS, plan.changes.changed.keys(), source, beside
     )
-    return replace(findings, checks=[*checks, *findings.checks]), manifest
+    return replace(findings, checks=[*checks, check_reading(reading), *findings.checks]), manifest
 
 
 def _shown(stage: Stage, findings: Findings, manifest: Manifest, recipe: Recipe) -> Shown:
