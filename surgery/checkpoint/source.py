@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SourceError, brief
 from ..progress import Advance, unseen
 from .disk import sha256_of
-from .layout import INDEX, SINGLE, Layout, is_lfs_pointer, lfs_pointer, read_json, read_layout
+from .layout import INDEX, SINGLE, Layout, is_lfs_pointer, is_plain_name, lfs_pointer, read_json, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
 
 if TYPE_CHECKING:
@@ -175,6 +175,8 @@ def _companions(root: Path, config: dict[str, Any]) -> tuple[str, ...]:
         listed = any(fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)
         if not entry.is_file() or not (name in code or listed and not name.lower().endswith(REFUSED_SUFFIXES)):
             continue
+        if not is_plain_name(name):
+            raise SourceError(f"{entry} has a name that is not plain UTF-8 text; rename it.")
         with entry.open("rb") as file:
             if is_lfs_pointer(file.read(64)):
                 raise lfs_pointer(entry)

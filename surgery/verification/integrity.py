@@ -20,7 +20,7 @@ from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.source import ADAPTER, Source, source_hashes
 from ..converted.derived import derive
 from ..converted.described import Described, read_described
-from ..errors import SurgeryError
+from ..errors import SourceError, SurgeryError
 from ..progress import Advance, unseen
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ def _check(name: str, look: Callable[[], Found]) -> Check:
         return Check(name, *look())
     except SurgeryError as error:
         return Check(name, False, str(error))
+    except PermissionError as error:  # says nothing about what is in it
+        raise SourceError(f"{error.filename} cannot be read ({error.strerror}); check its permissions.") from error
     except OSError as error:
         return Check(name, False, f"{error.filename} cannot be read ({error.strerror})")
 

@@ -81,6 +81,7 @@ class Bench:
 
     def start(self, arguments: Sequence[str]) -> int:
         """Fork a child that is the command; its id."""
+        self.output.unlink(missing_ok=True)
         if child := os.fork():
             return child
         code = 99
@@ -102,7 +103,7 @@ class Bench:
         return Ended(-999, self.told() + "\nhung", LIMIT)
 
     def told(self) -> str:
-        return self.output.read_text(encoding="utf-8", errors="replace")
+        return self.output.read_text(encoding="utf-8", errors="replace") if self.output.exists() else ""
 
     def durations(self) -> dict[str, float]:
         """Seconds that each command takes if nobody disturbs it."""
