@@ -207,7 +207,10 @@ class Table:
 def campaign(trials: Callable[[Bench, Table], None]) -> int:
     """Build a bench, hold the trials, show their table; the exit code."""
     preload()
-    with tempfile.TemporaryDirectory() as root:
+    root = Path(tempfile.mkdtemp()).resolve()  # not TemporaryDirectory: each child would remove it at its own exit
+    try:
         table = Table()
-        trials(built(Bench(Path(root).resolve())), table)
+        trials(built(Bench(root)), table)
         return table.show()
+    finally:
+        shutil.rmtree(root)
