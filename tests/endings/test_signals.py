@@ -105,6 +105,17 @@ with Owned(Path(sys.argv[1])) as owned:
     assert (ended.code, ended.out, ended.err) == (0, "True\n", "")
 
 
+def test_children_die_with_a_command(tmp_path: Path) -> None:
+    """One that would hear nothing else: it holds standard output open, for whose end this test waits."""
+    script = """
+import subprocess
+command_begins()
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+subprocess.run([sys.executable, "-c", deaf])
+"""
+    assert signalled(script, tmp_path, sender(signal.SIGTERM)).code == 143
+
+
 def test_from_python_signals_are_exceptions_as_ever(tmp_path: Path) -> None:
     script = """
 with caught(), Owned(Path(sys.argv[1])):
