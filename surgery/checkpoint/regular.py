@@ -91,5 +91,5 @@ def is_lfs_pointer(head: bytes) -> bool:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` is a file name and nothing more: no separators, no parent, no control characters."""
-    return name not in ("", ".", "..") and not any(c in "/\\:" or ord(c) < 32 for c in name)
+    """Whether `name` is a file name and nothing more: no separators, no parent, no control characters, UTF-8."""
+    return name not in ("", ".", "..") and not any(c in "/\\:" or c < " " or "\ud800" <= c <= "\udfff" for c in name)

@@ -19,7 +19,7 @@ from .layout import INDEX, SINGLE, Layout, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
 from .own_files import require_own_files
 from .provenance import name_of, plain
-from .regular import is_lfs_pointer, lfs_pointer, open_regular, read_json
+from .regular import is_lfs_pointer, is_plain_name, lfs_pointer, open_regular, read_json
 from .witness import State, states_in
 
 if TYPE_CHECKING:
@@ -212,10 +212,8 @@ def _companions(root: Path, config: dict[str, Any]) -> tuple[str, ...]:
         listed = any(fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)
         if not entry.is_file() or not (name in code or listed and not name.lower().endswith(REFUSED_SUFFIXES)):
             continue
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            raise SourceError(f"{root} has a file {name!a}, which is no UTF-8 name; rename or remove it.") from None
+        if not is_plain_name(name):
+            raise SourceError(f"{entry} has a name that is not plain UTF-8 text; rename or remove it.")
         with open_regular(entry) as file:
             if is_lfs_pointer(file.read(64)):
                 raise lfs_pointer(entry)

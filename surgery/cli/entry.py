@@ -93,6 +93,8 @@ def _mendable(error: Exception) -> SurgeryError | None:
         return SourceError("memory ran out; give fewer or shorter chunks (--chunks, --chunk-length), or --device auto")
     if (temporary := of_temporary(error)) is not None:
         return temporary
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):  # of pathlib, before 3.13
+        return SourceError(f"{str(error).removeprefix('Symlink loop from ')} is a link to itself; check the path")
     found = as_os_error(error)
     if found is None or found.errno is None:
         return None

@@ -103,7 +103,7 @@ def _read(lock: int) -> dict[str, Any] | None:
         return {"process": 0, **host()}
     try:
         owner = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     kinds = {"surgery": str, "process": int, "host": str, "boot": str}
     if not isinstance(owner, dict) or any(type(owner.get(key)) is not kind for key, kind in kinds.items()):

@@ -77,11 +77,15 @@ class Owned:
             if path is None or os.getpid() != self._process:
                 return None
             remove_tree(path)
+            if path.exists():
+                self._path = path
+                atexit.register(self.remove)  # once more, when files that are open now have been closed
+                return path
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
             no_longer(id(self))
-            return path if path.exists() else None
+            return None
 
     def last(self) -> Owned:
         """Open it for as long as the process lives; itself."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
-import sys
 import threading
 
 from ..plain import shown
@@ -143,23 +143,30 @@ def _end(number: int) -> None:
         os._exit(_process.code)
     _process.held += 1  # whatever comes now only waits
     try:
+        _kill_children()
         _say(number, [path for clean in [*_process.cleaning.values()] if (path := clean()) is not None])
     finally:
         os._exit(128 + number)
 
 
 def _say(number: int, left: list[Path]) -> None:
-    """The one sentence, without anything that an import or a lock could keep from us."""
+    """The one sentence, without anything that an import, a lock or a reader who does not read could keep from us."""
     said = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     if left:
         more = f"{left[0]} could not be removed, so remove it by hand"
     else:
         more = published() or "nothing unfinished is left behind"
-    if "multiprocessing" in sys.modules:
-        for child in sys.modules["multiprocessing"].active_children():
-            child.terminate()
-    with contextlib.suppress(Exception):  # a reader that has gone, or a write that we have cut off in the middle
-        sys.stdout.flush()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         begin = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""  # over a progress bar, which has hidden the cursor
-        os.write(2, f"{begin}error {shown(f'{said}; {more}')}.\n".encode("utf-8", "backslashreplace"))
+        if select.select([], [2], [], 1)[1]:
+            os.write(2, f"{begin}error {shown(f'{said}; {more}')}.\n".encode("utf-8", "backslashreplace"))
+
+
+def _kill_children() -> None:
+    """Workers do not outlive the command, whatever they are doing; what they have open is the command's."""
+    with contextlib.suppress(OSError):  # where there is no such file, they see their parent go
+        for thread in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{thread}/children", encoding="ascii") as listed:
+                for child in listed.read().split():
+                    with contextlib.suppress(OSError):
+                        os.kill(int(child), signal.SIGKILL)

@@ -22,6 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from ..checkpoint.disk import replacing
+
 WIDTH, HALF = 350, 240  # of figures, in points; on the page one point is about one CSS pixel
 PNG_DPI = 300
 
@@ -127,6 +129,8 @@ def write_figure(drawn: Figure, stem: Path) -> list[Path]:
         artist.set_visible(artist.get_gid() == "on-light")
         artist.set_gid(None)
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    drawn.savefig(files[0], dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
-    drawn.savefig(files[1], facecolor="white", metadata={"Date": None, "Creator": None})
+    with replacing(files[0]) as png:
+        drawn.savefig(png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+    with replacing(files[1]) as svg:
+        drawn.savefig(svg, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     return files

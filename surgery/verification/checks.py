@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import NoSpace, SurgeryError, shortened
+from ..errors import NoSpace, SourceError, SurgeryError, shortened
 
 Found = tuple[bool, str] | tuple[bool, str, tuple[str, ...]]
 
@@ -38,6 +38,8 @@ def check(name: str, look: Callable[[], Found]) -> Check:
         raise
     except SurgeryError as error:
         return Check(name, False, str(error))
+    except PermissionError as error:  # says nothing about what is in it
+        raise SourceError(f"{error.filename} cannot be read ({error.strerror}); check its permissions.") from error
     except OSError as error:
         return Check(name, False, f"{error.filename} cannot be read ({error.strerror})")
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from trials import Bench, Ended, Table, asked, campaign
+from trials import ROOT, Bench, Ended, Table, asked, campaign
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -65,7 +65,8 @@ def started(bench: Bench, table: Table, delay: float, number: signal.Signals) ->
     process.send_signal(number)
     process.wait()
     ended = Ended(process.returncode, bench.told(), time.monotonic() - since)
-    if "surgery/cli" not in ended.err and (ended.code == -number or "site.py" in ended.err or "runpy" in ended.err):
+    early = ended.code == -number or ended.err.rstrip().endswith("KeyboardInterrupt")
+    if early and str(ROOT / "surgery") not in ended.err:
         table.add("start", "before the first line of surgery", [], ended)
         return
     note, faults = faults_of(bench, ended, [number])

@@ -81,6 +81,7 @@ class Bench:
 
     def start(self, arguments: Sequence[str]) -> int:
         """Fork a child that is the command; its id."""
+        self.output.unlink(missing_ok=True)
         if child := os.fork():
             return child
         code = 99
@@ -102,7 +103,7 @@ class Bench:
         return Ended(-999, self.told() + "\nhung", LIMIT)
 
     def told(self) -> str:
-        return self.output.read_text(encoding="utf-8", errors="replace")
+        return self.output.read_text(encoding="utf-8", errors="replace") if self.output.exists() else ""
 
     def durations(self) -> dict[str, float]:
         """Seconds that each command takes if nobody disturbs it."""
@@ -206,7 +207,10 @@ class Table:
 def campaign(trials: Callable[[Bench, Table], None]) -> int:
     """Build a bench, hold the trials, show their table; the exit code."""
     preload()
-    with tempfile.TemporaryDirectory() as root:
+    root = Path(tempfile.mkdtemp()).resolve()  # not TemporaryDirectory: each child would remove it at its own exit
+    try:
         table = Table()
-        trials(built(Bench(Path(root).resolve())), table)
+        trials(built(Bench(root)), table)
         return table.show()
+    finally:
+        shutil.rmtree(root)
