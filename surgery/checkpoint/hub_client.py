@@ -25,6 +25,8 @@ _T = TypeVar("_T")
 def at_once(work: Callable[[str], _T], names: Sequence[str], stop: threading.Event) -> list[_T]:
     """`work` of each name, a few at a time. After an error none begins, and those that run may end, since what they
     fetch serves another try; after Ctrl-C `stop` tells them to break off."""
+    from huggingface_hub import close_session
+
     with ThreadPoolExecutor(WORKERS) as pool:
         futures = [pool.submit(work, name) for name in names]
         try:
@@ -36,6 +38,7 @@ def at_once(work: Callable[[str], _T], names: Sequence[str], stop: threading.Eve
         except (KeyboardInterrupt, SystemExit):
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            close_session()  # a slow connection would otherwise be read to the end of its part of 10 MB
             raise
 
 

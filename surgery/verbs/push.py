@@ -35,6 +35,8 @@ def push(checkpoint: Path | str, to: str, reporter: Reporter = SILENT) -> dict[s
     manifest = read_manifest(root)
     if manifest.failed:
         raise OutputError(f"{root} was not pushed: it failed its gates when it was written; convert the source again.")
+    if manifest.status != "verified":
+        reporter.note(f"{root} is unverified, as {MANIFEST} says: nothing has been measured")
     # 2. One commit.
     reporter.step(f"push {root} to {destination.id}")
     message = f"surgery {importlib.metadata.version('surgery')}: {manifest.status}"

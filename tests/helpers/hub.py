@@ -9,7 +9,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -50,8 +50,8 @@ class Hub:
     """What the server holds, how it misbehaves, and what was asked of it.
 
     fails: path prefix -> the refusal to answer with. cuts: file name -> after how many bytes its next download breaks
-    off. account: what whoami says of `TOKEN`. served: bytes of each file that went out. asked: (method, path) of each
-    request.
+    off. during: file name -> what to call once its next download has begun. account: what whoami says of `TOKEN`.
+    served: bytes of each file that went out. asked: (method, path) of each request.
     """
 
     def __init__(self) -> None:
@@ -64,6 +64,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.fails: dict[str, Refusal] = {}
         self.cuts: dict[str, int] = {}
+        self.during: dict[str, Callable[[], object]] = {}
         self.ranges = True
         self.page = 1000
         self.account: dict = {"name": OWNER, "orgs": [{"name": "lab", "roleInOrg": "write"}], "role": "write"}
@@ -254,6 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             self.hub.served[file] += len(part[start : start + 8192])
+            self.hub.during.pop(file, lambda: None)()
 
     # ---- accounts and writing
 
