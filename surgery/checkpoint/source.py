@@ -146,8 +146,8 @@ def _open_hub(at: HubId) -> Source:
     weights = weights_of(snapshot)
     if not any((snapshot.root / name).exists() or name in weights.names for name in (SINGLE, INDEX)):
         raise SourceError(
-            f"{at} has no safetensors weights on the hub; of a .gguf give the file, and pickles, which can run code, are "
-            "left there: if you trust them, save them anew with transformers and give that directory."
+            f"{at} has no safetensors weights on the hub; of a .gguf give the file, and pickles, which can run code, "
+            "are left there: if you trust them, save them anew with transformers and give that directory."
         )
     return _open_directory(str(at), "hub", snapshot.root, snapshot.commit, weights)
 
