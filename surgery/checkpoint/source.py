@@ -138,7 +138,8 @@ def open_source(spec: str, *, revision: str | None = None, dtype: str | None = N
 def fetch_small(at: HubId) -> Snapshot:
     """What a model on the hub has beside its weights; pickles are left there."""
     refused = (f"*{suffix}" for suffix in REFUSED_SUFFIXES if suffix != ".py")
-    return fetch_some(at, [CONFIG, MANIFEST, INDEX, "*.py", *COMPANION_PATTERNS], ["*/*", *refused])
+    telling = (CONFIG, ADAPTER, MANIFEST, INDEX, "README.md", "*quant*config.json")  # of what this is, or is not
+    return fetch_some(at, [*telling, "*.py", *COMPANION_PATTERNS], ["*/*", *refused])
 
 
 def _open_hub(at: HubId) -> Source:

@@ -171,6 +171,11 @@ def test_an_index_that_names_what_the_hub_lacks_is_damage(hub: Hub) -> None:
     assert "model-00001-of-00003.safetensors, which is missing" in refusal("owner/name", DamagedCheckpoint)
 
 
+def test_an_adapter_beside_the_weights_is_refused_as_on_disk(hub: Hub) -> None:
+    hub.add("owner/name", {"config.json": CONFIG, SINGLE: weights(10), "adapter_config.json": b"{}"})
+    assert "PEFT adapter" in refusal("owner/name")
+
+
 def test_revisions_are_branches_tags_and_commits(hub: Hub) -> None:
     commits = {
         name: hub.add("owner/name", {"config.json": CONFIG, SINGLE: weights(count)}, name)
