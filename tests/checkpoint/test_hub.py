@@ -173,7 +173,8 @@ def test_an_index_that_names_what_the_hub_lacks_is_damage(hub: Hub) -> None:
 
 def test_an_adapter_beside_the_weights_is_refused_as_on_disk(hub: Hub) -> None:
     hub.add("owner/name", {"config.json": CONFIG, SINGLE: weights(10), "adapter_config.json": b"{}"})
-    assert "PEFT adapter" in refusal("owner/name")
+    with pytest.raises(SourceError, match="PEFT adapter"):
+        open_source("owner/name")
 
 
 def test_revisions_are_branches_tags_and_commits(hub: Hub) -> None:
