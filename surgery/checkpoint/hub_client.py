@@ -143,8 +143,8 @@ def _said(at: str, error: Exception) -> SurgeryError:
     cause = error.__cause__ if isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__ else error
     if isinstance(cause, hub.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return SourceError(
-            f"{at} is not complete in the local hub cache, and HF_HUB_OFFLINE forbids to ask the hub; unset it, or "
-            "give a directory."
+            f"{at} is neither a directory here nor complete in the local hub cache, and HF_HUB_OFFLINE forbids to ask "
+            "the hub; unset it, or check the path."
         )
     if isinstance(cause, hub.HfHubHTTPError):
         return SourceError(refusal(f"{at} could not be read", cause))
@@ -154,8 +154,8 @@ def _said(at: str, error: Exception) -> SurgeryError:
         return SourceError(f"{cause.filename} is not writable; set HF_HOME to a directory that is.")
     if isinstance(cause, hub.HTTPError):
         return SourceError(
-            f"{at} is not complete in the local hub cache, and {constants.ENDPOINT} cannot be reached "
-            f"({brief(cause)}); go online and run again, or give a directory."
+            f"{at} is neither a directory here nor complete in the local hub cache, and {constants.ENDPOINT} cannot "
+            f"be reached ({brief(cause)}); go online, or check the path."
         )
     return SourceError(f"{at} could not be downloaded ({brief(cause)}); try again, or give a directory.")
 

@@ -24,10 +24,10 @@ def push(checkpoint: Path | str, to: str, reporter: Reporter = SILENT) -> dict[s
     """
     root = Path(checkpoint)
     # 1. Everything that can be refused before a byte is sent.
-    destination = require_push(to)
     require_converted(root)
     if not (root / MANIFEST).is_file():
         raise SourceError(f"{root} has no {MANIFEST}, so nobody could verify it; push it by hand: hf upload.")
+    destination = require_push(to)
     verdict = verify(root, reporter=reporter)
     for check in verdict["integrity"]["checks"]:
         if not check["passed"]:
