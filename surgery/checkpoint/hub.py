@@ -19,6 +19,7 @@ from .regular import read_json
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)[^\s\x00-\x1f\x7f\\~^:?*\[@/-][^\s\x00-\x1f\x7f\\~^:?*\[@]*")  # as git has it
+MAX_NAME, MAX_REVISION = 96, 255  # characters: what the hub allows, and what git can keep as a file
 GUESS = 1 << 16  # bytes asked for first: most headers of one shard are shorter
 
 
@@ -51,13 +52,15 @@ def hub_id(spec: str, revision: str | None = None) -> HubId | None:
     `revision` is one that was given beside it. SourceError where the two are not the same, or no name that git allows.
     """
     repo, at, own = spec.partition("@")
-    if not _NAME.fullmatch(repo):
+    if len(repo) > MAX_NAME or not _NAME.fullmatch(repo):
         return None
     if at and revision is not None and own != revision:
-        raise SourceError(f"{spec} names the revision {own}, and --revision is {revision}; give one of the two.")
+        raise SourceError(
+            f"{repo}@{own:.80} names a revision, and --revision is another ({revision:.80}); give one of the two."
+        )
     found = own if at else revision
-    if found is not None and not _REVISION.fullmatch(found):
-        raise SourceError(f"{spec}: {found!r:.80} is no branch, tag or commit; write owner/name@REVISION.")
+    if found is not None and (len(found) > MAX_REVISION or not _REVISION.fullmatch(found)):
+        raise SourceError(f"{repo}: {found!r:.80} is no branch, tag or commit; write owner/name@REVISION.")
     return HubId(repo, found)
 
 
@@ -163,4 +166,6 @@ def _range(snapshot: Snapshot, name: str, start: int, stop: int) -> bytes:
             data += part
             if len(data) >= before + stop - start:
                 break
+    if len(data) < before + stop - start:
+        raise OSError(f"{len(data) - before} bytes of {stop - start} came")
     return bytes(data[before : before + stop - start])

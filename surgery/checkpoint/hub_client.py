@@ -26,6 +26,8 @@ _T = TypeVar("_T")
 def at_once(work: Callable[[str], _T], names: Sequence[str], stop: threading.Event) -> list[_T]:
     """`work` of each name, a few at a time. After an error none begins, and those that run may end, since what they
     fetch serves another try; after Ctrl-C `stop` tells them to break off."""
+    from huggingface_hub import close_session
+
     with ThreadPoolExecutor(WORKERS) as pool:
         futures = [pool.submit(work, name) for name in names]
         try:
@@ -37,6 +39,7 @@ def at_once(work: Callable[[str], _T], names: Sequence[str], stop: threading.Eve
         except (KeyboardInterrupt, SystemExit):
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            close_session()  # a slow connection would otherwise be read to the end of its part of 10 MB
             raise
 
 
@@ -141,8 +144,8 @@ def _said(at: str, error: Exception) -> SurgeryError:
     cause = error.__cause__ if isinstance(error, hub.LocalEntryNotFoundError) and error.__cause__ else error
     if isinstance(cause, hub.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return SourceError(
-            f"{at} is not complete in the local hub cache, and HF_HUB_OFFLINE forbids to ask the hub; unset it, or "
-            "give a directory."
+            f"{at} is neither a directory here nor complete in the local hub cache, and HF_HUB_OFFLINE forbids to ask "
+            "the hub; unset it, or check the path."
         )
     if isinstance(cause, hub.HfHubHTTPError):
         return SourceError(refusal(f"{at} could not be read", cause))
@@ -152,8 +155,8 @@ def _said(at: str, error: Exception) -> SurgeryError:
         return SourceError(f"{cause.filename} is not writable; set HF_HOME to a directory that is.")
     if isinstance(cause, hub.HTTPError):
         return SourceError(
-            f"{at} is not complete in the local hub cache, and {constants.ENDPOINT} cannot be reached "
-            f"({brief(cause)}); go online and run again, or give a directory."
+            f"{at} is neither a directory here nor complete in the local hub cache, and {constants.ENDPOINT} cannot "
+            f"be reached ({brief(cause)}); go online, or check the path."
         )
     return SourceError(f"{at} could not be downloaded ({brief(cause)}); try again, or give a directory.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def push_files(root: Path, manifest: Manifest, to: Destination, message: str, de
     files = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.is_file()}
     files = {name: path for name, path in files.items() if not name.startswith(".")}
     failing = f"{root} is complete, but was not pushed to {to.id}"
-    with bars_on_terminals(), push_errors(failing, f"; then: surgery push {root} {to.id}"):
+    with bars_on_terminals(), push_errors(failing, f"; then: surgery push {shlex.quote(str(root))} {to.id}"):
         if to.private is None:
             api.create_repo(repo, private=True, exist_ok=True)
         if to.head is None and branch != MAIN:

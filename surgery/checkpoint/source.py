@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -126,28 +127,30 @@ def open_source(spec: str, *, revision: str | None = None, dtype: str | None = N
         spec.encode("utf-8")
     except UnicodeEncodeError:
         raise SourceError(f"{spec!a} is not a UTF-8 path, and the manifest could not name it; rename it.") from None
-    path = Path(spec).expanduser()
-    is_gguf = spec.endswith(".gguf") and not path.is_dir()
+    path = Path(os.path.expanduser(spec))
+    is_directory = os.path.isdir(path)  # pathlib raises where a name is longer than the disk allows
+    is_gguf = spec.endswith(".gguf") and not is_directory
     if dtype is not None and not is_gguf:
         raise SourceError(f"A dtype ({dtype}) can be asked for only with a .gguf file: {spec} keeps the dtypes it has.")
-    if revision is not None and (is_gguf or path.exists()):
+    if revision is not None and (is_gguf or os.path.exists(path)):
         raise SourceError(f"A revision ({revision}) can be asked for only with a hub id, and {spec} is on this disk.")
     if is_gguf:
         return _open_gguf(spec, path, dtype or "float32")
-    if path.is_dir():
+    if is_directory:
         return _open_directory(spec, "directory", path, None)
-    if path.exists():
+    if os.path.exists(path):
         raise SourceError(f"{spec} is a file, but not a .gguf file; give its directory, a .gguf file or a hub id.")
     at = hub_id(spec, revision)
     if at is None:
-        raise SourceError(f"{spec} does not exist, nor is it a hub id of the form owner/name; check the path.")
+        raise SourceError(f"{spec:.200} does not exist, nor is it a hub id of the form owner/name; check the path.")
     return _open_hub(at)
 
 
 def fetch_small(at: HubId) -> Snapshot:
     """What a model on the hub has beside its weights; pickles are left there."""
     refused = (f"*{suffix}" for suffix in REFUSED_SUFFIXES if suffix != ".py")
-    return fetch_some(at, [CONFIG, MANIFEST, INDEX, "README.md", "*.py", *COMPANION_PATTERNS], ["*/*", *refused])
+    telling = (CONFIG, ADAPTER, MANIFEST, INDEX, "README.md", "*quant*config.json")  # of what this is, or is not
+    return fetch_some(at, [*telling, "*.py", *COMPANION_PATTERNS], ["*/*", *refused])
 
 
 def _open_hub(at: HubId) -> Source:
@@ -155,8 +158,8 @@ def _open_hub(at: HubId) -> Source:
     weights = weights_of(snapshot)
     if not any((snapshot.root / name).exists() or name in weights.names for name in (SINGLE, INDEX)):
         raise SourceError(
-            f"{at} has no safetensors weights on the hub, and its pickles, which can run code, are not "
-            "downloaded; if you trust them, save them anew with transformers and give that directory."
+            f"{at} has no safetensors weights on the hub; of a .gguf give the file, and pickles, which can run code, "
+            "are left there: if you trust them, save them anew with transformers and give that directory."
         )
     return _open_directory(str(at), "hub", snapshot.root, snapshot.commit, weights)
 

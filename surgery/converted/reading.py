@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,16 @@ from .registration import register
 
 def is_converted(root: Path) -> bool:
     """Whether a run wrote `root`, or `surgery pretrain`, whose variants have slots or norms and no manifest."""
-    if (root / MANIFEST).is_file():
+    if os.path.isfile(root / MANIFEST):  # pathlib raises where a name is longer than the disk allows
         return True
     config = root / "config.json"
-    return config.is_file() and converted_from(read_json(config).get("model_type")) is not None
+    return os.path.isfile(config) and converted_from(read_json(config).get("model_type")) is not None
 
 
 def require_converted(root: Path) -> None:
     """SourceError unless `root` is a directory that looks like the output of a run, whole or damaged."""
-    if not root.is_dir():
-        raise SourceError(f"{root} is not a directory; give the output of a run.")
+    if not os.path.isdir(root):
+        raise SourceError(f"{str(root):.200} is not a directory; give the output of a run.")
     if not (root / MANIFEST).exists() and not is_converted(root):
         raise SourceError(f"{root} is not a converted checkpoint: it has no {MANIFEST}; give the output of a run.")
 

@@ -15,7 +15,7 @@ from ..progress import Reporter
 
 def on_hub(spec: Path | str, revision: str | None = None) -> HubId | None:
     """The hub id that `spec` is, where nothing on this disk has that name."""
-    return None if os.path.lexists(Path(spec).expanduser()) else hub_id(str(spec), revision)
+    return None if os.path.lexists(os.path.expanduser(spec)) else hub_id(str(spec), revision)
 
 
 def fetch_weights(source: Source, reporter: Reporter) -> Path:

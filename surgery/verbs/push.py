@@ -24,10 +24,10 @@ def push(checkpoint: Path | str, to: str, reporter: Reporter = SILENT) -> dict[s
     """
     root = Path(checkpoint)
     # 1. Everything that can be refused before a byte is sent.
-    destination = require_push(to)
     require_converted(root)
     if not (root / MANIFEST).is_file():
         raise SourceError(f"{root} has no {MANIFEST}, so nobody could verify it; push it by hand: hf upload.")
+    destination = require_push(to)
     verdict = verify(root, reporter=reporter)
     for check in verdict["integrity"]["checks"]:
         if not check["passed"]:
@@ -35,6 +35,8 @@ def push(checkpoint: Path | str, to: str, reporter: Reporter = SILENT) -> dict[s
     manifest = read_manifest(root)
     if manifest.failed:
         raise OutputError(f"{root} was not pushed: it failed its gates when it was written; convert the source again.")
+    if manifest.status != "verified":
+        reporter.note(f"{root} is unverified, as {MANIFEST} says: nothing has been measured")
     # 2. One commit.
     reporter.step(f"push {root} to {destination.id}")
     message = f"surgery {importlib.metadata.version('surgery')}: {manifest.status}"

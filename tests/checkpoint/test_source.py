@@ -158,6 +158,8 @@ def test_damaged_weights_are_damage(tmp_path: Path) -> None:
 def test_specs_that_name_nothing(tmp_path: Path) -> None:
     refused(SourceError, "does not exist", "owner/name", spec=tmp_path / "nowhere")
     refused(SourceError, "owner/name", spec="just-a-name")
+    refused(SourceError, "does not exist", spec="~nobody-of-this-name/model")
+    refused(SourceError, "does not exist", spec="n" * 100_000)
     refused(SourceError, "cannot be read", "gone.gguf", spec=tmp_path / "gone.gguf")
     (tmp_path / "file.bin").write_bytes(b"")
     refused(SourceError, "not a .gguf", spec=tmp_path / "file.bin")

@@ -9,7 +9,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -50,8 +50,8 @@ class Hub:
     """What the server holds, how it misbehaves, and what was asked of it.
 
     fails: path prefix -> the refusal to answer with. cuts: file name -> after how many bytes its next download breaks
-    off. account: what whoami says of `TOKEN`. served: bytes of each file that went out. asked: (method, path) of each
-    request.
+    off. during: file name -> what to call once its next download has begun. account: what whoami says of `TOKEN`.
+    served: bytes of each file that went out. asked: (method, path) of each request.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,10 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.fails: dict[str, Refusal] = {}
         self.cuts: dict[str, int] = {}
+        self.during: dict[str, Callable[[], object]] = {}
         self.ranges = True
+        self.elsewhere = False  # large files are served by another host, as those of the hub are
+        self.leaked = False  # whether that host was sent a token
         self.page = 1000
         self.account: dict = {"name": OWNER, "orgs": [{"name": "lab", "roleInOrg": "write"}], "role": "write"}
         self.served: Counter[str] = Counter()
@@ -130,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/models/([^/]+/[^/]+)/auth-check/write", "may_write"),
         ("GET", r"/api/whoami-v2", "whoami"),
         ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("GET", r"/elsewhere/([^/]+/[^/]+)/([^/]+)/(.+)", "elsewhere"),
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "card"),
         ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", "branch"),
@@ -229,12 +233,23 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
         etag = hashlib.sha256(content).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "X-Linked-Size": str(len(content))}
+        if self.hub.elsewhere and file.endswith(LARGE):
+            other = self.hub.endpoint.replace("127.0.0.1", "localhost")
+            self._send(302, b"", {**headers, "Location": f"{other}/elsewhere/{name}/{sha}/{file}"})
+        else:
+            self._content(content, headers, file)
+
+    def elsewhere(self, name: str, sha: str, file: str) -> None:
+        self.hub.leaked |= self._token() is not None
+        self._content(self.hub.repos[name].commits[sha][file], {}, file)
+
+    def _content(self, content: bytes, headers: dict[str, str], file: str) -> None:
         status, part = 200, content
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked and self.hub.ranges:
             start, stop = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
             status, part = 206, content[start : stop + 1]
-            headers["Content-Range"] = f"bytes {start}-{stop}/{len(content)}"
+            headers = {**headers, "Content-Range": f"bytes {start}-{stop}/{len(content)}"}
         if self.command == "HEAD":
             self._send(status, part, headers)
         elif (cut := self.hub.cuts.pop(file, None)) is not None and cut < len(part):
@@ -254,6 +269,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             self.hub.served[file] += len(part[start : start + 8192])
+            self.hub.during.pop(file, lambda: None)()
 
     # ---- accounts and writing
 
