@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Found = tuple[bool, str]
 # What git and the hub's client leave in a directory that was uploaded or downloaded; nothing loads from them.
 NOT_OURS = (".git", ".gitattributes", ".cache")
+_OTHER_VERSION = f"verify with the version in {MANIFEST}, or convert the source again"
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _code(root: Path, described: Described) -> Found:
     except KeyError:
         return False, f"config.json: model_type {config['model_type']!r} is not of the installed transformers"
     if config.get("auto_map") != derived.auto_map:
-        return False, "config.json: auto_map names other code than what surgery writes"
+        return False, f"config.json: auto_map is not what this version of surgery writes; {_OTHER_VERSION}"
     settings = root / "tokenizer_config.json"
     if settings.is_file() and "auto_map" in read_json(settings):
         return False, "tokenizer_config.json: auto_map names code, and surgery writes none for tokenizers"
@@ -212,7 +213,7 @@ def _code(root: Path, described: Described) -> Found:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if files.pop(name, None) != path.read_text(encoding="utf-8", errors="replace"):
-            return False, f"{name} is not what this version of surgery writes; verify with the version in {MANIFEST}"
+            return False, f"{name} is not what this version of surgery writes; {_OTHER_VERSION}"
     return (False, f"{min(files)} is missing") if files else (True, "Python files as this version writes them")
 
 

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from helpers.pair import N, PREFIX, Pair, derived_model, worst
+from helpers.pair import PREFIX, N, Pair, derived_model, worst
 from helpers.tiny import one_thread, tiny_config, tiny_model, tiny_text
 from torch.export import Dim, export
 
