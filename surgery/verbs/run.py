@@ -21,7 +21,7 @@ from ..errors import OutputError, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.text import Chunking
 from ..operations import OPERATIONS
-from ..operations.base import Stand
+from ..operations.base import NothingToDo, Stand
 from ..progress import SILENT, Reporter
 from ..report.verdict import card_tables
 from ..steps.emit import emit
@@ -31,7 +31,7 @@ from ..steps.operate import Operated, operate
 from ..steps.options import RUN, RunOptions
 from ..steps.plan import Plan, prepare
 from ..steps.recipe import Recipe, load_recipe
-from ..steps.tune import assist, prepare_training
+from ..steps.tune import assist, dismiss, prepare_training
 from ..verification.gates.base import Inputs
 from ..verification.integrity import check_integrity, read_config
 from ..verification.tokens import check_tokenizer
@@ -47,9 +47,10 @@ def run(
     """Convert `source` by `recipe` into the new directory `out`, and return the verdict.
 
     `out` exists afterwards only if every gate passed, or without proof (`options.verify` False), when the manifest says
-    `unverified` and `passed` is None. With `options.surveys`, the verdict also has those of original and converted
-    (`surveys`, for `surgery.report.write_report`). Of several processes (`accelerate launch`), all but the main one
-    help to tune and return None. Raises SurgeryError for what a person can mend.
+    `unverified` and `passed` is None. Where an operation finds nothing to do, nothing is written, and the verdict is
+    `passed` None and why in one sentence (`nothing_to_do`). With `options.surveys`, the verdict also has those of
+    original and converted (`surveys`, for `surgery.report.write_report`). Of several processes (`accelerate launch`),
+    all but the main one help to tune and return None. Raises SurgeryError for what a person can mend.
     """
     out = Path(out)
     # 1. Everything that can be refused without a weight.
@@ -69,7 +70,11 @@ def run(
         # 3. Fit every operation, compare with the original, tune.
         if aside is not None and training is not None:
             training = replace(training, adapter=aside.path)
-        operated = operate(plan, directory, inputs.calibrating, training, options.device, reporter)
+        try:
+            operated = operate(plan, directory, inputs.calibrating, training, options.device, reporter)
+        except NothingToDo as nothing:
+            dismiss(training)
+            return {"passed": None, "nothing_to_do": f"{nothing}."}
         # 4. Write what was fitted.
         reporter.step("write the converted checkpoint")
         manifest = emit(plan, stage, directory, operated, options.link)

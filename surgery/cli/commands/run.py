@@ -54,6 +54,9 @@ def run(recipe, source, out, no_verify, report, chunks, chunk_length, json_file,
     if verdict is None:  # this process has helped to tune
         return 0
     write_result(json_file, "--json", json_text(plain_json(verdict)))
+    if nothing := verdict.get("nothing_to_do"):
+        output().print(f"Nothing to do, and {out} was not written: {nothing}", markup=False)
+        return 0
     show_verdict(output(), verdict)
     if report is not None:
         from ...report import write_report
