@@ -1,6 +1,7 @@
 """The derived model type of a converted checkpoint: `eab_llama` from `llama`, and so on for every family.
 
-The class is a few lines of generated Python that mix `AttentionBiasMixin` into the class of transformers. A checkpoint
+The classes are a few lines of generated Python that mix `AttentionBiasMixin` into those of transformers: the trunk, the
+causal language model, and every other head that an Auto class loads for the base, such as classifiers. A checkpoint
 with head norms is of another type, `eab_norm_llama`, with `HeadNormMixin` in its place, so that nothing which knows
 slots alone takes it for one of its own (see `parts`). The same text is written into checkpoints (loaded with
 trust_remote_code) and imported here (loaded after `import surgery`, without).
@@ -12,13 +13,14 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from .. import runtime
 from ..checkpoint.manifest import TYPE_PREFIX
@@ -30,20 +32,27 @@ RUNTIME_FILES = ("eab_kernel.py", "eab_masks.py", "eab_positions.py", "eab_runti
 ADAPTER_FILE = "eab_families.py"  # carried only by families that need an adapter
 NORM_FILE = f"{PARTS[NORMS].file}.py"  # carried only where heads are normed
 ONLY_SLOTS = frozenset({SLOTS})
+TRUNK, CAUSAL = "AutoModel", "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
 class Derived:
-    """Names of the type derived from `base` by adding `parts`, and the text of the file that defines it."""
+    """Names of the type derived from `base` by adding `parts`, and the text of the file that defines it.
+
+    `classes`: name of each Auto class that knows the base -> name of the derived class that it loads.
+    """
 
     base: str
     parts: frozenset[str]
     model_type: str
     module: str
     config_class: str
-    causal_class: str
-    base_class: str | None
+    classes: Mapping[str, str]
     source: str
+
+    @property
+    def causal_class(self) -> str:
+        return self.classes[CAUSAL]
 
     @property
     def native_class(self) -> str:
@@ -53,13 +62,8 @@ class Derived:
     @property
     def auto_map(self) -> dict[str, str]:
         """config.json's `auto_map`: which class of which file the Auto classes load."""
-        auto = {
-            "AutoConfig": f"{self.module}.{self.config_class}",
-            "AutoModelForCausalLM": f"{self.module}.{self.causal_class}",
-        }
-        if self.base_class is not None:
-            auto["AutoModel"] = f"{self.module}.{self.base_class}"
-        return auto
+        named = {"AutoConfig": self.config_class, **self.classes}
+        return {auto: f"{self.module}.{name}" for auto, name in named.items()}
 
     def files(self) -> dict[str, str]:
         """File name -> text of every Python file that a checkpoint of this type carries."""
@@ -79,27 +83,52 @@ def derive(base: str, parts: frozenset[str] = ONLY_SLOTS) -> Derived:
 @functools.cache
 def _derive(base: str, parts: frozenset[str]) -> Derived:
     config = CONFIG_MAPPING[base]
-    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
-    causal = causal[0] if isinstance(causal, tuple) else causal
-    trunk: Any = MODEL_MAPPING.get(config, None)
-    trunk = trunk if isinstance(trunk, type) and trunk is not causal else None
+    models = _models(config)
     model_type, kind = converted_type(base, parts), class_prefix(parts)
     # Some model types (openai-gpt) are no names of Python modules.
     module = f"modeling_{model_type.replace('-', '_')}"
     return Derived(
-        base, parts, model_type, module,
-        f"{kind}{config.__name__}", f"{kind}{causal.__name__}", trunk and f"{kind}{trunk.__name__}",
-        _source(base, model_type, kind, tuple(added(parts).values()), config, causal, trunk),
+        base, parts, model_type, module, f"{kind}{config.__name__}",
+        {auto: f"{kind}{model.__name__}" for auto, model in models.items()},
+        _source(base, model_type, kind, tuple(added(parts).values()), config, models),
     )  # fmt: skip
 
 
+def _models(config: type) -> dict[str, type]:
+    """Auto class -> the class that it loads for a config, of the module of the causal language model; the trunk first.
+
+    Some heads belong to another model that reads this one's config. KeyError without a causal language model.
+    """
+    if (causal := _loaded(CAUSAL, config)) is None:
+        raise KeyError(config)
+    models = {TRUNK: _loaded(TRUNK, config), CAUSAL: causal}
+    if models[TRUNK] is causal:
+        del models[TRUNK]
+    autos = (name for name in vars(modeling_auto) if name.startswith("AutoModelFor"))
+    models.update({name: _loaded(name, config) for name in sorted(autos)})
+    return {name: model for name, model in models.items() if model is not None and _together(model, causal)}
+
+
+def _loaded(auto: str, config: type) -> type | None:
+    """What an Auto class loads for a config: where it chooses by architecture, its first choice."""
+    found: Any = getattr(modeling_auto, auto)._model_mapping.get(config, None)
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def _together(model: type, causal: type) -> bool:
+    return model.__module__ == causal.__module__
+
+
 def _source(
-    base: str, model_type: str, kind: str, parts: tuple[Part, ...], config: type, causal: type, trunk: type | None
+    base: str, model_type: str, kind: str, parts: tuple[Part, ...], config: type, models: Mapping[str, type]
 ) -> str:
-    models = [model for model in (trunk, causal) if model is not None]
+    autos = {model: auto for auto, model in reversed(list(models.items()))}  # the first Auto class of each
+    classes = list(dict.fromkeys(models.values()))
     imports: dict[str, set[str]] = {}
-    for model in (config, *models):
+    for model in (config, *classes):
         imports.setdefault(model.__module__, set()).add(model.__name__)
+    if TRUNK in models:
+        imports["transformers"] = {TRUNK}
     carried = {"eab_families": {"ADAPTERS"}} if base in ADAPTERS else {}
     for part in parts:
         carried.setdefault(part.file, set()).add(part.mixin)
@@ -107,17 +136,17 @@ def _source(
     mixins = ", ".join(part.mixin for part in parts)
     summary = " and ".join(part.summary for part in parts)
     lines = [
-        f'"""{causal.__name__} with {summary}. Written by surgery."""',
+        f'"""{models[CAUSAL].__name__} with {summary}. Written by surgery."""',
         "",
-        *(f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())),
+        *(_import(module, names) for module, names in sorted(imports.items())),
         "",
-        *(f"from .{file} import {', '.join(sorted(names))}" for file, names in sorted(carried.items())),
+        *(_import(f".{file}", names) for file, names in sorted(carried.items())),
         "",
         "",
         f"class {kind}{config.__name__}({config.__name__}):",
         f'    model_type = "{model_type}"',
     ]
-    for model in models:
+    for model in classes:
         lines += [
             "",
             "",
@@ -125,14 +154,27 @@ def _source(
             f"    config_class = {kind}{config.__name__}",
             *([f'    adapter = ADAPTERS["{base}"]'] if base in ADAPTERS else []),
         ]
-    lines += ["", ""]
-    for model in models:
-        auto = "AutoModelForCausalLM" if model is causal else "AutoModel"
+    lines += ["", "", "for derived, native, auto in ("]
+    lines += [f'    ({kind}{model.__name__}, {model.__name__}, "{autos[model]}"),' for model in classes]
+    lines += [
+        "):",
+        f'    inherit_conversions(derived, native, "{model_type}", "{base}")',
+        "    derived.register_for_auto_class(auto)",
+        f"{kind}{config.__name__}.register_for_auto_class()",
+    ]
+    if TRUNK in models:
         lines += [
-            f'inherit_conversions({kind}{model.__name__}, {model.__name__}, "{model_type}", "{base}")',
-            f'{kind}{model.__name__}.register_for_auto_class("{auto}")',
+            "# Some heads ask AutoModel for their trunk, by its config.",
+            f"AutoModel.register({kind}{config.__name__}, {kind}{models[TRUNK].__name__}, exist_ok=True)",
         ]
-    return "\n".join([*lines, f"{kind}{config.__name__}.register_for_auto_class()", ""])
+    return "\n".join([*lines, ""])
+
+
+def _import(module: str, names: set[str]) -> str:
+    line = f"from {module} import {', '.join(sorted(names))}"
+    if len(line) <= 120:
+        return line
+    return "\n".join([f"from {module} import (", *(f"    {name}," for name in sorted(names)), ")"])
 
 
 def load_derived(base: str, parts: frozenset[str] = ONLY_SLOTS) -> ModuleType:

@@ -31,7 +31,8 @@ class _LazyTypes(dict):
 
 
 def _register_type(converted: Converted) -> type:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
 
     # Only now: `register` runs while transformers is half imported.
     from .derived import derive, load_derived
@@ -39,14 +40,13 @@ def _register_type(converted: Converted) -> type:
     derived, module = derive(*converted), load_derived(*converted)
     config = getattr(module, derived.config_class)
     AutoConfig.register(derived.model_type, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, getattr(module, derived.causal_class), exist_ok=True)
-    if derived.base_class is not None:
-        AutoModel.register(config, getattr(module, derived.base_class), exist_ok=True)
+    for auto, name in derived.classes.items():
+        getattr(modeling_auto, auto).register(config, getattr(module, name), exist_ok=True)
     return config
 
 
 def register() -> None:
-    """Teach AutoConfig, AutoModel and AutoModelForCausalLM the derived types. Safe to call twice."""
+    """Teach the Auto classes the derived types, each those that it knows the base of. Safe to call twice."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not isinstance(CONFIG_MAPPING._extra_content, _LazyTypes):

@@ -27,7 +27,7 @@ from ..live.model import Live
 from ..live.text import tokenize
 from ..recipe.fields import Prefix
 from ..words import listing, quoted
-from .base import Changes, Exact, Fitting, Operation, Stand, Target, Trained
+from .base import Changes, Exact, Fitting, NothingToDo, Operation, Stand, Target, Trained
 from .prefix_search import PrefixSearch
 
 VISIBLE = {
@@ -154,6 +154,12 @@ class AttentionBias(Operation):
         text.reporter.step(f"search for a prefix of up to {self.max_slots} tokens")
         with text.reporter.bar("search", None) as advance:
             searching = PrefixSearch(live, text.target.tokenizer, text.chunks, self.slots_visible, advance)
+            # Slots that are always visible are sinks for a window too, of which a model without spikes may have need.
+            if self.slots_visible == "as_prefix" and not searching.finds_any():
+                raise NothingToDo(
+                    "the original has no massive activations on the calibration text, so no prefix is worth folding; "
+                    "list one to fold it all the same, or leave attention_bias out"
+                )
             best = searching.run(self.max_slots)
         text.reporter.note(
             f"prefix {searching.shown(best.prefix)} leaves {best.massive} massive activations on the calibration text"

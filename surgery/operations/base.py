@@ -111,6 +111,13 @@ class Fitting:
         return self.calibration
 
 
+class NothingToDo(Exception):
+    """Raised by `fit` where the model has nothing that the operation is for: the run ends, and writes nothing.
+
+    `str()` is a phrase that says why, and the way out.
+    """
+
+
 @dataclass(frozen=True)
 class Stand:
     """What the card has to know of the rest of the recipe: whether all of it is exact, and what tuning trains."""

@@ -9,6 +9,7 @@ one of its text; nothing is written.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from ..live.model import Live
 from ..live.score import Score
 from ..live.stream import Observer, stream
 from ..progress import Advance, unseen
+from ..survey.across import AutoMassive
 from ..survey.massive import MassiveActivations
 
 OPENINGS, OPENING = 128, 32  # short texts to screen on, and their tokens
@@ -79,10 +81,9 @@ class PrefixSearch:
 
     def run(self, max_slots: int) -> Trial:
         """The best prefix of 1..max_slots tokens, stopping at the first length that leaves no massive activation."""
-        pool = self.candidates()
+        pool, openings = self.pool, self.openings
         if not pool:
             raise SourceError("prefix: auto found no candidate token in this vocabulary; list the prefix in the recipe")
-        openings = self._openings(pool)
         parents: list[tuple[int, ...]] = [()]
         for length in range(1, min(max_slots, len(pool)) + 1):
             grown = [(*parent, token) for parent in parents for token in pool if token not in parent]
@@ -102,13 +103,31 @@ class PrefixSearch:
         finalists = [self._score(trial, len(self.chunks)) for trial in scored[:CONFIRMED]]
         return sorted(finalists, key=lambda trial: trial.rank)
 
-    def candidates(self) -> list[int]:
-        """Token ids worth folding: BOS, EOS, newline, space, and what carries massive activations in the text."""
+    def finds_any(self) -> bool:
+        """Whether the bare model has massive activations, by Sun's criterion or the scale-free one.
+
+        On the long chunks that are surveyed, or on openings: some models have them only on a BOS.
+        """
+        if _any(*self._survey):
+            return True
+        self.advance(1, f"the original on {len(self.openings)} openings")
+        found = MassiveActivations(), AutoMassive()
+        stream(self.live, self.openings, found)
+        return _any(*found)
+
+    @functools.cached_property
+    def _survey(self) -> tuple[MassiveActivations, AutoMassive]:
+        """Of the bare model, on a few long chunks."""
         self.advance(1, "survey of the original")
-        found = MassiveActivations()
-        stream(self.live, self.chunks[:QUICK_CHUNKS], [found])
+        found = MassiveActivations(), AutoMassive()
+        stream(self.live, self.chunks[:QUICK_CHUNKS], found)
+        return found
+
+    @functools.cached_property
+    def pool(self) -> list[int]:
+        """Token ids worth folding: BOS, EOS, newline, space, and what carries massive activations in the text."""
         later: collections.Counter[int] = collections.Counter()
-        for tally in found.layers.values():
+        for tally in self._survey[0].layers.values():
             later.update(+tally.later_tokens)  # the plus drops tokens counted zero times
         tokenizer = self.tokenizer
         named = [tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -118,14 +137,15 @@ class PrefixSearch:
         pool = [token for token in named if token is not None] + [token for token, _ in later.most_common(FROM_SURVEY)]
         return list(dict.fromkeys(pool))
 
-    def _openings(self, pool: Sequence[int]) -> torch.Tensor:
+    @functools.cached_property
+    def openings(self) -> torch.Tensor:
         """(len(pool) + OPENINGS, OPENING): texts that begin with each candidate, and cuts from all over."""
-        flat = self.chunks.flatten()
+        pool, flat = self.pool, self.chunks.flatten()
         length = min(OPENING, self.chunks.shape[1])
         starts = torch.linspace(0, len(flat) - length, min(OPENINGS, len(flat) // length)).long()
         cuts = torch.stack([flat[start : start + length] for start in starts])
         begun = cuts[torch.arange(len(pool)) % len(cuts)].roll(1, dims=1)
-        begun[:, 0] = torch.tensor(pool)
+        begun[:, 0] = torch.tensor(pool, dtype=torch.long)
         return torch.cat([begun, cuts])
 
     def _screen(self, prefix: tuple[int, ...], openings: torch.Tensor) -> Trial:
@@ -178,3 +198,7 @@ class PrefixSearch:
                 for trial in sorted(self.trials.values(), key=lambda trial: (-trial.chunks, trial.rank))
             ],
         }
+
+
+def _any(sun: MassiveActivations, scale_free: AutoMassive) -> bool:
+    return sun.count > 0 or any(scale_free.counts.values())

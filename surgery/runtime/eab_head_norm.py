@@ -65,5 +65,8 @@ class HeadNormMixin(AttentionBiasMixin):
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        install_norms(find_trunk(self, config.eab["trunk"]), config.head_norm)
+        if not any(
+            isinstance(module, HeadNorm) for module in self.modules()
+        ):  # AutoModel may have built the trunk with
+            install_norms(find_trunk(self, config.eab["trunk"]), config.head_norm)
         self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | {"head_norm"}

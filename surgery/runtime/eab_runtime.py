@@ -228,7 +228,8 @@ class AttentionBiasMixin(Mixed):
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         asked = config._attn_implementation
         super().__init__(config, *args, **kwargs)
-        install(self, config.eab, self.adapter)
+        if not any(isinstance(module, Slots) for module in self.modules()):  # AutoModel may have built the trunk with
+            install(self, config.eab, self.adapter)
         # Inner models, which know no slots, may have written their own choice into the config they share or keep.
         for held in (config, find_trunk(self, config.eab["trunk"]).config):
             held._attn_implementation_internal = self._check_and_adjust_attn_implementation(asked)

@@ -103,10 +103,18 @@ def _identity(plan: Plan, corpus: Corpus, calibrating: torch.Tensor | None) -> d
     }
 
 
+def dismiss(training: Training | None) -> None:
+    """Let the other processes go, which wait to assist: there is nothing to tune."""
+    if training is not None:
+        broadcast_object_list([None])
+
+
 def assist(plan: Plan, training: Training) -> None:
     """The part of every process but the main one: wait for what it folded and fitted, and tune along."""
     assert plan.recipe.tune is not None
     found: Any = broadcast_object_list([None])[0]
+    if found is None:
+        return
     live = Live(load_original(found["directory"], device=training.device), plan.anatomy)
     parts = moved(found["parts"], training.device)
     with contextlib.ExitStack() as grafts:

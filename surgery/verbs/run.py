@@ -27,7 +27,7 @@ from ..errors import OutputError, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.text import Chunking
 from ..operations import OPERATIONS
-from ..operations.base import Stand
+from ..operations.base import NothingToDo, Stand
 from ..progress import SILENT, Reporter
 from ..report.provenance import table as provenance_table
 from ..report.verdict import card_tables
@@ -42,7 +42,7 @@ from ..steps.options import RUN, RunKeywords, RunOptions, with_keywords
 from ..steps.plan import Plan, prepare
 from ..steps.reading import check_reading, reading_of
 from ..steps.recipe import Given, Recipe, load_recipe
-from ..steps.tune import assist, prepare_training
+from ..steps.tune import assist, dismiss, prepare_training
 from ..verification.gates.base import Inputs
 from ..verification.integrity import check_integrity, read_config
 from ..verification.tokens import check_tokenizer
@@ -59,9 +59,10 @@ def run(
     `recipe`: the name of one that comes with surgery, a path, a dict, or a Recipe. Keywords are fields of `options`.
 
     `out` exists afterwards only if every gate passed, or without proof (`options.verify` False), when the manifest says
-    `unverified` and `passed` is None. With `options.surveys`, the verdict also has those of original and converted
-    (`surveys`, for `surgery.report.write_report`). Of several processes (`accelerate launch`), all but the main one
-    help to tune and return None. Raises SurgeryError for what a person can mend.
+    `unverified` and `passed` is None. Where an operation finds nothing to do, nothing is written, and the verdict is
+    `passed` None and why in one sentence (`nothing_to_do`). With `options.surveys`, the verdict also has those of
+    original and converted (`surveys`, for `surgery.report.write_report`). Of several processes (`accelerate launch`),
+    all but the main one help to tune and return None. Raises SurgeryError for what a person can mend.
     """
     chosen = with_keywords("run", options, keywords)
     return cast(Verdict | None, _converted(load_recipe(recipe), str(source), Path(out), chosen, reporter))
@@ -96,7 +97,11 @@ def _converted(
         # 3. Fit every operation, compare with the original, tune.
         if aside is not None and training is not None:
             training = replace(training, adapter=aside.path)
-        operated = operate(plan, directory, inputs.calibrating, training, options.device, reporter)
+        try:
+            operated = operate(plan, directory, inputs.calibrating, training, options.device, reporter)
+        except NothingToDo as nothing:
+            dismiss(training)
+            return {"passed": None, "nothing_to_do": f"{nothing}."}
         # 4. Write what was fitted.
         reporter.step("write the converted checkpoint")
         manifest = emit(plan, stage, directory, operated, reading.recorded, act, options.link)

@@ -21,6 +21,7 @@ from ..progress import Advance
 from .checks import Found
 
 # Keys by which a JSON file makes transformers load classes from Python files, its own or another repository's.
+_OTHER_VERSION = f"verify with the version in {MANIFEST}, or convert the source again"
 MAX_CODE = 1_000_000  # bytes of a Python file, more than any that surgery writes
 NAMES_CODE = ("auto_map", "custom_pipelines")
 
@@ -75,7 +76,7 @@ def same_code(root: Path, described: Described) -> Found:
     except KeyError:
         return False, f"config.json: model_type {config['model_type']!r} is not of the installed transformers"
     if config.get("auto_map") != derived.auto_map:
-        return False, "config.json: auto_map names other code than what surgery writes"
+        return False, f"config.json: auto_map is not what this version of surgery writes; {_OTHER_VERSION}"
     for name, path in all_files(root).items():
         if path.is_file() and name.lower().endswith(".json") and name not in (MANIFEST, INDEX):
             try:
@@ -91,7 +92,7 @@ def same_code(root: Path, described: Described) -> Found:
     files = derived.files()
     for name, path in all_files(root).items():
         if name.endswith(".py") and files.pop(name, None) != _code_of(path):
-            return False, f"{name} is not what this version of surgery writes; verify with the version in {MANIFEST}"
+            return False, f"{name} is not what this version of surgery writes; {_OTHER_VERSION}"
     return (False, f"{min(files)} is missing") if files else (True, "Python files as this version writes them")
 
 

@@ -20,6 +20,7 @@ from helpers.tiny_checkpoint import (
     RECIPE,
     Place,
     edit_json,
+    save_model,
     save_tokenizer,
     sha256_of_files,
     surgery_command,
@@ -40,6 +41,14 @@ IN_PROCESS = "from surgery.cli import main; main()"
 
 def results(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def spiked(place: Place, root: Path, **how: str) -> Path:
+    """A source in which the BOS carries a massive activation: there is something for a search to find."""
+    source = root / "spiked"
+    save_model(source, massive=0, **how)
+    save_tokenizer(source, place.text)
+    return source
 
 
 # ---- help
@@ -147,19 +156,21 @@ def test_a_run_leaves_the_source_alone_and_keeps_its_bytes(place: Place) -> None
 def test_a_searched_prefix_and_a_sharded_source_with_links(place: Place, tmp_path: Path) -> None:
     recipe, out, found = tmp_path / "auto.yaml", tmp_path / "out", tmp_path / "v.json"
     recipe.write_text(AUTO)
+    source = spiked(place, tmp_path, shard_size="40KB")
     calibration = write_text(tmp_path / "calibration.txt", 1500, seed=2)
     ended = surgery_command(
-        "run", recipe, place.sharded, out, "--text", place.text, "--calibration", calibration, *MEASURED, "--link",
+        "run", recipe, source, out, "--text", place.text, "--calibration", calibration, *MEASURED, "--link",
         "--json", found,
     )  # fmt: skip
     assert ended.code == 0, ended.err
     verdict = results(found)
     assert 1 <= len(verdict["prefix"]["ids"]) <= 2 and verdict["prefix_search"]["tried"]
     assert verdict["prefix"]["ids"] == verdict["prefix_search"]["tried"][0]["prefix_ids"]
-    for shard in read_layout(place.sharded).shards:
-        assert os.path.samefile(out / shard, place.sharded / shard)
+    assert len(shards := read_layout(source).shards) > 1
+    for shard in shards:
+        assert os.path.samefile(out / shard, source / shard)
     assert str(out) in ended.out and "trust_remote_code=True" in ended.out
-    checked = surgery_command("verify", out, "--against", place.sharded, "--text", place.text, *MEASURED)
+    checked = surgery_command("verify", out, "--against", source, "--text", place.text, *MEASURED)
     assert checked.code == 0, checked.err
 
 
@@ -264,12 +275,13 @@ def test_text_beyond_the_positions_is_cut_alike(place: Place, tmp_path: Path) ->
     """By `run`, whose search may end with fewer slots than it made room for, and `verify`; `scan` has more room."""
     recipe, out, found = tmp_path / "auto.yaml", tmp_path / "out", tmp_path / "v.json"
     recipe.write_text(AUTO)
+    source = spiked(place, tmp_path)
     texts = ("--text", place.text, "--chunks", "2", "--chunk-length", "4000", "--json", found)
-    ended = surgery_command("run", recipe, place.source, out, *texts)
+    ended = surgery_command("run", recipe, source, out, *texts)
     assert ended.code == 0 and "chunks of 254 tokens" in ended.err, ended.err
     verdict = results(found)
     assert verdict["perplexity"]["converted"]["tokens"] == 2 * 253
-    assert surgery_command("verify", out, "--against", place.source, *texts).code == 0
+    assert surgery_command("verify", out, "--against", source, *texts).code == 0
     assert results(found)["perplexity"] == verdict["perplexity"]
     assert surgery_command("scan", out, *texts).code == 0
     assert results(found)["chunk_length"] == 256 - len(verdict["prefix"]["ids"])

@@ -3,7 +3,8 @@
     python -I fresh_process.py TASKS.pt REPORT.pt
 
 TASKS.pt: {"families": {family: task}, ...}, a task being {"path", "text", "prompt", "new_tokens"} and "scratch" where
-everything is to be looked at, "caches" where only those are. REPORT.pt: {family: {what: finding}, ...}.
+everything is to be looked at, "caches" where only those are; or {"path", "auto", "weights", "batches", "scratch"} for
+another head than the causal language model's. REPORT.pt: {family: {what: finding}, ...}.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if __name__ == "__main__":
     sys.meta_path.insert(0, NoSurgery())
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModel,
     AutoModelForCausalLM,
@@ -108,6 +110,17 @@ def glance(task: dict) -> dict:
     return found
 
 
+def head(task: dict) -> dict:
+    """What another Auto class loads, given the weights of its head: outputs of each batch, also after saving it."""
+    auto = getattr(transformers, task["auto"])
+    model, info = load(task["path"], auto=auto, num_labels=task["labels"])
+    model.load_state_dict(task["weights"], strict=False)
+    model.save_pretrained(task["scratch"])
+    again, _ = load(task["scratch"], auto=auto)
+    outputs = [[tuple(each(**batch).values())[0] for batch in task["batches"]] for each in (model, again)]
+    return {"class": type(model).__name__, "problems": problems(info), "outputs": outputs[0], "again": outputs[1]}
+
+
 def resave(model, path, text, scratch: Path) -> dict:
     """save_pretrained in the dtype that is on disk, reloaded; from the copy, not from the cache of dynamic modules."""
     stored, _ = load(path, dtype="auto")
@@ -149,7 +162,7 @@ def main(tasks_file: str, report_file: str) -> None:
     report = {}
     for name, task in tasks["families"].items():
         try:
-            report[name] = look(task) if "scratch" in task else glance(task)
+            report[name] = (head if "auto" in task else look if "scratch" in task else glance)(task)
         except Exception:  # the other families are looked at all the same
             report[name] = {"failed": traceback.format_exc()}
     if "damaged" in tasks:

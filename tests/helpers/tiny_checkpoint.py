@@ -61,8 +61,12 @@ def save_tokenizer(root: Path, text: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS).save_pretrained(root)
 
 
-def save_model(root: Path, *, shard_size: str = "1GB", seed: int = 0) -> None:
-    """Two layers, four heads, two of them for keys; random weights, large enough that attention matters."""
+def save_model(root: Path, *, shard_size: str = "1GB", seed: int = 0, massive: int | None = None) -> None:
+    """Two layers, four heads, two of them for keys; random weights, large enough that attention matters.
+
+    `massive`: a token that shall carry a massive activation, wherever it stands: the first MLP writes it (dim 7), from
+    a mark that no other token has (dim 5).
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -76,6 +80,14 @@ def save_model(root: Path, *, shard_size: str = "1GB", seed: int = 0) -> None:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
+        if massive is not None:
+            embedding, mlp = model.model.embed_tokens.weight, model.model.layers[0].mlp
+            embedding[:, 5], embedding[massive, 5] = 0.0, 30.0
+            model.model.layers[0].self_attn.o_proj.weight[5] = 0.0
+            for part in (mlp.gate_proj, mlp.up_proj):
+                part.weight[3] = 0.0
+                part.weight[3, 5] = 10.0
+            mlp.down_proj.weight[7, 3] = 20.0
     model.save_pretrained(root, max_shard_size=shard_size)
 
 

@@ -90,6 +90,9 @@ def run(recipe, source, out, no_verify, report, push, chunks, chunk_length, quie
     if verdict is None:  # this process has helped to tune
         return 0
     write_result(json_file, "--json", json_text(plain_json(verdict)))
+    if nothing := verdict.get("nothing_to_do"):
+        screen.end(f"nothing to do, and {out} was not written: {nothing}")
+        return 0
     show_verdict(screen.tables, verdict)
     if report is not None:
         from ...report import write_report
