@@ -91,7 +91,7 @@ class Plan:
         if (tune := told.pop("tune", None)) is not None:
             tune = {"steps": tune["steps"], **{part.key: part.count for part in changes.trains}, "lora": tune["lora"]}
         return {
-            "source": {"spec": self.source.spec, "kind": self.source.kind, "revision": self.source.revision},
+            "source": {"spec": self.source.name, "kind": self.source.kind, "revision": self.source.revision},
             "model_type": {"from": self.anatomy.model_type, "to": self.derived.model_type},
             "prefix_ids": list(changes.prefix) if changes.prefix is not None else None,
             "sites": len(self.anatomy.sites),
