@@ -99,11 +99,19 @@ def versions() -> dict[str, str]:
 
 def name_of(path: Path | str) -> str:
     """The last part of a path, which is all that may be told of it; that of a home directory is its user's name."""
-    resolved = Path(path).expanduser().absolute()
-    if resolved.name in ("", ".."):
-        resolved = resolved.resolve()
-    home = Path.home()
-    return "~" if resolved in (home, home.resolve()) else resolved.name or "/"
+    full = _full(path)
+    name = os.path.basename(os.path.normpath(os.path.expanduser(path)))
+    if full == _full("~"):
+        return "~"
+    return name if name not in ("", ".", "..") else os.path.basename(full) or full
+
+
+def _full(path: Path | str) -> str:
+    """`path` from the root on, links followed; as it is where that cannot be told (the working directory is gone)."""
+    try:
+        return os.path.realpath(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return os.path.normpath(path)
 
 
 def described(paths: Iterable[Path | str]) -> list[TextFile]:
@@ -141,7 +149,7 @@ def plain(name: str) -> str:
 def names_only(value: Any, paths: Iterable[Path | str]) -> Any:
     """`value` (JSON) with these paths, wherever they stand in its texts, reduced to their names."""
     told = {str(path): plain(name_of(path)) for path in map(Path, paths) if os.sep in str(path)}
-    told |= {str(Path(path).expanduser().resolve()): name for path, name in told.items()}
+    told |= {_full(path): name for path, name in told.items()}
     longest_first = sorted(told, key=len, reverse=True)
 
     def reduced(part: Any) -> Any:

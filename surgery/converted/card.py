@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..checkpoint.provenance import Provenance
 from ..checkpoint.source import Source
-from ..words import count_of, listing, wrapped
+from ..words import listing, visible_name, wrapped
 from .origin import Origin
 
 _CARD = """---
@@ -104,17 +104,22 @@ def model_card(
     added = " and ".join(section.adds for section in adding if section.adds is not None)
     metadata = _metadata(known, [section.tag for section in adding if section.tag is not None], shown)
     base = _base(source, known)
-    what = "\n\nIt also has ".join(wrapped(section.text) for section in adding)
-    also = [wrapped(section.text) for section in sections if section.adds is None]
+    starts = [f"{base} with ", *["It also has "] * len(adding)]
+    what = [wrapped(start + section.text) for start, section in zip(starts, adding, strict=False)]
+    what = what or [f"It was made of {base}."]
+    what += [wrapped(section.text) for section in sections if section.adds is None]
     inside = " ".join(section.loading for section in sections if section.loading)
     limits = [line.format(added=added, causal=causal) for line in _LIMITS]
     limits += [f"* {section.limits}" for section in sections if section.limits]
-    title = " and ".join(section.title or "" for section in adding)
+    title = _title(source, known)
+    if adding:
+        title += f", with {' and '.join(section.title or '' for section in adding)}"
     return _CARD.format(
-        metadata=metadata.to_yaml().rstrip(), title=f"{_title(source, known)}, with {title}",
-        what="\n\n".join([f"{base} with {what}", *also]), loading=wrapped(_LOADING.format(inside=inside)),
-        limits="\n".join(map(wrapped, limits)), results=shown.results or _UNPROVED, licence=wrapped(_licence(known)),
-        made=shown.made, recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
+        metadata=metadata.to_yaml().rstrip(), title=title, what="\n\n".join(what),
+        loading=wrapped(_LOADING.format(inside=inside)), results=shown.results or _UNPROVED,
+        limits="\n".join(wrapped(line).replace("\n", "\n  ") for line in limits),
+        licence=wrapped(_licence(known)), made=shown.made,
+        recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
     )  # fmt: skip
 
 
@@ -156,7 +161,7 @@ def _one_or_list(values: tuple[str, ...]) -> str | list[str] | None:
 
 
 def _title(source: Source, known: Origin) -> str:
-    return known.base_model[0] if source.kind == "directory" and known.cached else source.name
+    return known.base_model[0] if known.cached else visible_name(source.name)
 
 
 def _base(source: Source, known: Origin) -> str:
@@ -165,8 +170,8 @@ def _base(source: Source, known: Origin) -> str:
     if links and (source.kind == "hub" or known.cached):
         return links[0]
     kind = {"gguf": "GGUF file", "directory": "local directory"}[source.kind]
-    made_of = f", made of {listing(links)}," if links else ""
-    return f"`{source.name}` (a {kind}{made_of.rstrip(',')})"
+    made_of = f", made of {listing(links)}" if links else ""
+    return f"`{visible_name(source.name)}` (a {kind}{made_of})"
 
 
 def _licence(known: Origin) -> str:
@@ -176,6 +181,5 @@ def _licence(known: Origin) -> str:
     where = f", see [{link}]({link})" if link else ""
     said = f"That of the source: {name}{where}." if name else "The source does not say, and its terms hold here too."
     if known.files:
-        files = listing([f"[{file}]({file})" for file in known.files])
-        said += f" {count_of(len(known.files), 'file')} of its terms came along: {files}."
+        said += f" Its terms came along: {listing([f'[{file}]({file})' for file in known.files])}."
     return f"{said} Not read: {known.broken}." if known.broken else said

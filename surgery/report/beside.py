@@ -19,7 +19,7 @@ from .curves import legend
 from .style import LIGHT, figure
 
 FAR = 10  # times the original's perplexity: what is farther off stands at the edge, as an arrow
-COLOURS = {"original": "orange", "converted": "blue"}
+COLOURS = {"original": "blue", "converted": "orange"}  # as in figures of two surveys
 PANELS = ("violet", "blue", "green", "ochre")
 
 

@@ -244,6 +244,8 @@ def _sections(surveys: Sequence[dict], names: Sequence[str]) -> Iterator[dict]:
             svg = inline_svg(drawn, f"{stem}-{at}", f"{title}: {card.name}")
             card.figures.append((title, Markup(svg)))
     text = "Who reads whom, for heads from the strongest sink to the weakest: a row is a query, a column a key."
+    if len(surveys) > 1 and len({tuple(title for title, _ in card.figures) for card in cards}) == 1:
+        text += f" The heads are chosen in {names[0]}, and the same ones are shown of each model."
     yield from _shown("attention", "Attention maps", text, cards, "many")
     for key, kind, table in tables.SECTIONS:
         cards = [Card(name, table=table(survey)) for name, survey in zip(names, surveys, strict=True)]

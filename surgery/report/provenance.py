@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ def table(told: Mapping[str, Any] | None) -> Table | None:
         ("read", _read(cuts, bool(texts.get("split")))),
         ("computed", f"in {_plain(told.get('dtype'))} on {_plain(told.get('device'))}"),
         ("begun", _plain(told.get("date")).replace("T", " ").replace("Z", " UTC")),
+        ("recipe", _plain(json.dumps(told["recipe"], ensure_ascii=False)) if told.get("recipe") else ""),
         ("versions", ", ".join(f"{_plain(name)} {_plain(of)}" for name, of in (told.get("versions") or {}).items())),
         ("command", " ".join(map(_plain, told.get("command") or []))),
     ]

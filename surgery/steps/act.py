@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.provenance import Cut, Cuts, Provenance, TextFiles, command_line, plain, versions
+from ..checkpoint.provenance import Cut, Cuts, Provenance, TextFiles, command_line, name_of, plain, versions
 
 DTYPE = "float32"  # models are loaded in it, whatever their files hold
 _SOURCE = ("spec", "kind", "revision", "dtype", "sha256")
@@ -40,4 +40,6 @@ def _cut(chunks: torch.Tensor | None) -> Cut | None:
 def told(act: Provenance, source: Mapping[str, Any] | None, recipe: Mapping[str, Any] | None) -> dict[str, Any]:
     """`provenance` of a verdict: source and recipe too, which a manifest holds beside it."""
     known = None if source is None else {key: source.get(key) for key in _SOURCE}
+    if known is not None and known["kind"] != "hub":  # older manifests hold a path
+        known["spec"] = plain(name_of(str(known["spec"])))
     return {**act.model_dump(), "source": known, "recipe": recipe}

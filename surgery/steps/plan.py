@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import operator
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import Source, has_tokenizer, open_source, without_tokenizer
 from ..converted.derived import Derived, derive
 from ..converted.files import added_layout, lowered_limits, may_rewrite, shard_names
+from ..endings.temporary import temporary
 from ..errors import SourceError, UnsupportedModel
 from ..live.graft import eab_config
 from ..live.loading import load_tokenizer, require_generation
@@ -102,7 +102,7 @@ class Plan:
         if (tune := told.pop("tune", None)) is not None:
             tune = {"steps": tune["steps"], **{part.key: part.count for part in changes.trains}, "lora": tune["lora"]}
         return {
-            "source": {"spec": self.source.spec, "kind": self.source.kind, "revision": self.source.revision},
+            "source": {"spec": self.source.name, "kind": self.source.kind, "revision": self.source.revision},
             "model_type": {"from": self.anatomy.model_type, "to": self.derived.model_type},
             "prefix_ids": list(changes.prefix) if changes.prefix is not None else None,
             "sites": len(self.anatomy.sites),
@@ -210,10 +210,10 @@ def source_tokenizer(source: Source):
         return load_tokenizer(source.root)
     if not has_tokenizer(source.companions):
         raise SourceError(f"{source.spec} holds no tokenizer; give a file that has one.")
-    with tempfile.TemporaryDirectory(prefix="surgery-tokenizer-") as folder:  # as `run` will write it
-        (Path(folder) / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
-        write_tokenizer(source.plan.header, Path(folder))
-        return load_tokenizer(Path(folder), source.spec)
+    with temporary() as folder:  # as `run` will write it
+        (folder / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
+        write_tokenizer(source.plan.header, folder)
+        return load_tokenizer(folder, source.spec)
 
 
 def carried(source: Source) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
@@ -69,7 +69,7 @@ class Dataset(Strict):
     @field_serializer("name")
     def _without_path(self, name: str) -> str:
         """What is written about a run names no directory of whoever ran it."""
-        return name_of(name) if Path(name).is_absolute() or Path(name).is_dir() else name
+        return name_of(name) if os.path.isabs(name) or os.path.isdir(name) else name
 
 
 class Settings(Training):

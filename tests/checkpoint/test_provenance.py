@@ -43,6 +43,23 @@ def test_paths_on_the_command_line_become_names(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "a/../b/x", "./x/", "/x", "x\0/x", "loop/x"])
+def test_the_last_part_of_any_path_is_its_name(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    assert provenance.name_of(path) == "x" and provenance.name_of("link") == "link"
+    assert provenance.name_of("/") == "/" and provenance.name_of(".") == tmp_path.name
+
+
+def test_a_working_directory_that_is_gone_stops_nothing(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert provenance.command_line(["surgery", ".", "a/b", "/c/d"]) == ["surgery", ".", "b", "d"]
+
+
 def test_a_name_is_bounded_and_always_json():
     assert provenance.command_line(["/a/\udcff" + "x" * 5000])[0].startswith("\\udcffxxx")
     assert len(provenance.command_line(["/" + "x" * 5000])[0]) == 1000

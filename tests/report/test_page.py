@@ -142,6 +142,7 @@ def test_size_speed_and_samples_stand_side_by_side(together):
     for told in ("parameters 135 million 135 million", "weights on disk 538.0 MB 538.0 MB",
                  "tokens read in a second 1,280 1,280", "it is no benchmark"):  # fmt: skip
         assert told in together.text
+    assert "chosen in a/tiny, and the same ones are shown of each model" in together.text
     assert together.source.count('<p class="sample"><span class="what">The cat</span> sat\non it.</p>') == 2
 
 
@@ -161,7 +162,8 @@ def test_rising_sink_rates_are_explained_where_they_rise():
 def test_beside_a_verdict_there_is_one_set_of_figures(tmp_path):
     """The verdict is of 64 chunks, the surveys are of 8: perplexity and counts are the verdict's, and why is said."""
     surveys = [make_survey("m, original"), make_survey("m, converted", slots=2, spike=40.0)]
-    act = make_provenance() | {"chunks": {"evaluation": {"count": 64, "length": 64}, "calibration": None}}
+    act = make_provenance() | {"recipe": {"surgery": 1}}
+    act["chunks"] = {"evaluation": {"count": 64, "length": 64}, "calibration": None}
     scores = {
         "bare": {"ppl": 19.5, "nll": 2.97, "tokens": 4032},
         "converted": {"ppl": 19.4, "nll": 2.96, "tokens": 4032},
@@ -170,7 +172,7 @@ def test_beside_a_verdict_there_is_one_set_of_figures(tmp_path):
     text = Page(write_report(surveys, tmp_path / "r.html", verdict).read_text(encoding="utf-8")).text
     assert "measured on all 64 chunks of the text. All that follows is a survey of the first 8" in text
     assert "19.4000" in text and "20.00" not in text and "4 activations are massive" not in text
-    assert "tiny: original and converted" in text and "64 chunks of 64 tokens" in text
+    assert '{"surgery": 1}' in text and "tiny: original and converted" in text and "64 chunks of 64 tokens" in text
     assert "is of the same" in html._few(surveys[0], {"provenance": make_provenance()})
 
 

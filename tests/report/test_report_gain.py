@@ -259,8 +259,8 @@ def test_points_are_factors_and_what_is_far_off_is_an_arrow():
     points = {(line.get_color(), line.get_marker()): [] for line in axes.lines}
     for line in axes.lines:
         points[line.get_color(), line.get_marker()].append(line.get_xdata()[0])
-    assert points[LIGHT["orange"], "o"] == pytest.approx([1, 2.5, 2.4, 1.1])
-    assert points[LIGHT["blue"], "o"] == pytest.approx([0.95, 1.05, 1.07, 1.09])
+    assert points[LIGHT["blue"], "o"] == pytest.approx([1, 2.5, 2.4, 1.1])
+    assert points[LIGHT["orange"], "o"] == pytest.approx([0.95, 1.05, 1.07, 1.09])
     edge = axes.get_xlim()[1]
     assert points[LIGHT["orange"], ">"] == points[LIGHT["blue"], ">"] == [edge] and 10 <= edge < 12
     assert len(axes.get_yticks()) == 5

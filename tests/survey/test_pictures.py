@@ -58,3 +58,12 @@ def test_slots_stand_in_front_of_a_map() -> None:
         block, head = entry["block"], entry["head"]
         expected = behind._weights[block][head, 2:].float().numpy()  # the prefix's own rows are no rows of the fold
         np.testing.assert_allclose(entry["weights"], expected, atol=1e-3)
+
+
+def test_heads_that_are_asked_for_are_shown_if_all_are_there() -> None:
+    live, text = live_of(tiny_model("llama")), tiny_text()
+    asked, absent, chosen = AttentionMaps([(1, 2), (0, 0)]), AttentionMaps([(1, 2), (9, 0)]), AttentionMaps()
+    with one_thread(), torch.inference_mode():
+        stream(live, text, [asked, absent, chosen])
+    heads = [[(entry["block"], entry["head"]) for entry in found.to_list()] for found in (asked, absent, chosen)]
+    assert heads[0] == [(1, 2), (0, 0)] and heads[1] == heads[2] and len(heads[2]) == HEADS

@@ -137,8 +137,13 @@ def test_reports_surveys_and_adapters_name_nobody(somebodys):
     (home / "recipe.yaml").write_text(TUNED, encoding="utf-8")
     done(
         "run", home / "recipe.yaml", home / "model", home / "out", *text, *MEASURED, "--report", home / "r.html",
-        "--adapter", home / "adapter", "--tuning", home / "tuning",
+        "--adapter", home / "adapter", "--tuning", home / "tuning", "--json", home / "run.json",
     )  # fmt: skip
+    before, after = read(home / "run.json")["surveys"]
+    assert [(map_["block"], map_["head"]) for map_ in before["attention_maps"]] == [
+        (map_["block"], map_["head"]) for map_ in after["attention_maps"]
+    ]
+    assert before["files"]["bytes"] < after["files"]["bytes"] and before["sample"]["written"]
     few = ("--chunks", 1, "--chunk-length", 32)
     done("scan", home / "model", home / "out", *text, *few, "--json", home / "s.json", "--report", home / "s.html")
     assert read(home / "s.json")["surveys"][0]["provenance"]["texts"]["evaluation"][0]["name"] == "wiki.txt"
