@@ -33,9 +33,7 @@ class ResultFile(click.Path):
 
 
 RESULT = ResultFile()
-JSON = click.option(
-    "--json", "json_file", type=RESULT, metavar="FILE", help="Write the result as JSON (-: to stdout)."
-)
+JSON = click.option("--json", "json_file", type=RESULT, metavar="FILE", help="Write the result as JSON (-: to stdout).")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Show only errors and the last line.")
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub id.")
 DTYPE = click.option(

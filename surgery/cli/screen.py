@@ -1,4 +1,4 @@
-"""What a command shows: all of it, or with --quiet its last line; on standard error if a result takes standard output."""
+"""What a command shows: all, or with --quiet its last line; on standard error where a result takes standard output."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def markdown(verdict: Mapping[str, Any], name: str) -> str:
     """What was found of the checkpoint `name`, for the summary of a CI job: outcome, sentences and all tables."""
     said = "\n".join(f"* {plain(sentence)}" for sentence in [*failures(verdict), *findings(verdict)])
     shown = [table.markdown() for table in tables(verdict).values()]
-    return "\n\n".join([f"## {plain(visible_name(name))}", f"**{outcome(verdict)}**", said, *shown]) + "\n"
+    parts = (f"## {plain(visible_name(name))}", f"**{outcome(verdict)}**", said, *shown)
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def card_tables(verdict: Mapping[str, Any], gates: Verify) -> str:

@@ -7,7 +7,6 @@ import math
 import matplotlib
 import numpy as np
 import pytest
-from helpers import ROOT
 from helpers.surveys import make_survey
 
 from surgery.report import maps, plots, write_plots
@@ -142,8 +141,3 @@ def test_plots_are_png_and_svg_and_leave_matplotlib_alone(tmp_path):
     assert [path.name for path in write_plots(small, tmp_path / "two") if path.suffix == ".png"] == [
         "compare.png", "1-m-magnitude.png", "2-m-n-magnitude.png",
     ]  # fmt: skip
-
-
-def test_the_template_is_part_of_the_package():
-    project = (ROOT / "pyproject.toml").read_text()
-    assert '\n"surgery.report" = ["*.jinja"]\n' in project.split("[tool.setuptools.package-data]")[1]
