@@ -26,6 +26,8 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
     if path == STDOUT:
         if STDOUT in apart_from:
             raise OutputError(f"only one result can go to standard output; give {option} a file.")
+        if sys.stdout is None:
+            raise OutputError(f"standard output is closed; give {option} a file.")
         return
     if path.is_dir():
         raise OutputError(f"{path} is a directory; give a file for {option}.")

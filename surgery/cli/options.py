@@ -22,14 +22,16 @@ def options(*wanted):
 
 
 class ResultFile(click.Path):
-    """A file for a result; "-" is standard output, and "./-" a file of that name."""
+    """A file for a result; "-" and "/dev/stdout" are standard output, and "./-" a file of that name."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
     def convert(self, value, param, ctx):
+        if value in (str(STDOUT), "/dev/stdout"):
+            return STDOUT
         path = super().convert(value, param, ctx)
-        return Path.cwd() / path if path == STDOUT and value != str(STDOUT) else path
+        return Path.cwd() / path if path == STDOUT else path
 
 
 RESULT = ResultFile()

@@ -26,7 +26,7 @@ def test_every_recipe_of_the_repository_has_a_name() -> None:
 def test_its_first_line_says_what_it_does(file: Path) -> None:
     """A sentence for `surgery recipes`, beside the name, within 80 columns; and it can be read by its name."""
     said = summary(file.read_text())
-    assert said.endswith(".") and len(said) <= 62
+    assert said.endswith(".") and len(said) <= 61
     schema = FromScratch if file.stem == "gpt2-from-scratch" else Recipe
     assert read(file.stem, schema) == read(file, schema)
 
