@@ -14,6 +14,7 @@ from rich.console import Console
 
 from surgery.checkpoint.results import STDOUT
 from surgery.cli.screen import Screen
+from surgery.cli.show.pretrain import show_curves
 from surgery.cli.show.progress import TerminalReporter
 from surgery.cli.show.recipes import show_recipes
 from surgery.cli.show.survey import scanned, show_survey
@@ -78,9 +79,31 @@ def test_a_survey_fits_80_columns_without_a_broken_word(narrow: Console) -> None
     assert scanned(made_up_survey()).endswith(": 1,228 massive activations in 3 layers, perplexity 21.26")
 
 
+def test_curves_fit_80_columns(narrow: Console) -> None:
+    last = {
+        "loss": 12.3456,
+        "ppl": 1234.56,
+        "massive": 12_345,
+        "massive_on_text": 12_345,
+        "auto": 12_345,
+        "ratio": 12_345.6,
+    }
+    found = {"measured": [{**last, "sink_rate": 0.97}]}
+    show_curves(narrow, {"variants": {"attention_bias": found, "sink_token": found}}, "out")
+    table = narrow.file.getvalue().split("Curves:")[0].splitlines()
+    assert len([line for line in table if line.strip()]) == 4 and "scale-free" in table[1]
+
+
 def test_recipes_fit_80_columns(narrow: Console) -> None:
     show_recipes(narrow, [{"name": name, "summary": summary(path.read_text())} for name, path in builtin().items()])
     assert len(narrow.file.getvalue().splitlines()) == len(builtin()) + 5  # none takes two lines
+
+
+def test_the_list_of_commands_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    ended = surgery_command("--help")
+    assert ended.code == 0 and "..." not in ended.out.partition("Commands:")[2]
+    assert max(map(len, ended.out.splitlines())) <= 80
 
 
 def test_bytes_are_shown_in_units(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

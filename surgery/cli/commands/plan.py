@@ -11,7 +11,7 @@ from ..options import given as given_paths
 from ..screen import Screen
 
 
-@click.command()
+@click.command(short_help="What a recipe would change, from headers only.")
 @RECIPE
 @click.argument("source")
 @options(
@@ -19,7 +19,10 @@ from ..screen import Screen
     LINK, DTYPE, REVISION, QUIET, JSON,
 )  # fmt: skip
 def plan(recipe, source, out, link, dtype, revision, quiet, json_file) -> int:
-    """Print which tensors and files RECIPE would add, change and keep in SOURCE. Reads headers only, writes nothing."""
+    """Print which tensors and files RECIPE would add, change and keep in SOURCE. Reads headers only, writes nothing.
+
+    RECIPE is the name of one that comes with surgery (`surgery recipes`), or a file.
+    """
     require_result_file(json_file, "--json", given_paths(recipe_file(recipe), source, out))
     from ...verbs.plan import plan as verb
     from ..show.plan import planned, show_plan

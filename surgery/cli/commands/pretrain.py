@@ -11,7 +11,7 @@ from ..options import given as given_paths
 from ..screen import Screen
 
 
-@click.command()
+@click.command(short_help="Train small models from nothing.")
 @RECIPE
 @click.argument("out", type=FILE)
 @options(
@@ -23,7 +23,10 @@ from ..screen import Screen
     QUIET, JSON,
 )  # fmt: skip
 def pretrain(recipe, out, text, held_out, quiet, json_file) -> int:
-    """Train the small GPT-2 variants of RECIPE from nothing; checkpoints and curves go to the new directory OUT."""
+    """Train the small GPT-2 variants of RECIPE from nothing; checkpoints and curves go to the new directory OUT.
+
+    RECIPE is the name of one that comes with surgery (`surgery recipes`), or a file.
+    """
     require_result_file(json_file, "--json", given_paths(recipe_file(recipe), out, *text, *held_out))
     from ...verbs.pretrain import pretrain as verb
     from ..show.pretrain import show_curves

@@ -10,7 +10,7 @@ from ..options import JSON, QUIET, options
 from ..screen import Screen
 
 
-@click.command()
+@click.command(short_help="List or print the recipes that come along.")
 @click.argument("name", required=False)
 @options(QUIET, JSON)
 def recipes(name, quiet, json_file) -> int:

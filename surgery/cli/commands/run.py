@@ -14,7 +14,7 @@ from ..options import given as given_paths
 from ..screen import Screen
 
 
-@click.command()
+@click.command(short_help="Convert a checkpoint by a recipe, and prove it.")
 @RECIPE
 @click.argument("source")
 @click.argument("out", type=FILE)
@@ -32,7 +32,10 @@ from ..screen import Screen
     TASKS, chunking(64, 2), LINK, DTYPE, REVISION, DEVICE, QUIET, JSON,
 )  # fmt: skip
 def run(recipe, source, out, no_verify, report, chunks, chunk_length, quiet, json_file, **given) -> int:
-    """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified."""
+    """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified.
+
+    RECIPE is the name of one that comes with surgery (`surgery recipes`), or a file.
+    """
     first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
     if first:
         texts = (*given["text"], *given["calibration"])

@@ -11,7 +11,7 @@ from ..options import given as given_paths
 from ..screen import Screen
 
 
-@click.command()
+@click.command(short_help="Survey models on text, layer by layer.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @options(
     TEXT, chunking(8, 1),

@@ -11,7 +11,7 @@ from ..options import given as given_paths
 from ..screen import Screen
 
 
-@click.command()
+@click.command(short_help="Check a converted checkpoint.")
 @click.argument("checkpoint", type=FILE)
 @options(
     click.option(

@@ -12,8 +12,7 @@ from .tables import new_table
 
 def show_curves(console: Console, result: Mapping[str, Any], out) -> None:
     table = new_table(
-        "After training", "variant", "loss", "held-out ppl", "massive", "of them on text", "scale-free",
-        "largest |x| / median", "sink rate",
+        "After training", "variant", "loss", "ppl", "massive", "on text", "scale-free", "ratio", "sinks"
     )  # fmt: skip
     for name, found in result["variants"].items():
         last = found["measured"][-1]
