@@ -24,6 +24,19 @@ class FilesField:
         vars(instance)[self.name] = files(given)
 
 
+class PathField:
+    """A field that is given as a path or text, or not at all, and read as a path or None."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, instance: object, owner: type) -> Path | None:
+        return None if instance is None else vars(instance)[self.name]
+
+    def __set__(self, instance: object, given: Path | str | None) -> None:
+        vars(instance)[self.name] = None if given is None else Path(given)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How `surgery run` reads, computes, proves and writes.
@@ -39,21 +52,16 @@ class RunOptions:
     text: FilesField = FilesField()
     calibration: FilesField = FilesField()
     chunking: Chunking = CHUNKS
-    tasks: Path | None = None
+    tasks: PathField = PathField()
     verify: bool = True
     surveys: bool = False
-    keep_failed: Path | None = None
-    tuning: Path | None = None
-    adapter: Path | None = None
+    keep_failed: PathField = PathField()
+    tuning: PathField = PathField()
+    adapter: PathField = PathField()
     link: bool = False
     dtype: str | None = None
     revision: str | None = None
     device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name in ("keep_failed", "tuning", "adapter"):  # from Python they may come as text
-            if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, Path(given))
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,11 @@ class VerifyOptions:
     device: a torch device, or "auto".
     """
 
-    against: str | None = None
+    against: Path | str | None = None
     text: FilesField = FilesField()
     calibration: FilesField = FilesField()
     chunking: Chunking = CHUNKS
-    tasks: Path | None = None
+    tasks: PathField = PathField()
     revision: str | None = None
     device: str = "cpu"
 
@@ -80,7 +88,7 @@ class RunKeywords(TypedDict, total=False):
     text: Files
     calibration: Files
     chunking: Chunking
-    tasks: Path | None
+    tasks: Path | str | None
     verify: bool
     surveys: bool
     keep_failed: Path | str | None
@@ -95,11 +103,11 @@ class RunKeywords(TypedDict, total=False):
 class VerifyKeywords(TypedDict, total=False):
     """The fields of `VerifyOptions`, as `verify` takes them by themselves."""
 
-    against: str | None
+    against: Path | str | None
     text: Files
     calibration: Files
     chunking: Chunking
-    tasks: Path | None
+    tasks: Path | str | None
     revision: str | None
     device: str
 
