@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import click
@@ -37,7 +38,17 @@ class ResultFile(click.Path):
 
 RESULT = ResultFile()
 JSON = click.option("--json", "json_file", type=RESULT, metavar="FILE", help="Write the result as JSON (-: to stdout).")
-QUIET = click.option("-q", "--quiet", is_flag=True, help="Show only errors and the last line.")
+
+
+def _without_notes(context, parameter, quiet):
+    if quiet:
+        warnings.showwarning = lambda *_args, **_options: None
+    return quiet
+
+
+QUIET = click.option(
+    "-q", "--quiet", is_flag=True, is_eager=True, callback=_without_notes, help="Show only errors and the last line."
+)
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub id; or write id@REVISION.")
 DTYPE = click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Dtype to dequantise a GGUF to (float32)."

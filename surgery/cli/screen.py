@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -19,12 +18,10 @@ class Screen:
         self._lines = Console(stderr=True, highlight=False) if STDOUT in results else output()
         self.tables = Console(quiet=True) if quiet else self._lines
         self.reporter: Reporter = SILENT
-        if quiet:
-            warnings.showwarning = lambda *_args, **_options: None
-            return
-        from .show.progress import TerminalReporter
+        if not quiet:
+            from .show.progress import TerminalReporter
 
-        self.reporter = TerminalReporter()
+            self.reporter = TerminalReporter()
 
     def end(self, line: str) -> None:
         """The last line: what came of it."""

@@ -24,6 +24,19 @@ class FilesField:
         vars(instance)[self.name] = files(given)
 
 
+class PathField:
+    """A field that is given as a path or text, or not at all, and read as a path or None."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"_{name}"
+
+    def __get__(self, instance: object, owner: type) -> Path | None:
+        return None if instance is None else vars(instance)[self.name]
+
+    def __set__(self, instance: object, given: Path | str | None) -> None:
+        vars(instance)[self.name] = None if given is None else Path(given)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How `surgery run` reads, computes, proves and writes.
@@ -40,23 +53,18 @@ class RunOptions:
     text: FilesField = FilesField()
     calibration: FilesField = FilesField()
     chunking: Chunking = CHUNKS
-    tasks: Path | None = None
+    tasks: PathField = PathField()
     verify: bool = True
     surveys: bool = False
-    keep_failed: Path | None = None
-    tuning: Path | None = None
-    adapter: Path | None = None
+    keep_failed: PathField = PathField()
+    tuning: PathField = PathField()
+    adapter: PathField = PathField()
     link: bool = False
     dtype: str | None = None
     revision: str | None = None
     device: str = "cpu"
     command: Sequence[str] = ()
-    sign: Path | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("keep_failed", "tuning", "adapter", "sign"):  # from Python they may come as text
-            if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, Path(given))
+    sign: PathField = PathField()
 
 
 @dataclass(frozen=True)
@@ -70,21 +78,17 @@ class VerifyOptions:
     without proof. command: the words of the command line, for the verdict.
     """
 
-    against: str | None = None
+    against: Path | str | None = None
     text: FilesField = FilesField()
     calibration: FilesField = FilesField()
     chunking: Chunking | None = None
-    tasks: Path | None = None
+    tasks: PathField = PathField()
     revision: str | None = None
     device: str = "cpu"
     command: Sequence[str] = ()
     digest: str | None = None
-    public_key: Path | None = None
+    public_key: PathField = PathField()
     require: Literal["verified"] | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.public_key, str):  # from Python it may come as text
-            object.__setattr__(self, "public_key", Path(self.public_key))
 
 
 class RunKeywords(TypedDict, total=False):
@@ -93,7 +97,7 @@ class RunKeywords(TypedDict, total=False):
     text: Files
     calibration: Files
     chunking: Chunking
-    tasks: Path | None
+    tasks: Path | str | None
     verify: bool
     surveys: bool
     keep_failed: Path | str | None
@@ -110,11 +114,11 @@ class RunKeywords(TypedDict, total=False):
 class VerifyKeywords(TypedDict, total=False):
     """The fields of `VerifyOptions`, as `verify` takes them by themselves."""
 
-    against: str | None
+    against: Path | str | None
     text: Files
     calibration: Files
     chunking: Chunking | None
-    tasks: Path | None
+    tasks: Path | str | None
     revision: str | None
     device: str
     command: Sequence[str]

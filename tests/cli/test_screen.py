@@ -194,10 +194,8 @@ def test_a_quiet_screen_shows_only_its_end(capsys: pytest.CaptureFixture) -> Non
         (False, None, "table\nend\n", ""), (True, None, "end\n", ""),
         (False, STDOUT, "", "table\nend\n"), (True, STDOUT, "", "end\n"),
     ):  # fmt: skip
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("warnings.showwarning", None)
-            screen = Screen(quiet, result, None)
-            screen.tables.print("table")
-            screen.end("end")
+        screen = Screen(quiet, result, None)
+        screen.tables.print("table")
+        screen.end("end")
         shown = capsys.readouterr()
         assert (shown.out, shown.err) == (out, err)

@@ -50,6 +50,8 @@ def test_a_text_is_a_file_or_several(tmp_path: Path) -> None:
         assert surgery.RunOptions(text=given).text == (one,)
     assert surgery.RunOptions().text == () == files(None)
     assert surgery.VerifyOptions(text="a", calibration=["b", "c"]).calibration == (Path("b"), Path("c"))
+    assert surgery.RunOptions(keep_failed="kept", tasks=tmp_path).keep_failed == Path("kept")
+    assert surgery.VerifyOptions(tasks="t").tasks == Path("t") and surgery.VerifyOptions().tasks is None
     with pytest.raises(TypeError):
         surgery.RunOptions(text=3)
 

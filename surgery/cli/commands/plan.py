@@ -23,7 +23,8 @@ def plan(recipe, source, out, link, dtype, revision, quiet, json_file) -> int:
 
     RECIPE is the name of one that comes with surgery (`surgery recipes`), or a file.
     """
-    require_result_file(json_file, "--json", given_paths(recipe_file(recipe), source, out))
+    recipe = recipe_file(recipe)
+    require_result_file(json_file, "--json", given_paths(recipe, source, out))
     from ...verbs.plan import plan as verb
     from ..show.plan import planned, show_plan
 

@@ -27,7 +27,8 @@ def pretrain(recipe, out, text, held_out, quiet, json_file) -> int:
 
     RECIPE is the name of one that comes with surgery (`surgery recipes`), or a file.
     """
-    require_result_file(json_file, "--json", given_paths(recipe_file(recipe), out, *text, *held_out))
+    recipe = recipe_file(recipe)
+    require_result_file(json_file, "--json", given_paths(recipe, out, *text, *held_out))
     from ...verbs.pretrain import pretrain as verb
     from ..show.pretrain import show_curves
 

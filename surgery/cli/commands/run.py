@@ -63,11 +63,12 @@ def run(recipe, source, out, no_verify, report, push, chunks, chunk_length, quie
 
     RECIPE is the name of one that comes with surgery (`surgery recipes`), or a file.
     """
+    recipe = recipe_file(recipe)
     first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
     if first:
         texts = (*given["text"], *given["calibration"])
         outputs = given["keep_failed"], given["adapter"]
-        paths = given_paths(recipe_file(recipe), source, out, *texts, *outputs, given["sign"])
+        paths = given_paths(recipe, source, out, *texts, *outputs, given["sign"])
         require_result_file(json_file, "--json", [*paths, *given_paths(report)])
         require_result_file(report, "--report", paths)
         if push is not None:
