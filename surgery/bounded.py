@@ -42,7 +42,7 @@ def bounded(function: Callable[..., Any], *arguments: Any, seconds: int, memory:
     takes longer, needs more, crashes, or where the function raises.
     """
     reader, writer = os.pipe()
-    with _one_thread():
+    with _forking():
         try:
             child = os.fork()
         except OSError as error:
@@ -61,7 +61,7 @@ def bounded(function: Callable[..., Any], *arguments: Any, seconds: int, memory:
         raise
     finally:
         _, status = os.waitpid(child, 0)
-    if not answer:
+    if not answer or os.WIFSIGNALED(status):
         raise Unbounded(_death(status, seconds, memory))
     said = json.loads(answer)
     if "error" in said:
@@ -117,9 +117,12 @@ def _at_most(kind: int, value: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A fork made in here uses no threads of the tokenizers library, which otherwise says so on standard error."""
-    before = os.environ.get(_THREADS)
+def _forking() -> Iterator[None]:
+    """A fork made in here uses no threads of the tokenizers library, which otherwise says so on standard error.
+
+    Nor does it run our handlers of signals, which clean up what is ours, before it has put them away.
+    """
+    before, mask = os.environ.get(_THREADS), signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
     os.environ[_THREADS] = "false"
     try:
         yield
@@ -128,6 +131,7 @@ def _one_thread() -> Iterator[None]:
             del os.environ[_THREADS]
         else:
             os.environ[_THREADS] = before
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _death(status: int, seconds: int, memory: int) -> str:
