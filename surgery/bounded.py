@@ -13,9 +13,12 @@ import contextlib
 import faulthandler
 import gc
 import json
+import logging
 import os
 import resource
 import signal
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +26,7 @@ from typing import Any, NoReturn
 from .errors import brief, out_of_memory
 
 GIB = 2**30
-WAITING = 6  # how much longer than its processor time a child may take, on a busy machine or waiting for a file
+PATIENCE, SHARE = 60, 6  # a child ends after so many seconds, and times its processor time: machines may be busy
 _OURS = (signal.SIGALRM, signal.SIGXCPU, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # which may have handlers here
 _THREADS = "TOKENIZERS_PARALLELISM"
 
@@ -39,7 +42,7 @@ def bounded(function: Callable[..., Any], *arguments: Any, seconds: int, memory:
     takes longer, needs more, crashes, or where the function raises.
     """
     reader, writer = os.pipe()
-    with _one_thread():
+    with _forking():
         try:
             child = os.fork()
         except OSError as error:
@@ -58,7 +61,7 @@ def bounded(function: Callable[..., Any], *arguments: Any, seconds: int, memory:
         raise
     finally:
         _, status = os.waitpid(child, 0)
-    if not answer:
+    if not answer or os.WIFSIGNALED(status):
         raise Unbounded(_death(status, seconds, memory))
     said = json.loads(answer)
     if "error" in said:
@@ -85,17 +88,23 @@ def _work(
 
 
 def _limit(seconds: int, memory: int) -> None:
-    """Let the kernel end this process when it has had its time, and refuse it memory when it has had that."""
+    """Let the kernel end this process when it has had its time, and refuse it memory when it has had that.
+
+    It says nothing besides its answer: what our parent writes through may be locked by a thread that is not here.
+    """
     faulthandler.disable()
+    logging.disable()
+    warnings.simplefilter("ignore")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
+    sys.stdout = sys.stderr = open(nowhere, "w")
     for number in _OURS:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, _at_most(resource.RLIMIT_CPU, seconds))
-    signal.setitimer(signal.ITIMER_REAL, WAITING * seconds)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE + SHARE * seconds)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, _at_most(resource.RLIMIT_AS, taken + memory))
 
@@ -108,9 +117,12 @@ def _at_most(kind: int, value: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A fork made in here uses no threads of the tokenizers library, which otherwise says so on standard error."""
-    before = os.environ.get(_THREADS)
+def _forking() -> Iterator[None]:
+    """A fork made in here uses no threads of the tokenizers library, which otherwise says so on standard error.
+
+    Nor does it run our handlers of signals, which clean up what is ours, before it has put them away.
+    """
+    before, mask = os.environ.get(_THREADS), signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
     os.environ[_THREADS] = "false"
     try:
         yield
@@ -119,6 +131,7 @@ def _one_thread() -> Iterator[None]:
             del os.environ[_THREADS]
         else:
             os.environ[_THREADS] = before
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _death(status: int, seconds: int, memory: int) -> str:
@@ -129,7 +142,7 @@ def _death(status: int, seconds: int, memory: int) -> str:
     if number == signal.SIGXCPU:
         return f"it does not end within {seconds} s"
     if number == signal.SIGALRM:
-        return f"it waits for something for more than {WAITING * seconds} s"
+        return f"it waits for something for more than {PATIENCE + SHARE * seconds} s"
     if number in (signal.SIGABRT, signal.SIGKILL):  # how libraries, and the system, answer to memory that is refused
         return f"{_too_large(memory)}, or crashes"
     return f"it crashes ({signal.Signals(number).name})"

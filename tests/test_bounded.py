@@ -52,7 +52,8 @@ def test_every_way_to_die_is_a_clause(work: Callable[[], object], words: str) ->
 
 
 def test_a_child_that_waits_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surgery.bounded, "WAITING", 0.1)
+    monkeypatch.setattr(surgery.bounded, "PATIENCE", 0.1)
+    monkeypatch.setattr(surgery.bounded, "SHARE", 0)
     with pytest.raises(Unbounded, match="waits for something"):
         bounded(time.sleep, 1000, seconds=1, memory=GIB)
 

@@ -194,6 +194,12 @@ def _with_tokenizer(source: Source, recipe: Recipe, wanted: bool) -> tuple[Sourc
     """The source and its tokenizer. One that does not load, and is not `wanted`, is left out of the source."""
     if not wanted and not has_tokenizer(source.companions):
         return source, None
+    folder = source.root / "additional_chat_templates"
+    if folder.is_dir():
+        warnings.warn(
+            f"{folder} is not carried along; put its templates into the chat_template of tokenizer_config.json.",
+            stacklevel=3,
+        )
     try:
         return source, source_tokenizer(source)
     except (SourceError, UnsupportedModel) as error:

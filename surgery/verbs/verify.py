@@ -139,7 +139,7 @@ def _told(
     manifest: Manifest | None = None, ready: _Ready | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The verdict, with the provenance of this verification; source and recipe are those of the checkpoint."""
-    against = [] if options.against is None or os.path.exists(options.against) else [options.against]
+    against = [] if options.against is None or os.path.exists(options.against) else [str(options.against)]
     act = provenance(
         date, command=options.command, device=options.device, files=texts.files, hub_ids=against,
         **({} if ready is None else {"evaluation": ready.evaluation, "calibration": ready.calibrating}),

@@ -20,11 +20,15 @@ def check_tokenizer(root: Path, original, prefix: Sequence[int], text: str | Non
     Without it, only a folded token that the tokenizer adds again can be found.
     """
     try:
-        emitted = load_tokenizer(root)
+        return _compared(root, original, prefix, text)
     except NoTemporary:
         raise
     except SurgeryError as error:
         return Check("tokenizer", False, str(error))
+
+
+def _compared(root: Path, original, prefix: Sequence[int], text: str | None) -> Check:
+    emitted = load_tokenizer(root)
     sample = (text or SENTENCE)[:SAMPLE]
     found = tokenize(emitted, sample, special=True)
     begins = tokenize(emitted, sample)[:1]

@@ -56,7 +56,8 @@ def test_config_keeps_what_it_had_and_says_what_was_added():
     eab = eab_config(anatomy, [1, 5, 7], "as_prefix")
     emitted = converted_config(config, derived, {"eab": eab}, {"max_position_embeddings": 253})
     assert config == before
-    ours = {"model_type", "architectures", "auto_map", "eab", "max_position_embeddings"}
+    assert emitted["rope_theta"] == config["rope_parameters"]["rope_theta"]  # the older spelling beside the newer
+    ours = {"model_type", "architectures", "auto_map", "eab", "max_position_embeddings", "rope_theta"}
     assert {k: v for k, v in emitted.items() if k not in ours} == {k: v for k, v in config.items() if k not in ours}
     assert emitted["model_type"] == "eab_llama" and emitted["architectures"] == ["EabLlamaForCausalLM"]
     assert emitted["max_position_embeddings"] == 253
@@ -225,7 +226,7 @@ def emitted(source: Path, out: Path, prefix: tuple[int, ...], link: bool = False
     written = {path.name: {"sha256": digest(path), "bytes": path.stat().st_size} for path in out.iterdir()}
     assert written.pop(MANIFEST) and manifest["files"] == written
     config, original = (json.loads((root / "config.json").read_text()) for root in (out, source))
-    ours = {"model_type", "architectures", "auto_map", "eab"}
+    ours = {"model_type", "architectures", "auto_map", "eab", "rope_theta"}
     assert {k: v for k, v in config.items() if k not in ours} == {
         **{k: v for k, v in original.items() if k not in ours},
         **planned.lowered,
