@@ -103,7 +103,7 @@ def fit_again(
     repeated = next((i for i, change in enumerate(changes) if not change.repeats), len(changes))
     parts: dict[str, Parts] = {}
     tensors: dict[str, torch.Tensor] = {}
-    if repeated:
+    if repeated and (recipe.tune is None or recipe.changes_weights):  # what is trained has nothing left to compare
         reporter.step("fit the operations again, from the source")
         live = Live(load_original(directory, device=device), plan.anatomy)
         with contextlib.ExitStack() as grafts:
@@ -218,13 +218,15 @@ def _same_tensors(root: Path, manifest: Manifest, again: Again, directory: Path)
         if found.dtype == torch.float32:  # in half precision rounding shows in few entries
             unequal = int((found != wanted).sum())
             entries, differing, where = entries + found.numel(), differing + unequal, name if unequal else where
-    if 0 < differing < SPREAD * entries:
-        said = f"{differing} of {entries:,} entries differ from what is computed again, the others agree to the bit"
+    if 0 < differing < max(2, SPREAD * entries):
+        said = f"{differing} of {entries:,} entries are not what is computed again, and all others are to the bit"
         return False, f"{where}: {said}, so it is no rounding"
     if made := _not_made(layout, manifest, again, directory, compared):
         return False, made
     told = f"{len(compared)} tensors as computed again from {spec}"
-    if to_the_bit == len(compared):
+    if not compared:
+        told = f"no tensor follows from {spec} alone"
+    elif to_the_bit == len(compared):
         told += ", to the bit"
     else:
         told += f", {to_the_bit} to the bit, others off by {furthest:.1g} of a row's largest entry, as rounding is"
