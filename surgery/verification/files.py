@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from ..checkpoint.contents import SETTINGS, SIGNATURE, all_files, begins_as_code, is_document, is_foreign, may_change
+from ..checkpoint.contents import (
+    SETTINGS,
+    SIGNATURE,
+    all_files,
+    begins_as_code,
+    is_document,
+    is_foreign,
+    may_change,
+    names_code,
+)
 from ..checkpoint.disk import sha256_of
 from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST, Manifest
@@ -16,9 +24,6 @@ from ..converted.derived import derive
 from ..converted.described import Described
 from ..progress import Advance
 from .checks import Found
-
-# Keys by which a JSON file makes transformers load classes from Python files, its own or another repository's.
-NAMES_CODE = ("auto_map", "custom_pipelines")
 
 
 def same_files(root: Path, manifest: Manifest, advance: Advance) -> Found:
@@ -82,30 +87,15 @@ def same_code(root: Path, described: Described) -> Found:
             try:
                 content = json.loads(path.read_bytes())
             except (ValueError, RecursionError):
-                return False, f"{name} is not JSON"
+                content = None  # nothing that loads, so nothing that names code
             if name == SETTINGS and not isinstance(content, dict):
                 return False, f"{name} is not a JSON object"
             if name == CONFIG and isinstance(content, dict):
                 content.pop("auto_map", None)
-            if key := _names_code(content):
+            if key := names_code(content):
                 return False, f"{name}: {key} names code, and surgery writes none there"
     files = derived.files()
     for name, path in all_files(root).items():
         if name.endswith(".py") and files.pop(name, None) != path.read_text(encoding="utf-8", errors="replace"):
             return False, f"{name} is not what this version of surgery writes; verify with the version in {MANIFEST}"
     return (False, f"{min(files)} is missing") if files else (True, "Python files as this version writes them")
-
-
-def _names_code(content: Any) -> str | None:
-    """The first key anywhere in `content` that names code. A number under it is the id of a token of that text."""
-    left = [content]
-    while left:
-        value = left.pop()
-        if isinstance(value, list):
-            left += value
-        elif isinstance(value, dict):
-            named = (key for key in NAMES_CODE if not isinstance(value.get(key), (int, float, type(None))))
-            if (key := next(named, None)) is not None:
-                return key
-            left += value.values()
-    return None
