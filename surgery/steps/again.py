@@ -35,7 +35,7 @@ from ..operations.base import Changes, Fitting, Operation, Parts
 from ..progress import Reporter
 from ..verification.checks import Check, Found, check
 from ..words import listing
-from .emit import emit_beside
+from .emit import emit_beside, versions
 from .operate import collect
 from .plan import Plan, plan_on
 from .recipe import Recipe
@@ -85,8 +85,11 @@ def check_again(
     except SurgeryError as error:  # the recipe or config.json of the checkpoint says what cannot be done
         return [Check(FILES, False, str(error))]
     reporter.step("compare what was written with what a run would write")
+    files = check(FILES, lambda: _same_files(described.root, again, directory))
+    if not files.passed and (others := _other_versions(manifest)):
+        files = replace(files, detail=f"{files.detail}; {others}")
     return [
-        check(FILES, lambda: _same_files(described.root, again, directory)),
+        files,
         check(TENSORS, lambda: _same_tensors(described.root, manifest, again, directory)),
     ]
 
@@ -165,6 +168,13 @@ def _headers(again: Again, directory: Path) -> dict[str, bytes]:
     entries = [(name, stored.dtype, stored.shape) for name, stored in again.changes.added.items()]
     headers[again.plan.added_shard], _ = plan_file(again.plan.added_shard, entries, {"format": "pt"})
     return headers
+
+
+def _other_versions(manifest: Manifest) -> str:
+    """Which packages are of another version than those that the checkpoint was written with, in words."""
+    said = [f"{name} {manifest.versions[name]}, and this is {version}" for name, version in versions().items()
+            if str(manifest.versions.get(name, version)) != version]  # fmt: skip
+    return f"it was written with {'; '.join(said)}"[:200] if said else ""
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def emit(
     return build_manifest(
         source=_source_entry(plan, hashes),
         recipe=plan.recipe.to_dict(),
-        versions=_versions(),
+        versions=versions(),
         tensors=_became(plan, changes, changed),
         files={},
         verdict=None,
@@ -136,5 +136,6 @@ def _source_entry(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The packages that what is written depends on."""
     return {name: importlib.metadata.version(name) for name in ("surgery", "torch", "transformers", "safetensors")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tampering import ADDED, KEPT, KEY, TENSOR, at_bit, inside, on_tensors
+from helpers.tampering import ADDED, KEPT, KEY, TENSOR, at_bit, inside, keys, on_tensors
 from helpers.tiny_checkpoint import MEASURED, RECIPE, Place, rehash, surgery_command
 
 from surgery.operations.smoothing import Smoothing
@@ -60,6 +60,14 @@ def verified(place: Place, root: Path) -> tuple[int, str]:
     rehash(root)
     ended = surgery_command("verify", root, "--against", place.source)
     return ended.code, ended.out + ended.err
+
+
+def test_another_version_is_named_where_files_differ(place: Place, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(place.converted, tmp_path / "copy"))
+    inside("surgery.json", "versions", transformers="4.0")(copy)
+    keys("tokenizer_config.json", tokenizer_class="LlamaTokenizer")(copy)
+    code, said = verified(place, copy)
+    assert code == 3 and "at tokenizer_class" in said and "written with transformers 4.0, and this is" in said
 
 
 @pytest.mark.slow
