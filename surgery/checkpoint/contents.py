@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from .config import CONFIG
 from .layout import INDEX
@@ -19,6 +20,10 @@ _DOCUMENTS = (".gif", ".jpeg", ".jpg", ".md", ".pdf", ".png", ".rst", ".svg", ".
 _VOCABULARIES = ("dict", "merges", "token", "vocab")  # words in names of text files that tokenizers read
 # How files begin that run code once they are loaded: pickles, archives of pickles, shared libraries.
 _LOADABLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04", b"\x7fELF")
+
+
+# Keys by which a JSON file makes transformers load classes from Python files, its own or another repository's.
+_CODE = ("auto_map", "custom_pipelines")
 
 
 def is_document(name: str) -> bool:
@@ -58,3 +63,30 @@ def all_files(root: Path) -> dict[str, Path]:
     """Relative name -> path of everything in the directory `root`, directories too, less what is `NOT_OURS`."""
     present = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*"))}
     return {name: path for name, path in present.items() if name.split("/")[0] not in NOT_OURS}
+
+
+def names_code(content: Any) -> str | None:
+    """The first key anywhere in JSON `content` that names code. A number under it is the id of a token of that text."""
+    left = [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        elif isinstance(value, dict):
+            if named := [key for key in _CODE if _is_of_code(key, value.get(key))]:
+                return named[0]
+            left += value.values()
+    return None
+
+
+def without_code(content: Any) -> Any:
+    """JSON `content` without the keys that name code."""
+    if isinstance(content, list):
+        return [without_code(value) for value in content]
+    if isinstance(content, dict):
+        return {key: without_code(value) for key, value in content.items() if not _is_of_code(key, value)}
+    return content
+
+
+def _is_of_code(key: str, value: Any) -> bool:
+    return key in _CODE and not isinstance(value, (int, float, type(None)))

@@ -21,6 +21,7 @@ from ..anatomy.stored import stored_values
 from ..checkpoint.contents import SETTINGS, SIGNATURE, all_files, is_document
 from ..checkpoint.layout import Layout, read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
+from ..checkpoint.provenance import versions
 from ..checkpoint.regular import read_json
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Stage
@@ -86,8 +87,11 @@ def check_again(
     except SurgeryError as error:  # the recipe or config.json of the checkpoint says what cannot be done
         return [Check(FILES, False, str(error))]
     reporter.step("compare what was written with what a run would write")
+    files = check(FILES, lambda: _same_files(described.root, again, directory))
+    if not files.passed and (others := _other_versions(manifest)):
+        files = replace(files, detail=f"{files.detail}; {others}")
     return [
-        check(FILES, lambda: _same_files(described.root, again, directory)),
+        files,
         check(TENSORS, lambda: _same_tensors(described.root, manifest, again, directory)),
     ]
 
@@ -104,7 +108,7 @@ def fit_again(
     repeated = next((i for i, change in enumerate(changes) if not change.repeats), len(changes))
     parts: dict[str, Parts] = {}
     tensors: dict[str, torch.Tensor] = {}
-    if repeated:
+    if repeated and (recipe.tune is None or recipe.changes_weights):  # what is trained has nothing left to compare
         reporter.step("fit the operations again, from the source")
         live = Live(load_original(directory, device=device), plan.anatomy)
         with contextlib.ExitStack() as grafts:
@@ -168,6 +172,13 @@ def _headers(again: Again, directory: Path) -> dict[str, bytes]:
     return headers
 
 
+def _other_versions(manifest: Manifest) -> str:
+    """Which packages are of another version than those that the checkpoint was written with, in words."""
+    said = [f"{name} {manifest.versions[name]}, and this is {version}" for name, version in versions().items()
+            if str(manifest.versions.get(name, version)) != version]  # fmt: skip
+    return f"it was written with {'; '.join(said)}"[:200] if said else ""
+
+
 @contextlib.contextmanager
 def _emitted(again: Again, directory: Path) -> Iterator[Path]:
     """A directory with all that a run writes beside the weights and the card; there for the time of the block."""
@@ -219,13 +230,15 @@ def _same_tensors(root: Path, manifest: Manifest, again: Again, directory: Path)
         if found.dtype == torch.float32:  # in half precision rounding shows in few entries
             unequal = int((found != wanted).sum())
             entries, differing, where = entries + found.numel(), differing + unequal, name if unequal else where
-    if 0 < differing < SPREAD * entries:
-        said = f"{differing} of {entries:,} entries differ from what is computed again, the others agree to the bit"
+    if 0 < differing < max(2, SPREAD * entries):
+        said = f"{differing} of {entries:,} entries are not what is computed again, and all others are to the bit"
         return False, f"{where}: {said}, so it is no rounding"
     if made := _not_made(layout, manifest, again, directory, compared):
         return False, made
     told = f"{len(compared)} tensors as computed again from {spec}"
-    if to_the_bit == len(compared):
+    if not compared:
+        told = f"no tensor follows from {spec} alone"
+    elif to_the_bit == len(compared):
         told += ", to the bit"
     else:
         told += f", {to_the_bit} to the bit, others off by {furthest:.1g} of a row's largest entry, as rounding is"

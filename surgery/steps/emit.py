@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from ..anatomy.stored import stored_values
+from ..checkpoint.contents import names_code, without_code
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import INDEX, Layout
 from ..checkpoint.manifest import Manifest, build_manifest
@@ -72,7 +74,7 @@ def emit_beside(plan: Plan, stage: Stage, directory: Path, changes: Changes) -> 
 def emitted_config(plan: Plan, changes: Changes) -> dict[str, Any]:
     """config.json of the converted checkpoint."""
     lowered = lowered_limits(plan.source.config, plan.anatomy, changes.positions)
-    return converted_config(plan.source.config, plan.derived, changes.config, lowered)
+    return converted_config(without_code(plan.source.config), plan.derived, changes.config, lowered)
 
 
 def _became(plan: Plan, changes: Changes, changed: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
@@ -105,10 +107,23 @@ def _emit_companions(plan: Plan, stage: Stage, directory: Path, changes: Changes
         folded_bos = tokenizer.bos_token if tokenizer.bos_token_id in (changes.prefix or ()) else None
         changed = converted_tokenizer(directory, files, tokenizer, changes.positions, folded_bos)
     for name in files:
+        text = changed.get(name) or (directory / name).read_bytes() if name.endswith(".json") else ""
+        if (settings := _naming_code(text)) is not None:
+            changed[name] = json.dumps(without_code(settings), ensure_ascii=False, indent=2) + "\n"
+    for name in files:
         if name not in changed:
             stage.add_file(directory / name, name)
     for name, content in changed.items():
         stage.add_text(name, content)
+
+
+def _naming_code(text: str | bytes) -> Any:
+    """A JSON file that names code; None for others. It loads without that code, which is not carried."""
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # whoever reads it says so
+    return settings if names_code(settings) else None
 
 
 def _source_entry(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.config import CONFIG
-from ..checkpoint.contents import SETTINGS, SIGNATURE, all_files, begins_as_code, is_document, is_foreign, may_change
+from ..checkpoint.contents import (
+    SETTINGS,
+    SIGNATURE,
+    all_files,
+    begins_as_code,
+    is_document,
+    is_foreign,
+    may_change,
+    names_code,
+)
 from ..checkpoint.disk import sha256_of
 from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST, Manifest
@@ -20,10 +28,8 @@ from ..converted.described import Described
 from ..progress import Advance
 from .checks import Found
 
-# Keys by which a JSON file makes transformers load classes from Python files, its own or another repository's.
 _OTHER_VERSION = f"verify with the version in {MANIFEST}, or convert the source again"
 MAX_CODE = 1_000_000  # bytes of a Python file, more than any that surgery writes
-NAMES_CODE = ("auto_map", "custom_pipelines")
 
 
 def same_files(root: Path, manifest: Manifest, advance: Advance) -> Found:
@@ -82,12 +88,12 @@ def same_code(root: Path, described: Described) -> Found:
             try:
                 content = json.loads(path.read_bytes())
             except (ValueError, RecursionError):
-                return False, f"{name} is not JSON"
+                content = None  # nothing that loads, so nothing that names code
             if name == SETTINGS and not isinstance(content, dict):
                 return False, f"{name} is not a JSON object"
             if name == CONFIG and isinstance(content, dict):
                 content.pop("auto_map", None)
-            if key := _names_code(content):
+            if key := names_code(content):
                 return False, f"{name}: {key} names code, and surgery writes none there"
     files = derived.files()
     for name, path in all_files(root).items():
@@ -99,18 +105,3 @@ def same_code(root: Path, described: Described) -> Found:
 def _code_of(path: Path) -> str:
     with open_regular(path) as file:
         return file.read(MAX_CODE).decode("utf-8", errors="replace")
-
-
-def _names_code(content: Any) -> str | None:
-    """The first key anywhere in `content` that names code. A number under it is the id of a token of that text."""
-    left = [content]
-    while left:
-        value = left.pop()
-        if isinstance(value, list):
-            left += value
-        elif isinstance(value, dict):
-            named = (key for key in NAMES_CODE if not isinstance(value.get(key), (int, float, type(None))))
-            if (key := next(named, None)) is not None:
-                return key
-            left += value.values()
-    return None

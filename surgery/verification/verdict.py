@@ -91,9 +91,10 @@ def junit_xml(verdict: Mapping[str, Any]) -> str:
     suite = ElementTree.Element("testsuite", name="surgery verify")
     failures = 0
     told = {key: verdict[key] for key in ("status", "digest") if verdict.get(key) is not None}
-    if told or verdict.get("notes"):
+    said = [(name, value) for name in ("notes", "unchecked") for value in verdict.get(name, ())]
+    if told or said:
         properties = ElementTree.SubElement(suite, "properties")
-        for name, value in [*told.items(), *(("note", note) for note in verdict.get("notes", ()))]:
+        for name, value in [*told.items(), *said]:
             ElementTree.SubElement(properties, "property", name=name, value=_xml_text(value))
     cases = [(f"gate.{g['name']}", g["passed"], f"{g['value']}, asked for {asked(g)}") for g in verdict["gates"]]
     cases += [(f"integrity.{c['name']}", c["passed"], c["detail"]) for c in verdict["integrity"]["checks"]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery.checkpoint.contents import begins_as_code, is_document, is_foreign, may_change
+from surgery.checkpoint.contents import begins_as_code, is_document, is_foreign, may_change, names_code, without_code
 
 SHARDS = ("model-00001-of-00002.safetensors",)
 
@@ -55,3 +55,22 @@ def test_code_is_known_by_how_it_begins(tmp_path: Path, head: bytes) -> None:
     for content, expected in ((head + b"rest", True), (b'{"a": 1}', False), (b"", False)):
         (tmp_path / "x").write_bytes(content)
         assert begins_as_code(tmp_path / "x") is expected
+
+
+MAP = {"AutoModel": "a/b--c.C"}
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "left"),
+    [
+        ({"auto_map": MAP, "a": 1}, "auto_map", {"a": 1}),
+        ({"a": [{"b": {"auto_map": MAP}}]}, "auto_map", {"a": [{"b": {}}]}),
+        ({"custom_pipelines": {"x": {}}}, "custom_pipelines", {}),
+        ({"auto_map": "c.C"}, "auto_map", {}),
+        ({"vocab": {"auto_map": 7}}, None, {"vocab": {"auto_map": 7}}),  # a token of a vocabulary
+        ([1, "auto_map", None], None, [1, "auto_map", None]),
+    ],
+)
+def test_code_is_named_anywhere_in_json(content: object, key: str | None, left: object) -> None:
+    assert names_code(content) == key and without_code(content) == left
+    assert names_code(without_code(content)) is None

@@ -122,9 +122,12 @@ def test_the_manifest_is_sealed_by_digest_and_by_signature(place: Place, copy: P
 
 def test_what_was_written_without_proof_is_said_to_be_unverified(place: Place, bench: Bench) -> None:
     private, public = key_pair(bench.root)
-    result = bench.root / "run.json"
-    ended = surgery_command(*bench.run(None, IDS, "--no-verify", "--sign", private, "--json", result, text=False))
+    result, source = bench.root / "run.json", bench.configured(custom_pipelines={"x": {"impl": "a/b--c.C"}})
+    processor = {"auto_map": {"AutoProcessor": "theirs.Processor"}, "size": 3}  # loads without, and so it is emitted
+    (source / "processor_config.json").write_text(json.dumps(processor))
+    ended = surgery_command(*bench.run(source, IDS, "--no-verify", "--sign", private, "--json", result, text=False))
     assert ended.code == 0, ended.err
+    assert json.loads((bench.out / "processor_config.json").read_text()) == {"size": 3}
     written = json.loads(result.read_text())
     assert written["digest"] == manifest_digest(bench.out) and written["digest"] in ended.out
     xml = bench.root / "j.xml"
