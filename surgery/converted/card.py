@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..checkpoint.source import Source
+from ..plain import shown
 from ..words import wrapped
 
 _CARD = """---
@@ -83,7 +84,7 @@ def model_card(
         tags=["surgery", *(section.tag for section in adding if section.tag is not None)],
         base_model=source.spec if source.kind == "hub" else None,
     )  # fmt: skip
-    base = source.spec if source.kind == "hub" else source.root.name
+    base = shown(source.spec if source.kind == "hub" else source.root.name)
     what = "\n\nIt also has ".join(wrapped(section.text) for section in adding)
     also = [wrapped(section.text) for section in sections if section.adds is None]
     added = " and ".join(section.adds for section in adding if section.adds is not None)
