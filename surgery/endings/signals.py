@@ -139,14 +139,15 @@ def _heard(number: int, frame: FrameType | None) -> None:
 def _end(number: int) -> None:
     if _process.command is None:
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-    if _process.code is not None:
-        os._exit(_process.code)
     _process.held += 1  # whatever comes now only waits
+    code = 128 + number if _process.code is None else _process.code
     try:
         _kill_children()
-        _say(number, [path for clean in [*_process.cleaning.values()] if (path := clean()) is not None])
+        left = [path for clean in [*_process.cleaning.values()] if (path := clean()) is not None]
+        if _process.code is None:
+            _say(number, left)
     finally:
-        os._exit(128 + number)
+        os._exit(code)
 
 
 def _say(number: int, left: list[Path]) -> None:

@@ -101,7 +101,10 @@ def _is_temporary(error: OSError, where: Path | None) -> bool:
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
     if not names and where is not None:
         names = [os.fspath(where)]
-    root = os.path.realpath(temporary_root())
+    try:
+        root = os.path.realpath(temporary_root())
+    except NoTemporary:  # then nothing has been written there
+        return False
     for name in map(os.path.realpath, names):
         inner = os.path.relpath(name, root).split(os.sep)[0]
         if _OURS.fullmatch(inner):

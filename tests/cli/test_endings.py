@@ -44,7 +44,7 @@ def publishing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list:
 # ---- results that cannot be written
 
 
-def test_a_full_standard_output_is_told_beside_what_was_published(bench: Bench, publishing: list) -> None:
+def test_a_full_standard_output_is_told_beside_what_is_done(bench: Bench, publishing: list) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         ended = surgery_command(*publishing, stdout=full)
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # for what it holds still, when it is closed
@@ -52,7 +52,7 @@ def test_a_full_standard_output_is_told_beside_what_was_published(bench: Bench, 
     assert f"{bench.out} had been written before, complete" in ended.error
 
 
-def test_a_result_that_does_not_fit_is_told_beside_what_was_published(bench: Bench, publishing: list) -> None:
+def test_a_result_that_does_not_fit_is_told_beside_what_is_done(bench: Bench, publishing: list) -> None:
     ended = surgery_command(*publishing, "--json", "/dev/full")
     assert ended.code == 2 and "/dev/full cannot be written" in ended.error and str(bench.out) in ended.error
 
@@ -143,7 +143,7 @@ def test_a_name_in_the_source_that_is_not_utf8_is_refused(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("device", ["hpu", "privateuseone", "xla", "mkldnn", "cuda:99", "cpu:0:0", "x\x1b[31m"])
-def test_a_device_that_is_not_here_is_refused_with_those_that_are(bench: Bench, device: str) -> None:
+def test_a_device_that_is_not_here_is_refused(bench: Bench, device: str) -> None:
     ended = surgery_command(*bench.run(None, RECIPE, "--device", device))
     assert ended.code == 2 and "this machine has cpu" in ended.error and "\x1b" not in ended.err
 

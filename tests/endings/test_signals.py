@@ -81,9 +81,15 @@ def test_what_is_published_is_told_at_the_end(tmp_path: Path) -> None:
 
 
 def test_a_signal_after_the_end_changes_nothing(tmp_path: Path) -> None:
-    script = 'command_begins(); command_ends(3); print("ready", flush=True); time.sleep(60)'
+    script = """
+command_begins()
+Owned(Path(sys.argv[1])).last()
+command_ends(3)
+print("ready", flush=True)
+time.sleep(60)
+"""
     ended = signalled(script, tmp_path, sender(signal.SIGINT))
-    assert (ended.code, ended.err) == (3, "")
+    assert (ended.code, ended.err) == (3, "") and list(tmp_path.iterdir()) == []
 
 
 def test_a_worker_that_is_ended_leaves_its_parents_files_alone(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from surgery.endings import owned
 from surgery.endings.temporary import of_temporary, temporary
@@ -62,3 +63,9 @@ def test_errors_of_others_are_told_apart_by_their_file(root: Path) -> None:
     assert of_temporary(FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")) is not None
     for other in (OSError(errno.ENOSPC, full, str(root / "out")), OSError(errno.ENOSPC, full), ValueError("x")):
         assert of_temporary(other) is None
+
+
+def test_nothing_else_makes_temporary_directories() -> None:
+    """One made in another way would be left behind by a signal, and nobody could tell whose it is."""
+    files = [path for path in (ROOT / "surgery").rglob("*.py") if "tempfile" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in files] == ["temporary.py"]

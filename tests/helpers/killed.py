@@ -54,9 +54,10 @@ def signalled(
 
     child = subprocess.Popen(
         [sys.executable, "-c", _DEFAULT + script, str(argument)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=handlers,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+        preexec_fn=handlers,
     )  # fmt: skip
-    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    assert child.stdout is not None and child.stdout.readline() == b"ready\n"
     send(child)
     out, err = child.communicate(timeout=60)
-    return Signalled(child.returncode, out, err)
+    return Signalled(child.returncode, out.decode(), err.decode())
