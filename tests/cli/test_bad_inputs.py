@@ -175,7 +175,6 @@ SOURCES = {
     "empty shard": (edited(SINGLE, lambda raw: b""), DAMAGED, SINGLE),
     "a config of more layers": (configured(num_hidden_layers=100_000), DAMAGED, "num_hidden_layers", "of 2"),
     "a config of a larger model": (configured(vocab_size=30_000_000), DAMAGED, "lm_head.weight", "(320, 32)"),
-    "a config of fewer layers": (configured(num_hidden_layers=1), DAMAGED, "model.layers.1."),
     "an empty quantization_config": (configured(quantization_config={}), INPUT, "quantization_config"),
     "a link that leaves": (linked, INPUT, "LICENSE is a link to", "id_rsa"),
     "a pipe in the source": (piped, INPUT, "NOTICE is a pipe"),
@@ -200,7 +199,7 @@ SOURCES = {
     "quantized source": (configured(quantization_config={"quant_method": "gptq"}), INPUT, "gptq"),
     "tensor shapes other than the config's": (configured(intermediate_size=64), DAMAGED, "down_proj", "(32, 64)"),
     "tensors missing": (configured(num_hidden_layers=3), DAMAGED, "model.layers.2", "missing"),
-    "tensors left over": (configured(num_hidden_layers=1), DAMAGED, "model.layers.1", "unexpected"),
+    "tensors left over": (configured(num_hidden_layers=1), DAMAGED, "model.layers.1", "has no place"),
     "an adapter beside the weights": (
         lambda bench: bench.run(with_adapter(bench)),
         INPUT,

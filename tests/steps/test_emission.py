@@ -17,8 +17,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from surgery.anatomy.sites import examine, parse_config
-from surgery.checkpoint.layout import Layout
+from surgery.checkpoint.layout import SINGLE, Layout
 from surgery.checkpoint.manifest import MANIFEST, read_manifest
+from surgery.checkpoint.writing import plan_file
 from surgery.converted.derived import RUNTIME_FILES, derive
 from surgery.converted.described import read_described
 from surgery.converted.files import converted_config, lowered_limits, shard_names
@@ -134,6 +135,11 @@ def test_a_converted_config_tells_all_of_the_model_that_it_was(model_type, chang
     entries = {"eab": eab_config(anatomy, [1, 5, 7], "as_prefix")}
     emitted = converted_config(config, derive(model_type), entries, lowered_limits(config, anatomy, 3))
     (tmp_path / "config.json").write_text(json.dumps(emitted))
+    named = [(name, "F32", tuple(tensor.shape)) for name, tensor in anatomy.blank.state_dict().items()]
+    header, infos = plan_file(SINGLE, named)
+    with (tmp_path / SINGLE).open("wb") as file:
+        file.write(header)
+        file.truncate(max(info.stop for info in infos.values()))
     assert read_described(tmp_path).anatomy == anatomy
 
 
