@@ -231,7 +231,8 @@ class AttentionBias(Operation):
             text=f"an **explicit attention bias**: {n} constant key/value pair(s) k', v' in each of "
             f"{len(target.anatomy.sites)} attention sites, folded from the token prefix {named}. {visible}",
             loading="Do not put the prefix in front of the text: it is inside.",
-            limits=places,
+            limits=f"{places} Rows of `output_attentions` sum to less than 1: the rest is the slots'. Inside "
+            "`with model.slot_attentions():` they have columns of their own, in front.",
         )
 
 

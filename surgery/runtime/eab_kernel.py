@@ -36,6 +36,7 @@ def slot_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     need_weights: bool = False,
+    slot_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over text and slots in one softmax.
 
@@ -49,6 +50,7 @@ def slot_attention(
         dropout: probability on the attention weights. softcap: c * tanh(logits / c) before masking.
         sink_logits: (Hq,) learned logits that take a share of the softmax and give no value (GPT-OSS).
         need_weights: also return the weights over the S real keys, (B, Hq, T, S); their rows sum to less than 1.
+        slot_weights: those weights shall be over slots and keys, slots first, (B, Hq, T, n + S); rows sum to 1.
 
     Returns:
         (B, Hq, T, E) in the dtype of `query`, and the weights or None. A row that sees nothing at all stays finite.
@@ -72,7 +74,7 @@ def slot_attention(
         out, weights = _eager(
             query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits
         )
-        return out, weights if need_weights else None
+        return out, (weights if slot_weights else weights[..., slot_key.shape[0] :]) if need_weights else None
     return _concatenated(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout), None
 
 
@@ -140,7 +142,7 @@ def _eager(
     query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float, causal: bool,
     mask: Tensor | None, slot_mask: Tensor | None, dropout: float, softcap: float | None, sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Every logit written out, softmax in float32 or wider."""
+    """Every logit written out, softmax in float32 or wider; weights over slots and keys (B, Hq, T, n + S)."""
     keys, values, full_mask = _concatenate(query, key, value, slot_key, slot_value, causal, mask, slot_mask)
     wide = torch.promote_types(query.dtype, torch.float32)
     # In half precision the products of long vectors lose more than the softmax forgives: they are taken in float32.
@@ -155,7 +157,7 @@ def _eager(
         logits = torch.cat([logits, sinks], dim=-1)
     weights = torch.softmax(logits, dim=-1)[..., : keys.shape[2]].to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=dropout > 0)
-    return weights @ values, weights[..., slot_key.shape[0] :]
+    return weights @ values, weights
 
 
 def _concatenate(

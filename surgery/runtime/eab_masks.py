@@ -104,6 +104,19 @@ def eab_mask(
     return torch.cat([slot_mask.expand(*text.shape[:-1], n), text], dim=-1)
 
 
+def slots_and_text(mask: Tensor | None, n: int, keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """A mask (B, 1, T, n + S) -> that of the slots, bool, and that of the text; None and None where there is none."""
+    if mask is None:
+        return None, None
+    if mask.ndim != 4 or mask.shape[-1] != n + keys:
+        raise ValueError(
+            f"the attention mask has shape {tuple(mask.shape)}; with slots it needs {n} + {keys} columns "
+            "(slots first): pass a 2-D mask and let the model expand it"
+        )
+    slots = mask[..., :n]
+    return slots if slots.dtype == torch.bool else slots >= 0, mask[..., n:]
+
+
 def biased(
     bias: Tensor, n: int, keys: int, mask: Tensor | None, slot_mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, bool]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from .eab_kernel import slot_attention
-from .eab_masks import biased, eab_mask
+from .eab_masks import biased, eab_mask, slots_and_text
 from .eab_positions import number_text, own_query_scale, shift_positions
 
 # What a user may ask for, and the name under which we register our version of it.
@@ -50,10 +51,14 @@ class Added(nn.Module):
 
 
 class Slots(Added):
-    """The slots of one site: key (n, kv_heads, key_dim), value (n, kv_heads, value_dim), as if rotary was applied."""
+    """The slots of one site: key (n, kv_heads, key_dim), value (n, kv_heads, value_dim), as if rotary was applied.
+
+    `shown`: attention weights that a caller asks for have columns for them too.
+    """
 
     key: Tensor
     value: Tensor
+    shown = False
 
     def __init__(self, n_slots: int, kv_heads: int, key_dim: int, value_dim: int):
         super().__init__()
@@ -78,7 +83,8 @@ def eab_attention(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The attention function of a site with slots, in the calling convention of `ALL_ATTENTION_FUNCTIONS`.
 
-    query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E) -> output (B, T, Hq, E) and weights (B, Hq, T, S) or None.
+    query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E) -> output (B, T, Hq, E) and weights (B, Hq, T, S) or None;
+    (B, Hq, T, n + S), slots first, where slots are `shown`.
     `logit_bias` (B or 1, Hq, 1, n + S), slots first, is added to the scaled logits (ALiBi). A site with a `head_norm`
     (`eab_head_norm`) has its output normed here, before the model's own code sees it.
     """
@@ -92,16 +98,8 @@ def eab_attention(
     if query_scale is not None:
         query = (query * query_scale).to(query.dtype)
     slot_key, slot_value = module.attention_bias()
-    n, mask, slot_mask = slot_key.shape[0], attention_mask, None
-    if mask is not None:
-        if mask.ndim != 4 or mask.shape[-1] != n + key.shape[2]:
-            raise ValueError(
-                f"the attention mask has shape {tuple(mask.shape)}; with slots it needs {n} + {key.shape[2]} columns "
-                "(slots first): pass a 2-D mask and let the model expand it"
-            )
-        slot_mask, mask = mask[..., :n], mask[..., n:]
-        if slot_mask.dtype != torch.bool:
-            slot_mask = slot_mask >= 0
+    n = slot_key.shape[0]
+    slot_mask, mask = slots_and_text(attention_mask, n, key.shape[2])
     queries, keys = query.shape[2], key.shape[2]
     causal = mask is None and queries > 1
     if getattr(attention_mask, "eab_first_keys", False):
@@ -116,7 +114,7 @@ def eab_attention(
         query, key, value, slot_key, slot_value,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=causal, mask=mask, slot_mask=slot_mask, dropout=dropout, softcap=softcap, sink_logits=s_aux,
-        need_weights=need_weights,
+        need_weights=need_weights, slot_weights=module.attention_bias.shown,
     )  # fmt: skip
     out = out.transpose(1, 2).contiguous()
     return module.head_norm(out) if hasattr(module, "head_norm") else out, weights
@@ -265,6 +263,16 @@ class AttentionBiasMixin(Mixed):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+    @contextlib.contextmanager
+    def slot_attentions(self) -> Iterator[None]:
+        """Inside, `output_attentions` has columns for the slots, in front: (B, Hq, T, n + S), as after the prefix."""
+        with contextlib.ExitStack() as undo:
+            for module in self.modules():
+                if isinstance(module, Slots):
+                    undo.callback(setattr, module, "shown", module.shown)
+                    module.shown = True
+            yield
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -59,7 +59,7 @@ def test_slots_always_visible_are_searched_all_the_same(bench):
     assert "nothing_to_do" not in verdict and bench.out.exists() and len(verdict["prefix"]["ids"]) == 1
 
 
-def test_a_massive_activation_is_found_in_text_and_on_openings_alone():
+def test_it_is_found_in_text_and_on_openings_alone():
     """Token 1 is massive in the planted model, and is the tokenizer's BOS: it need not be in the text."""
     with_it, without = planted_text(), tiny_text(3)
     assert not (without <= 2).any()

@@ -13,7 +13,7 @@ import functools
 import pytest
 import torch
 from helpers.families import in_tiers
-from helpers.pair import PREFIX, N, Pair, counted, padded, pair_of, worst
+from helpers.pair import PREFIX, N, Pair, counted, derived_model, padded, pair_of, worst
 from helpers.tiny import TINY, one_thread, tiny_config, tiny_model, tiny_text
 from transformers import DynamicCache, Gemma3Config, StaticCache
 
@@ -228,6 +228,45 @@ def test_attention_weights_are_those_over_real_keys(family):
         assert ours.shape == (2, 4, 40, 40)
         assert ours.sum(-1).max() <= 1 + 1e-6 and ours[:, :, 0].sum(-1).max() < 1
         assert worst(ours, theirs[:, :, N:, N:]) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2", "gpt2"])
+@torch.no_grad()
+def test_attention_weights_of_slots_are_those_of_the_prefix(family):
+    """On request; the rows then sum to 1, but for the sinks of GPT-OSS, which take a share in the original too."""
+    ids, pair = tiny_text(), Pair(tiny_model(family))
+    original, model = pair.model, derived_model(family, pair=pair)
+    original.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")
+    behind = torch.cat([torch.tensor([PREFIX] * 2), ids], 1)
+    control = original(input_ids=behind, output_attentions=True, use_cache=False).attentions
+    plain = model(input_ids=ids, output_attentions=True, use_cache=False)
+    with model.slot_attentions():
+        shown = model(input_ids=ids, output_attentions=True, use_cache=False)
+    assert torch.equal(shown.logits, plain.logits)
+    for ours, theirs, without in zip(shown.attentions, control, plain.attentions, strict=True):
+        assert ours.shape == (2, 4, 40, N + 40) and torch.equal(ours[..., N:], without)
+        assert worst(ours, theirs[:, :, N:]) < 1e-5
+        if family != "gpt_oss":
+            assert (ours.sum(-1) - 1).abs().max() < 1e-12
+    after = model(input_ids=ids, output_attentions=True, use_cache=False)
+    assert after.attentions[0].shape[-1] == 40
+
+
+@torch.no_grad()
+def test_attention_weights_of_slots_through_a_padded_cache():
+    """Two steps of a left-padded batch, each with the slots in front."""
+    model = derived_model()
+    model.set_attn_implementation("eager")
+    ids, mask = padded([tiny_text(1, 12)[0], tiny_text(1, 7, seed=2)[0]], "left")
+    with model.slot_attentions():
+        first = model(input_ids=ids[:, :11], attention_mask=mask[:, :11], output_attentions=True)
+        last = model(
+            input_ids=ids[:, 11:], attention_mask=mask, past_key_values=first.past_key_values, output_attentions=True
+        )
+    weights = last.attentions[0]
+    assert weights.shape == (2, 4, 1, N + 12) and (weights.sum(-1) - 1).abs().max() < 1e-12
+    assert (weights[1, :, 0, N : N + 5] == 0).all() and (weights[..., :N] > 0).all()
 
 
 # ---- multimodal wrappers expand the mask before their language model sees it
