@@ -121,14 +121,15 @@ class Adapted:
 
     def save(self, directory: Path, base: str) -> None:
         """As a PEFT adapter of the folded, untuned model, which it calls `base`, not by the path it was loaded from."""
-        config: Any = self.peft.get_base_model().config
-        loaded_from, config._name_or_path = config._name_or_path, base
+        model: Any = self.peft.get_base_model()
+        loaded_from = model.name_or_path, model.config._name_or_path
+        model.name_or_path = model.config._name_or_path = base
         self.peft.peft_config[ADAPTER].base_model_name_or_path = base
         try:
             # It would look for the vocabulary's size where `base` is; no embedding is ever trained.
             self.peft.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
         finally:
-            config._name_or_path = loaded_from
+            model.name_or_path, model.config._name_or_path = loaded_from
 
     def close(self) -> None:
         self.peft.unload()

@@ -248,7 +248,13 @@ def test_what_is_no_better_is_not_kept(monkeypatch) -> None:
 def test_the_adapter_loads_with_stock_peft(tmp_path: Path) -> None:
     model = tiny_model("llama", torch.float32)
     live, tokens = live_of(model), torch.tensor([text(40)])
-    found, folded = tuned(model, settings_of(lora={"rank": 2}, objectives={"lm": 1.0}), adapter=tmp_path)
+    model.name_or_path = model.config._name_or_path = "/home/somebody/m"
+    settings = settings_of(lora={"rank": 2}, objectives={"lm": 1.0})
+    found, folded = tuned(model, settings, adapter=tmp_path, base="owner/name")
+    assert model.name_or_path == "/home/somebody/m"
+    for name in ("README.md", "adapter_config.json"):
+        written = (tmp_path / name).read_text(encoding="utf-8")
+        assert "somebody" not in written and "owner/name" in written
     with grafted(live, replace(folded, slots=found.slots)):
         kept = {name: model.get_parameter(name).data for name in found.weights}
         for name, weight in found.weights.items():
