@@ -123,11 +123,12 @@ class Integrity(TypedDict):
 
 
 class Verdict(TypedDict):
-    """What `run` and `verify` found. `passed` is None where nothing was measured (`verify=False`)."""
+    """What `run` and `verify` found. `passed` is None where nothing was measured (`verify=False`), or nothing written."""
 
     passed: bool | None
     gates: list[Gate]
     integrity: Integrity
+    nothing_to_do: NotRequired[str]  # why an operation left the model alone, so that nothing was written
 
     # Of every checkpoint that was measured on text; without an original only what is of the converted model.
     perplexity: NotRequired[dict[Literal["bare", "bos", "control", "converted"], Score]]

@@ -47,7 +47,7 @@ def emit(
     stage.add_tensors(plan.added_shard, added, {"format": "pt"})
     emit_beside(plan, stage, directory, changes)
     return build_manifest(
-        source=_source_entry(plan, hashes),
+        source=source_entry(plan, hashes),
         recipe=plan.recipe.to_dict(),
         versions=provenance.versions,
         tensors=_became(plan, changes, changed),
@@ -126,7 +126,7 @@ def _naming_code(text: str | bytes) -> Any:
     return settings if names_code(settings) else None
 
 
-def _source_entry(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
+def source_entry(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
     """`source` of the manifest."""
     source = plan.source
     dtype = next(iter(source.layout.tensors.values())).dtype if source.kind == "gguf" else None

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, cast
-
-import torch
 
 from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.layout import read_layout
@@ -25,7 +22,6 @@ from ..converted.reading import load_converted
 from ..endings.leftovers import clear_for
 from ..errors import OutputError, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
-from ..live.text import Chunking
 from ..operations import OPERATIONS
 from ..operations.base import NothingToDo, Stand
 from ..progress import SILENT, Reporter
@@ -33,17 +29,18 @@ from ..report.provenance import table as provenance_table
 from ..report.verdict import card_tables
 from ..results import Verdict
 from ..steps.act import provenance, told
-from ..steps.emit import emit
+from ..steps.emit import emit, source_entry
 from ..steps.fetch import fetch_weights
-from ..steps.inputs import Texts, fit_chunks, gather_texts, require_inputs, room_after
+from ..steps.inputs import Texts, gather_texts
 from ..steps.measure import Pair, measure_pair
 from ..steps.operate import Operated, operate
 from ..steps.options import RUN, RunKeywords, RunOptions, with_keywords
 from ..steps.plan import Plan, prepare
 from ..steps.reading import check_reading, reading_of
+from ..steps.ready import Ready, make_ready
 from ..steps.recipe import Given, Recipe, load_recipe
 from ..steps.tune import assist, dismiss, prepare_training
-from ..verification.gates.base import Inputs
+from ..verification.checks import integrity_to_dict
 from ..verification.integrity import check_integrity, read_config
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict, plain_json
@@ -82,7 +79,7 @@ def _converted(
     plan = _plan(recipe, source, out, options)
     for note in plan.notes:
         reporter.note(note)
-    inputs = _inputs(plan, texts, options, reporter)
+    inputs = make_ready(plan, texts, options, reporter)
     act = provenance(
         date, command=options.command, device=options.device, files=texts.files, evaluation=inputs.evaluation,
         calibration=inputs.calibrating, hub_ids=[plan.source.name],
@@ -101,7 +98,10 @@ def _converted(
             operated = operate(plan, directory, inputs.calibrating, training, options.device, reporter)
         except NothingToDo as nothing:
             dismiss(training)
-            return {"passed": None, "nothing_to_do": f"{nothing}."}
+            return {
+                "passed": None, "nothing_to_do": f"{nothing}.", "gates": [], "integrity": integrity_to_dict([]),
+                "provenance": told(act, source_entry(plan, reading.recorded), plan.recipe.to_dict()),
+            }  # fmt: skip
         # 4. Write what was fitted.
         reporter.step("write the converted checkpoint")
         manifest = emit(plan, stage, directory, operated, reading.recorded, act, options.link)
@@ -118,16 +118,6 @@ def _converted(
 
 
 # ---- 1. before weights
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """Chunks of evaluation text (N, T) and of calibration text (M, T), where they are read; what gates have ready."""
-
-    chunking: Chunking
-    evaluation: torch.Tensor | None
-    calibrating: torch.Tensor | None
-    gates: Mapping[str, Any]
 
 
 def _clear_leftovers(out: Path, options: RunOptions, reporter: Reporter) -> None:
@@ -159,42 +149,6 @@ def _plan(recipe: Recipe, source: str, out: Path, options: RunOptions) -> Plan:
     return plan
 
 
-def _inputs(plan: Plan, texts: Texts, options: RunOptions, reporter: Reporter) -> _Ready:
-    """Gates and texts made ready. SourceError where something is missing, or text too short."""
-    recipe, reader, taken = plan.recipe, plan.reader, plan.changes.positions
-    gates = recipe.verify.gates() if options.verify else ()
-    for gate in gates:
-        gate.require_tools(options.device)
-    chunking = fit_chunks(options.chunking, plan.anatomy, max(taken, 1))
-    if chunking != options.chunking:
-        reporter.note(f"chunks of {chunking.length} tokens: the model has no more positions after a prefix or BOS")
-    room = room_after(plan.anatomy, taken)
-    ready = require_inputs(gates, Inputs(chunking, options.device, room, options.tasks)) if options.verify else {}
-    evaluation = calibrating = None
-    if options.verify:
-        if texts.evaluation is None:
-            raise SourceError("verification needs text: give --text FILE, or --no-verify to write without proof.")
-        evaluation = reader.cut(texts.evaluation, chunking, "--text")
-    _require_calibration(recipe, texts, reader.tokenizer)
-    if recipe.searches or recipe.reads is not None or any(gate.calibrates for gate in gates):
-        assert texts.calibration is not None  # half of the evaluation text, if no other was given
-        calibrating = reader.cut_calibration(texts.calibration, chunking)
-    return _Ready(chunking, evaluation, calibrating, ready)
-
-
-def _require_calibration(recipe: Recipe, texts: Texts, tokenizer: object) -> None:
-    """SourceError where operations read text, and there is none that they could read."""
-    if texts.calibration is not None and tokenizer is not None:
-        return
-    if recipe.searches:
-        raise SourceError(
-            "prefix: auto is searched on text: give --calibration FILE (or --text) and a tokenizer, or list the prefix "
-            "in the recipe."
-        )
-    if (reads := recipe.reads) is not None:
-        raise SourceError(f"{reads} on text: give --calibration FILE (or --text), and a model with a tokenizer.")
-
-
 # ---- 2. to 5.
 
 
@@ -215,7 +169,7 @@ def _materialised(plan: Plan, stage: Stage, reporter: Reporter) -> tuple[Plan, P
 
 
 def _measure(
-    plan: Plan, stage: Stage, directory: Path, operated: Operated, ready: _Ready, texts: Texts, options: RunOptions,
+    plan: Plan, stage: Stage, directory: Path, operated: Operated, ready: Ready, texts: Texts, options: RunOptions,
     reporter: Reporter,
 ) -> tuple[Findings, list[dict] | None]:  # fmt: skip
     """What the files as emitted were found to be, through their own tokenizer, beside the original; and surveys."""

@@ -45,7 +45,8 @@ def verify(checkpoint, chunks, chunk_length, junit, summary, quiet, json_file, *
     from ...verification.verdict import junit_xml, plain_json
     from ..show.verdict import show_verdict
 
-    chosen = VerifyOptions(chunking=chunking_of(checkpoint, chunks, chunk_length), command=command(), **given)
+    cut = None if chunks is None and chunk_length is None else chunking_of(checkpoint, chunks, chunk_length)
+    chosen = VerifyOptions(chunking=cut, command=command(), **given)
     screen = Screen(quiet, json_file, junit, summary)
     verdict = verb(checkpoint, chosen, screen.reporter)
     write_result(json_file, "--json", json_text(plain_json(verdict)))
