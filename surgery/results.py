@@ -123,7 +123,7 @@ class Integrity(TypedDict):
 
 
 class Verdict(TypedDict):
-    """What `run` and `verify` found. `passed` is None where nothing was measured (`verify=False`), or nothing written."""
+    """What `run` and `verify` found. `passed` is None where nothing was measured (`verify=False`) or written."""
 
     passed: bool | None
     gates: list[Gate]
