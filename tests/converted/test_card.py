@@ -12,7 +12,7 @@ from helpers.tiny_checkpoint import MEASURED, surgery_command
 from huggingface_hub import ModelCard
 
 from surgery.checkpoint.source import open_source
-from surgery.converted.origin import Origin, origin
+from surgery.converted.origin import Origin, _of_gguf, origin
 
 THEIRS = """---
 license: other
@@ -138,3 +138,10 @@ def test_a_broken_card_is_noted_and_does_not_stop_a_run(place, tmp_path):
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "Nothing: written with --no-verify." in text and "The source does not say" in text
     assert ModelCard(text).data.eval_results is None and ModelCard(text).data.license is None
+
+
+def test_a_gguf_header_tells_licence_and_base_model():
+    header = {"general.license": "apache-2.0", "general.license.link": "/home/somebody/LICENSE"}
+    assert _of_gguf(header) == Origin(license="apache-2.0")
+    link = {"general.base_model.0.repo_url": "https://huggingface.co/owner/name"}
+    assert _of_gguf({**header, **link, "general.license": 5}) == Origin(base_model=("owner/name",))
