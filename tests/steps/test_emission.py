@@ -65,7 +65,10 @@ def test_config_keeps_what_it_had_and_says_what_was_added():
     assert emitted["auto_map"] == {
         "AutoConfig": "modeling_eab_llama.EabLlamaConfig",
         "AutoModel": "modeling_eab_llama.EabLlamaModel",
-        "AutoModelForCausalLM": "modeling_eab_llama.EabLlamaForCausalLM",
+        **{
+            f"AutoModel{head}": f"modeling_eab_llama.EabLlama{head}"
+            for head in ("ForCausalLM", "ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
+        },
     }
     assert emitted["eab"] == {
         "format": 1, "n_slots": 3, "slots_visible": "as_prefix", "prefix_ids": [1, 5, 7],
