@@ -176,14 +176,8 @@ def early_sinks(before: dict, after: dict) -> str | None:
         f"Why sink rates rise in {'layers' if len(grown) > 1 else 'layer'} {ranges([*grown])} (most in layer {most}: "
     )
     text += f"{percent(was)} → {percent(now)}): "
-    born = place(before, "born")
-    if born is not None and min(grown) <= born:
-        text += (
-            f"in the original the first token becomes a sink when its massive activations are born, in layer {born}; "
-            "before, it is a token like any other. "
-        )
     return text + (
-        "Slots are keys of the prefix from the first layer on, and heads that find nothing else to read rest on them, "
+        "slots are keys of the prefix from the first layer on, and heads that find nothing else to read rest on them, "
         "as the original's heads do when it reads that prefix. A head is counted by the largest of its scores: of the "
         "first token and of each slot."
     )
