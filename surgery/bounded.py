@@ -21,7 +21,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from .errors import brief, out_of_memory
 
@@ -65,7 +65,8 @@ def bounded(function: Callable[..., Any], *arguments: Any, seconds: int, memory:
         raise Unbounded(_death(status, seconds, memory))
     said = json.loads(answer)
     if "error" in said:
-        raise Unbounded(_too_large(memory) if said["error"] is None else said["error"])
+        cause = OSError(*said["of the system"]) if said.get("of the system") else None
+        raise Unbounded(_too_large(memory) if said["error"] is None else said["error"]) from cause
     return said["result"]
 
 
@@ -79,12 +80,18 @@ def _work(
         try:
             answer = json.dumps({"result": function(*arguments)})
         except BaseException as error:  # panics of Rust libraries are no Exceptions
-            answer = json.dumps({"error": None if out_of_memory(error) else brief(error)})
+            system = [error.errno, error.strerror, os.fsdecode(error.filename)] if _of_a_file(error) else None
+            answer = json.dumps({"error": None if out_of_memory(error) else brief(error), "of the system": system})
         data = answer.encode()
         while data:
             data = data[os.write(writer, data) :]
     finally:
         os._exit(0)
+
+
+def _of_a_file(error: BaseException) -> TypeGuard[OSError]:
+    """Whether the operating system has said this of a file: which of them it is may say more than a stranger's do."""
+    return isinstance(error, OSError) and error.errno is not None and isinstance(error.filename, (str, bytes))
 
 
 def _limit(seconds: int, memory: int) -> None:

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, OutputError, SourceError, brief
 from .contents import NOT_OURS, SIGNATURE
 from .disk import replacing, sha256_of
@@ -62,9 +63,11 @@ class Signer:
         Whole or not at all. SourceError where a file cannot be signed, OutputError where it cannot be written.
         """
         try:
-            with replacing(root / SIGNATURE) as partial:
-                ignored = (SIGNATURE, partial.name, *NOT_OURS)
-                self._signing.set_hashing_config(_hashing(ignored)).sign(root, partial)
+            with temporary() as scratch:  # what is signed must not hold what is being written
+                made = scratch / SIGNATURE
+                self._signing.set_hashing_config(_hashing((SIGNATURE, *NOT_OURS))).sign(root, made)
+                with replacing(root / SIGNATURE) as partial:
+                    partial.write_bytes(made.read_bytes())
         except OSError as error:
             raise OutputError(f"{root / SIGNATURE} cannot be written ({error.strerror}); check the disk.") from error
         except ValueError as error:

@@ -60,7 +60,7 @@ def origin(source: Source) -> Origin:
         found = Origin(broken=str(error))
     files = tuple(name for name in source.companions if name.upper().startswith(LICENCES))
     cached = _cached_id(source.root)
-    known = source.spec if source.kind == "hub" else cached
+    known = source.repo if source.kind == "hub" else cached
     return replace(
         found, files=files, base_model=found.base_model if known is None else (known,), cached=cached is not None
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..converted.reading import require_converted
 from ..errors import DamagedCheckpoint, OutputError, SourceError
 from ..progress import SILENT, Reporter
 from ..report.verdict import sentences
+from ..version import VERSION
 from .verify import verify
 
 
@@ -39,7 +39,7 @@ def push(checkpoint: Path | str, to: str, reporter: Reporter = SILENT) -> dict[s
         reporter.note(f"{root} is unverified, as {MANIFEST} says: nothing has been measured")
     # 2. One commit.
     reporter.step(f"push {root} to {destination.id}")
-    message = f"surgery {importlib.metadata.version('surgery')}: {manifest.status}"
+    message = f"surgery {VERSION}: {manifest.status}"
     description = "\n".join(sentences(manifest.verdict)) if manifest.verdict is not None else ""
     commit = push_files(root, manifest, destination, message, description)
     repo, branch = destination.id.repo, destination.id.revision

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..anatomy.sites import Anatomy
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
+from ..checkpoint.hub import HubId
 from ..checkpoint.layout import read_layout
 from ..checkpoint.provenance import TextFiles, described, moment, name_of, plain
 from ..checkpoint.source import fetch_small, materialise, open_source, refuse_adapter
@@ -108,7 +109,7 @@ def _opened(source: str, dtype: str | None, revision: str | None, reporter: Repo
         yield _converted(root)
         return
     if at is not None and dtype is None and is_converted((snapshot := fetch_small(at)).root):
-        yield _converted(fetch_all(snapshot, reporter))
+        yield _converted(fetch_all(snapshot, reporter), at)
         return
     opened = open_source(source, revision=revision, dtype=dtype)
     anatomy, _ = examine_source(opened)
@@ -127,12 +128,17 @@ def _opened(source: str, dtype: str | None, revision: str | None, reporter: Repo
         )
 
 
-def _converted(root: Path) -> _Opened:
+def _converted(root: Path, at: HubId | None = None) -> _Opened:
+    """A converted checkpoint in the directory `root`, which holds that of the hub where `at` is given."""
     found = read_described(root)
     refuse_adapter(root)
     vocab_size = vocabulary_size(read_layout(root), found.anatomy)
     return _Opened(
-        {"spec": plain(name_of(root)), "kind": "converted", "revision": None},
+        {
+            "spec": plain(name_of(root)) if at is None else str(at),
+            "kind": "converted",
+            "revision": None if at is None else root.name,
+        },
         found.anatomy,
         Reader(load_tokenizer(root), vocab_size),
         found.eab.n_slots,

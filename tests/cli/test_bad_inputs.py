@@ -216,7 +216,7 @@ SOURCES = {
     "generation settings that are a list": (settings("[]"), DAMAGED, "generation_config.json", "object"),
     "generation settings that no model takes": (settings('{"early_stopping": 7}'), INPUT, "early_stopping", "remove"),
     "a token that is a word in the settings": (settings('{"eos_token_id": [1, "x"]}'), INPUT, "eos_token_id", "mend"),
-    "a name that is not UTF-8": (misnamed, INPUT, "'tokenizer\\udcff.json'", "rename"),
+    "a name that is not UTF-8": (misnamed, INPUT, "tokenizer\\udcff.json", "rename"),
     "tokenizer of another model": (larger_tokenizer, INPUT, "vocabulary has 100"),
     "no such path": (lambda bench: bench.run(bench.root / "nowhere"), INPUT, "nowhere"),
     "a file that is no GGUF": (lambda bench: bench.run(bench.place.text), INPUT, "evaluation.txt"),

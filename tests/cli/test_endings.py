@@ -52,7 +52,10 @@ def test_a_full_standard_output_is_told_beside_what_is_done(bench: Bench, publis
     assert f"{bench.out} had been written before, complete" in ended.error
 
 
-def test_a_result_that_does_not_fit_is_told_beside_what_is_done(bench: Bench, publishing: list) -> None:
+def test_a_result_that_does_not_fit_is_told_beside_what_is_done(
+    bench: Bench, publishing: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.checkpoint.results._is_written", lambda path: True)  # as a link into a full disk is
     ended = surgery_command(*publishing, "--json", "/dev/full")
     assert ended.code == 2 and "/dev/full cannot be written" in ended.error and str(bench.out) in ended.error
 
@@ -139,7 +142,7 @@ def test_a_name_in_the_source_that_is_not_utf8_is_refused(bench: Bench) -> None:
     source = bench.source()
     Path(source / "tokenizer\udcff.json").write_text("{}")
     ended = surgery_command("plan", bench.place.recipe, source)
-    assert ended.code == 2 and r"tokenizer\udcff.json" in ended.error and "rename it" in ended.error
+    assert ended.code == 2 and r"tokenizer\udcff.json" in ended.error and "rename" in ended.error
 
 
 @pytest.mark.parametrize("device", ["hpu", "privateuseone", "xla", "mkldnn", "cuda:99", "cpu:0:0", "x\x1b[31m"])
@@ -149,14 +152,22 @@ def test_a_device_that_is_not_here_is_refused(bench: Bench, device: str) -> None
 
 
 def test_files_that_may_not_be_read_are_wrong_use(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Path.open
+    opened, opened_by_system = Path.open, os.open
+
+    def refuse(path: object) -> None:
+        if str(path).endswith("tokenizer.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     def forbidden(path: Path, *arguments: object, **options: object):
-        if path.name == "tokenizer.json":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        refuse(path)
         return opened(path, *arguments, **options)
 
+    def forbidden_by_system(path: object, *arguments: object, **options: object):
+        refuse(path)
+        return opened_by_system(path, *arguments, **options)
+
     monkeypatch.setattr(Path, "open", forbidden)
+    monkeypatch.setattr(os, "open", forbidden_by_system)
     for command in (["verify", bench.place.converted], ["plan", bench.place.recipe, bench.place.source]):
         ended = surgery_command(*command)
         assert ended.code == 2 and "tokenizer.json" in ended.error and "Permission denied" in ended.error

@@ -97,7 +97,7 @@ def test_norms_alone_at_gate_0(gated, place: Place):
     values = load_file(out / ADDED)
     assert all((values[f"model.layers.{i}.self_attn.head_norm.gate"] == 0).all() for i in layers)
     config, source = (json.loads((root / "config.json").read_text()) for root in (out, place.source))
-    ours = {"model_type", "architectures", "auto_map", "eab", "head_norm"}
+    ours = {"model_type", "architectures", "auto_map", "eab", "head_norm", "rope_theta"}
     assert {k: v for k, v in config.items() if k not in ours} == {k: v for k, v in source.items() if k not in ours}
     assert config["eab"]["n_slots"] == 0 and config["eab"]["prefix_ids"] == []
     assert config["model_type"] == "eab_norm_llama" and config["architectures"] == ["EabNormLlamaForCausalLM"]

@@ -67,6 +67,7 @@ def test_a_real_verdict_has_them_all(place: Place) -> None:
     manifest = json.loads((place.converted / "surgery.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256((place.converted / "surgery.json").read_bytes()).hexdigest()
     assert verdict.pop("digest") == f"sha256:{digest}"  # of the manifest, so it cannot be inside
+    assert verdict.pop("provenance")["recipe"] == manifest["recipe"]  # which stands there by itself
     assert manifest["verdict"] == verdict and manifest["status"] == "verified"
 
 

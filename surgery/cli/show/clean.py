@@ -10,15 +10,23 @@ from .tables import new_table
 
 
 def show_clean(console: Console, result: dict, dry_run: bool) -> None:
-    did = "would be removed" if dry_run else "removed"
+    did = _did(dry_run)
     rows = [(did, entry) for entry in result["removed"]] + [(_why(entry), entry) for entry in result["kept"]]
     if rows:
         table = new_table("Left by processes of surgery", "path", "what becomes of it", "bytes", words=2)
         for what, entry in rows:
             table.add_row(escape(entry["path"]), what, human(entry["bytes"]))
         console.print(table)
+
+
+def cleaned(result: dict, dry_run: bool) -> str:
+    """What became of it in one line."""
     count = len(result["removed"])
-    console.print(f"{count} {'directory' if count == 1 else 'directories'} {did}, {human(result['bytes'])}")
+    return f"{count} {'directory' if count == 1 else 'directories'} {_did(dry_run)}, {human(result['bytes'])}"
+
+
+def _did(dry_run: bool) -> str:
+    return "would be removed" if dry_run else "removed"
 
 
 def _why(entry: dict) -> str:
