@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "material" in getattr(item, "fixturenames", ()):
             item.add_marker("real")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: collecting garbage need not look through torch and transformers each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _material_root() -> Path:
