@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoint.bounded import Allowance, within
+from ..checkpoint.allowance import Allowance, within
 from ..checkpoint.config import CONFIG, require_countable
 from ..checkpoint.layout import Layout
 from ..errors import DamagedCheckpoint, SurgeryError, brief

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..checkpoint.bounded import Allowance, within
+from ..checkpoint.allowance import Allowance, within
 from ..errors import SurgeryError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS, Adapter
 from .calls import Call, observing

@@ -174,7 +174,7 @@ def _meta_model(config: PreTrainedConfig, tensors: int) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from .bounded import Allowance, within
+    from .allowance import Allowance, within
 
     config._attn_implementation = "eager"  # which all families know; what reads the structure asks in its own way
     with torch.device("meta"), within(Allowance.of(tensors)):

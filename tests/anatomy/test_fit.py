@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from surgery.anatomy.fit import Fit, examine_stored
 from surgery.anatomy.sites import examine, parse_config
-from surgery.checkpoint.bounded import Allowance, within
+from surgery.checkpoint.allowance import Allowance, within
 from surgery.checkpoint.layout import SINGLE, read_layout
 from surgery.checkpoint.regular import read_json
 from surgery.errors import DamagedCheckpoint, SourceError

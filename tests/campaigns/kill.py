@@ -1,6 +1,6 @@
 """Kill commands at random moments: OUT is then absent or verifies, and `surgery clean` removes all that was left.
 
-python tests/campaigns/kill.py --count 200 --seed 0
+bin/campaign kill [--count 200] [--seed 0]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-from trials import Bench, Table, asked, campaign
+from .trials import Bench, Table, asked, campaign
 
 
 def trial(bench: Bench, table: Table, name: str, delay: float) -> None:

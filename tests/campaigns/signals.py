@@ -1,6 +1,6 @@
 """Ask commands to end at random moments, once or twice in a row: the right exit code, one sentence, nothing left.
 
-    python tests/campaigns/signals.py --count 100 --starts 20 --seed 0
+    bin/campaign signals [--count 100] [--starts 20] [--seed 0]
 
 The last so many are true starts of an interpreter, ended in their first two seconds.
 """
@@ -14,7 +14,9 @@ import subprocess
 import sys
 import time
 
-from trials import ROOT, Bench, Ended, Table, asked, campaign
+from helpers import ROOT
+
+from .trials import Bench, Ended, Table, asked, campaign
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -20,8 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}  # threads do not fork
 
 LIMIT = 120.0  # seconds after which a process counts as hung
@@ -44,7 +42,7 @@ class Bench:
         self.root = root
         self.trial = root / "trial"
         self.out, self.temporary = self.trial / "out", self.trial / "tmp"
-        self.output = root / "output.txt"
+        self.outputs: dict[int, Path] = {}  # by child
 
     def build(self) -> None:
         from helpers.tiny_checkpoint import build_place, surgery_command
@@ -81,12 +79,13 @@ class Bench:
 
     def start(self, arguments: Sequence[str]) -> int:
         """Fork a child that is the command; its id."""
-        self.output.unlink(missing_ok=True)
+        output = self.root / f"output-{len(self.outputs)}.txt"
         if child := os.fork():
+            self.outputs[child] = output
             return child
         code = 99
         try:
-            code = self._command(arguments)
+            code = self._command(arguments, output)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -96,14 +95,16 @@ class Bench:
         while time.monotonic() - since < LIMIT:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
-                return Ended(os.waitstatus_to_exitcode(status), self.told(), time.monotonic() - since)
+                return Ended(os.waitstatus_to_exitcode(status), self.told(child), time.monotonic() - since)
             time.sleep(0.002)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        return Ended(-999, self.told() + "\nhung", LIMIT)
+        return Ended(-999, self.told(child) + "\nhung", LIMIT)
 
-    def told(self) -> str:
-        return self.output.read_text(encoding="utf-8", errors="replace") if self.output.exists() else ""
+    def told(self, child: int) -> str:
+        """What it has said on standard error."""
+        output = self.outputs[child]
+        return output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
 
     def durations(self) -> dict[str, float]:
         """Seconds that each command takes if nobody disturbs it."""
@@ -119,11 +120,11 @@ class Bench:
     def call(self, arguments: Sequence[str]) -> Ended:
         return self.wait(self.start(arguments), time.monotonic())
 
-    def _command(self, arguments: Sequence[str]) -> int:
+    def _command(self, arguments: Sequence[str], output: Path) -> int:
         os.setsid()
         for number, path, flags in (
             (1, os.devnull, os.O_WRONLY),
-            (2, self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+            (2, output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
         ):
             opened = os.open(path, flags)
             os.dup2(opened, number)

@@ -438,6 +438,7 @@ def test_wrong_usage_exits_2_with_the_way_to_help(arguments: list[str]) -> None:
     assert "Error: " in ended.err and "--help" in ended.err and "Traceback" not in ended.err
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_it_is_the_same(bench: Bench) -> None:
     """Once for real: what the shell sees."""
     broken = bench.source()

@@ -33,7 +33,7 @@ def attempt(one: str) -> str | None:
 
 def test_a_try_that_hangs_crashes_or_eats_is_noticed() -> None:
     tries = ["holds", "fails", "crashes", "holds", "hangs", "eats", "holds"]
-    found = list(watched(tries, attempt, seconds=3, memory=HUNGRY))
+    found = list(watched(tries, attempt, seconds=1, memory=HUNGRY))
     assert [one for one, _ in found] == tries
     faults = [fault for _, fault in found]
     assert [faults[i] for i in (0, 1, 3, 4, 6)] == [None, "said so", None, "hung", None]

@@ -453,6 +453,7 @@ def test_memory_that_runs_out_is_no_bug(place: Place, monkeypatch: pytest.Monkey
         assert ended.code == 2 and "does not fit into memory" in ended.error
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_changes_nothing(place: Place, tmp_path: Path) -> None:
     """As in `surgery verify ... | head -1`: the result is written and the exit code is the verdict's."""
     found = tmp_path / "v.json"

@@ -1,7 +1,8 @@
-"""A few trials of each campaign; `tests/campaigns/*.py` by themselves hold hundreds."""
+"""A few trials of each campaign; `bin/campaign NAME` holds hundreds."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from helpers import ROOT
     ("name", "counts"), [("kill", ["--count", "10"]), ("signals", ["--count", "10", "--starts", "3"])]
 )
 def test_a_campaign_holds(name: str, counts: list[str]) -> None:
-    script = ROOT / "tests" / "campaigns" / f"{name}.py"
-    done = subprocess.run([sys.executable, script, *counts], capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", f"campaigns.{name}", *counts]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "0 failures" in done.stdout, done.stdout + done.stderr

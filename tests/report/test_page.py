@@ -290,6 +290,7 @@ def test_the_least_survey_and_odd_ones_make_a_page(tmp_path):
     assert tables.interventions(lost).rows[1][1:4] == ("collapse", "∞", "+∞")
 
 
+@pytest.mark.slow
 def test_a_survey_from_json_makes_the_same_page(tmp_path):
     survey = copy.deepcopy(make_survey())
     survey["interventions"][1] |= {"ppl": math.inf, "delta_nll": {"mean": math.inf, "low": -math.inf, "high": math.nan}}

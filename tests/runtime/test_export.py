@@ -62,6 +62,7 @@ def test_an_exported_program_is_the_original_after_the_prefix():
             assert worst(program(input_ids=ids, use_cache=False).logits, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_exported_program_refuses_packed_sequences():
     """Tracing cannot see whether positions start again; what was traced must. Gradients take the concatenated path."""
     model = derived_model(pair=small("llama"))

@@ -196,6 +196,7 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(hub: Hub, place: Plac
     assert MINE not in hub.repos or set(hub.files(MINE)) == {".gitattributes"}
 
 
+@pytest.mark.slow
 def test_an_earlier_output_is_replaced_in_one_commit(hub: Hub, out: Path) -> None:
     """What is no longer there is deleted, so that the newest commit verifies; a branch leaves main alone."""
     hub.add(MINE, {"surgery.json": b"{}", "model-old.safetensors": b"x", "README.md": b"old", ".gitattributes": b"a"})

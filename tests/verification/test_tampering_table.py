@@ -16,7 +16,7 @@ from helpers.tiny_checkpoint import Place, rehash, surgery_command
 
 from surgery.checkpoint.signature import Signer
 
-SAMPLE = ("middle mantissa bit of a slot", "hidden_act", "a chat template inside", "a library", "status")
+SAMPLE = ("middle mantissa bit of a slot", "hidden_act", "a library", "status")
 WAYS = ("alone", "--against", "--digest", "--public-key")
 Table = dict[str, dict[bool, dict[str, str]]]
 
