@@ -31,8 +31,8 @@ from .base import Changes, Exact, Fitting, NothingToDo, Operation, Stand, Target
 from .prefix_search import PrefixSearch
 
 VISIBLE = {
-    "as_prefix": "In exact arithmetic the model computes what the original computes after that prefix, and the tokens "
-    "that carried massive activations are never computed.",
+    "as_prefix": "In exact arithmetic the model computes what the original computes after that prefix. It carried "
+    "the massive activations, and is never computed.",
     "always": "Every query sees them, also where a layer's window would have hidden the prefix: there the model "
     "differs from the original on purpose.",
 }

@@ -86,9 +86,9 @@ def _xml_text(text: str) -> str:
     return _NOT_XML.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
-def junit_xml(verdict: Mapping[str, Any]) -> str:
-    """The gates and checks of a verdict as JUnit XML, one test case each, for CI servers."""
-    suite = ElementTree.Element("testsuite", name="surgery verify")
+def junit_xml(verdict: Mapping[str, Any], name: str) -> str:
+    """The gates and checks of a verdict on the checkpoint `name` as JUnit XML, one test case each, for CI servers."""
+    suite = ElementTree.Element("testsuite", name=_xml_text(f"surgery verify {name}"))
     failures = 0
     told = {key: verdict[key] for key in ("status", "digest") if verdict.get(key) is not None}
     said = [(name, value) for name in ("notes", "unchecked") for value in verdict.get(name, ())]

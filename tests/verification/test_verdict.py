@@ -102,7 +102,7 @@ def test_what_is_not_a_number_is_told_in_words() -> None:
 @given(st.text(), st.text(), st.booleans())
 def test_junit_is_well_formed_whatever_was_found(name: str, detail: str, passed: bool) -> None:
     verdict = build_verdict(Findings([Check(name, passed, detail), GOOD], [Judgement("g", not passed, math.nan, 1)]))
-    suite = ElementTree.fromstring(junit_xml(verdict).encode("utf-8"))
+    suite = ElementTree.fromstring(junit_xml(verdict, "out").encode("utf-8"))
     cases = list(suite.iter("testcase"))
     assert suite.get("tests") == str(len(cases)) == "3"
     assert int(suite.get("failures")) == sum(case.find("failure") is not None for case in cases) == 1
@@ -114,7 +114,7 @@ def test_junit_says_what_failed_and_by_how_much() -> None:
     verdict = build_verdict(Findings([GOOD, BAD], judgements))
     failures = {
         case.get("name"): case.find("failure").get("message")
-        for case in ElementTree.fromstring(junit_xml(verdict)).iter("testcase")
+        for case in ElementTree.fromstring(junit_xml(verdict, "out")).iter("testcase")
         if case.find("failure") is not None
     }
     assert failures == {

@@ -102,10 +102,12 @@ def run(recipe, source, out, no_verify, report, push, chunks, chunk_length, quie
     if verdict["passed"] is not False:
         show_output(screen.tables, out, verdict)
     kept = chosen.keep_failed
+    end = f"wrote {out}" if verdict["passed"] is not False else f"{out} was not created"
     if push is not None and verdict["passed"]:
         from ...verbs.push import push as push_verb
 
-        show_pushed(screen.tables, push_verb(out, push, screen.reporter))
-    end = f"wrote {out}" if verdict["passed"] is not False else f"{out} was not created"
+        pushed = push_verb(out, push, screen.reporter)
+        show_pushed(screen.tables, pushed)
+        end += f", pushed {pushed['id']}"
     screen.end(f"{outcome(verdict)}; {end}")
     return judged(verdict, f"what was written is in {kept}" if kept else f"{out} was not created")

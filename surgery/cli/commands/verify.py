@@ -50,7 +50,7 @@ def verify(checkpoint, chunks, chunk_length, junit, summary, quiet, json_file, *
     screen = Screen(quiet, json_file, junit, summary)
     verdict = verb(checkpoint, chosen, screen.reporter)
     write_result(json_file, "--json", json_text(plain_json(verdict)))
-    write_result(junit, "--junit", junit_xml(verdict))
+    write_result(junit, "--junit", junit_xml(verdict, checkpoint.name))
     write_result(summary, "--summary", markdown(verdict, str(checkpoint)))
     show_verdict(screen.tables, verdict)
     screen.end(outcome(verdict))

@@ -8,10 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ...errors import OutputError
+from ...errors import LONGEST_SENTENCE, OutputError
 from ...plain import cut, shown
-
-_LONGEST = 600  # characters of a sentence
 
 
 class _Output(Console):
@@ -55,7 +53,7 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 def complain(sentence: str) -> None:
     """One sentence on standard error, as it is: a path in it may look like markup."""
     Told().print("[bold red]error[/]", end=" ")
-    _line(f"{cut(shown(sentence), _LONGEST).rstrip('.')}.")
+    _line(f"{cut(shown(sentence), LONGEST_SENTENCE).rstrip('.')}.")
 
 
 def _line(text: str) -> None:
