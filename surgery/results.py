@@ -26,13 +26,17 @@ class Delta(TypedDict):
 
 
 class Massive(TypedDict):
-    """Massive activations: how many, the largest over the median of its layer, and where: dims, layers, token ids."""
+    """Massive activations: how many, the largest over the median of its layer, and where: dims, layers, token ids.
+
+    `tokens`: what those ids are, where the figures are part of a verdict.
+    """
 
     count: int
     worst_ratio: float
     dims: list[int]
     layers: list[int]
     token_ids: list[int]
+    tokens: NotRequired[list[str]]
 
 
 # ---- scan
@@ -72,6 +76,26 @@ class Layer(TypedDict):
     sink_rate: float | None  # share of heads that sink
     mixing: float | None
 
+    # Beside these; the observers in surgery.survey define them.
+    auto_count: NotRequired[int]  # massive activations by the scale-free criterion
+    auto_ratio: NotRequired[float]  # largest |x| over what an ordinary token's is
+    p1_bound: NotRequired[float | None]  # what one long first token alone makes of p1, and of entropy_bits
+    entropy_bound: NotRequired[float | None]
+    spectra: NotRequired[int]  # how many sequences p1 and entropy are of
+    lens_ppl: NotRequired[float | None]  # perplexity of this layer read through the final norm and the output layer
+    slot_score: NotRequired[list[list[float]] | None]  # by head and slot
+    learned_sink_score: NotRequired[list[float] | None]  # of a learned sink logit, where sites have one
+    attention_entropy: NotRequired[list[float] | None]  # in nats
+    effective_tokens: NotRequired[list[float] | None]  # exp of it
+    value_variance_first: NotRequired[list[float] | None]  # of each head's output at the first token, and at others
+    value_variance_rest: NotRequired[list[float] | None]
+    attended_share: NotRequired[list[float] | None]  # of places that hold 90% of a row's weight
+    separability: NotRequired[list[float | None] | None]
+    selection_distance: NotRequired[list[float] | None]
+    gradient_sensitivity: NotRequired[list[float] | None]
+    gradient_bound: NotRequired[float | None]
+    attended_by_length: NotRequired[dict[str, list[float]] | None]  # length, tokens
+
 
 class Survey(TypedDict):
     """What `scan` found of one source."""
@@ -82,6 +106,7 @@ class Survey(TypedDict):
     chunk_length: int
     n_slots: int
     normed_sites: int  # whose heads are normed
+    parameters: NotRequired[int]
     perplexity: Score
     massive_activations: Massive
     layers: list[Layer]
@@ -92,6 +117,9 @@ class Survey(TypedDict):
     interventions: NotRequired[list[dict[str, Any]]]  # with `interventions=True`
     audit: NotRequired[dict[str, Any]]
     provenance: NotRequired[dict[str, Any]]
+    speed: NotRequired[dict[str, Any] | None]  # tokens, seconds: these three in surveys of `run`
+    sample: NotRequired[dict[str, str] | None]  # prompt, written
+    files: NotRequired[dict[str, Any]]  # bytes, kind
 
 
 # ---- run and verify
@@ -156,6 +184,7 @@ class Verdict(TypedDict):
     digest: NotRequired[str]  # SHA-256 of the manifest
     sealed: NotRequired[Any]  # whether it is signed, and by which key
     required: NotRequired[list[Check]]  # what the caller asked for besides
+    unchecked: NotRequired[list[str]]  # what `verify` was not asked to look at
     notes: NotRequired[list[str]]  # what has to be told though it is no fault
     provenance: NotRequired[dict[str, Any]]  # texts, chunks, device, date, versions
     surveys: NotRequired[list[Survey]]  # with `surveys=True`: of the original and of the converted model

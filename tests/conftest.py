@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported by now stays: no collection of garbage need look through torch and transformers again."""
+    """What has been imported by now stays: no collection looks through torch and transformers again."""
     gc.collect()
     gc.freeze()
 

@@ -169,7 +169,7 @@ def _open_directory(
 ) -> Source:  # fmt: skip
     seen = states_in(root)
     require_own_files(root)
-    config = _read_config(root)
+    config = _read_config(root, spec)
     refuse_adapter(root)
     layout = read_layout(root, weights)
     refuse_quantised(root, config, layout)
@@ -186,7 +186,7 @@ def refuse_adapter(root: Path) -> None:
         )
 
 
-def _read_config(root: Path) -> dict[str, Any]:
+def _read_config(root: Path, spec: str) -> dict[str, Any]:
     path = root / CONFIG
     if not path.is_file():
         ggufs = sorted(entry.name for entry in root.glob("*.gguf"))
@@ -198,7 +198,7 @@ def _read_config(root: Path) -> dict[str, Any]:
         raise SourceError(f'{path} has no "model_type", so nothing says which architecture this is; add it.')
     if model_type.startswith(TYPE_PREFIX) or (root / MANIFEST).exists():
         raise SourceError(
-            f"{root} is already converted (model type {named(model_type)}); start from the original checkpoint."
+            f"{spec} is already converted (model type {named(model_type)}); start from the original checkpoint."
         )
     refuse_quantised(root, config)  # before what is wrong with its weights, which is often that they are packed
     return config

@@ -85,9 +85,11 @@ def _encode(tokenizer, text: str, special: bool) -> list[int]:
 
 
 def chunk(ids: Sequence[int], chunking: Chunking, name: str) -> torch.Tensor:
-    """The first `count` chunks of `ids`: LongTensor (count, length). SourceError if the text is too short."""
+    """The first `count` chunks of `ids`: LongTensor (count, length). SourceError if the text is too short, or none."""
     if chunking.length < 2:
         raise SourceError(f"{name}: chunks of {chunking.length} tokens predict nothing; make them of 2 or more.")
+    if chunking.count < 1:
+        raise SourceError(f"{name}: {chunking.count} chunks hold no text; read 1 or more.")
     needed = chunking.count * chunking.length
     if len(ids) < needed:
         raise SourceError(

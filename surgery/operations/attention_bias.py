@@ -26,7 +26,7 @@ from ..live.graft import Fold, eab_config, fold, grafted
 from ..live.model import Live
 from ..live.text import tokenize
 from ..recipe.fields import Prefix
-from ..words import listing, quoted
+from ..words import count_of, listing, quoted
 from .base import Changes, Exact, Fitting, NothingToDo, Operation, Stand, Target, Trained
 from .prefix_search import PrefixSearch
 
@@ -117,7 +117,8 @@ class AttentionBias(Operation):
     def plan(self, target: Target, parts: Folded | None = None) -> Changes:
         prefix = self._prefix(target) if parts is None else parts.fold.prefix
         n = self.max_slots if prefix is None else len(prefix)
-        told, count = (n, f"{n}") if prefix is not None else ({"max": n}, f"up to {n}")
+        told, few = (n, "") if prefix is not None else ({"max": n}, "up to ")
+        slots = f"{few}{count_of(n, 'slot')}"
         anatomy = target.anatomy
         return Changes(
             added={name: Stored("F32", shape) for name, shape in slot_tensors(anatomy, n).items()},
@@ -126,8 +127,8 @@ class AttentionBias(Operation):
             prefix=prefix,
             positions=n,
             told={"n_slots": told},
-            words=(f"{count} slots in each of {len(anatomy.sites)} attention sites",),
-            trains=(Trained("slots", told, f"{count} slots at each site", "the slots"),),
+            words=(f"{slots} in each of {count_of(len(anatomy.sites), 'attention site')}",),
+            trains=(Trained("slots", told, f"{slots} at each site", "the slots"),),
         )
 
     def _prefix(self, target: Target) -> tuple[int, ...] | None:

@@ -19,6 +19,7 @@ from ..checkpoint.source import Source
 from ..converted.described import Described, read_described
 from ..errors import SurgeryError
 from ..progress import Advance, unseen
+from ..words import count_of
 from .against import kept_tensors, same_source
 from .checks import Check, Found, check
 from .files import known_kinds, same_code, same_files
@@ -82,7 +83,7 @@ def _said(described: Described | SurgeryError) -> Described:
 def _config(described: Described) -> Found:
     slots, norms = described.eab, described.head_norm
     described.anatomy  # noqa: B018  raises where config.json is not such as a run writes for this model
-    found = f"config.json describes {slots.n_slots} slots in each of {len(slots.sites)} sites"
+    found = f"config.json describes {count_of(slots.n_slots, 'slot')} in each of {count_of(len(slots.sites), 'site')}"
     return True, found if norms is None else f"{found}, and norms in {len(norms.sites)} of them"
 
 

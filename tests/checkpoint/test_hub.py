@@ -184,6 +184,11 @@ def test_an_index_that_names_what_the_hub_lacks_is_damage(hub: Hub) -> None:
     assert "model-00001-of-00003.safetensors, which is missing" in refusal("owner/name", DamagedCheckpoint)
 
 
+def test_a_converted_model_is_refused_by_its_id(hub: Hub) -> None:
+    hub.add("owner/name", {"config.json": b'{"model_type": "eab_llama"}', SINGLE: weights(8)})
+    assert refusal("owner/name").startswith("owner/name is already converted")
+
+
 def test_an_adapter_beside_the_weights_is_refused_as_on_disk(hub: Hub) -> None:
     hub.add("owner/name", {"config.json": CONFIG, SINGLE: weights(10), "adapter_config.json": b"{}"})
     with pytest.raises(SourceError, match="PEFT adapter"):

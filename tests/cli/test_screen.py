@@ -14,6 +14,7 @@ from rich.console import Console
 
 from surgery.checkpoint.results import STDOUT
 from surgery.cli.screen import Screen
+from surgery.cli.show.console import output
 from surgery.cli.show.pretrain import show_curves
 from surgery.cli.show.progress import TerminalReporter
 from surgery.cli.show.recipes import show_recipes
@@ -77,6 +78,12 @@ def test_a_survey_fits_80_columns_without_a_broken_word(narrow: Console) -> None
         assert whole in shown
     assert "Not possible: token 8 amplified, layer 12: no such token" in shown
     assert scanned(made_up_survey()).endswith(": 1,228 massive activations in 3 layers, perplexity 21.26")
+
+
+def test_no_line_break_of_a_survey_is_shown_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    show_survey(output(), made_up_survey())
+    shown = capsys.readouterr().out
+    assert "\\n" not in shown and shown.splitlines()[1] == ""
 
 
 def test_curves_fit_80_columns(narrow: Console) -> None:

@@ -66,6 +66,17 @@ def test_an_option_that_is_not_there_is_named(place: Place, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_no_chunks_are_refused_in_a_sentence(place: Place) -> None:
+    with pytest.raises(surgery.SurgeryError, match=r"^--text: 0 chunks hold no text; read 1 or more\.$"):
+        surgery.scan(place.source, text=place.text, chunking=surgery.Chunking(0, 16))
+
+
+@pytest.mark.parametrize(("prefix", "slots"), [([0], "1 slot"), ([0, 5], "2 slots"), ("auto", "up to 4 slots")])
+def test_a_plan_counts_slots_in_words(place: Place, prefix: object, slots: str) -> None:
+    recipe = {"surgery": 1, "operations": [{"attention_bias": {"prefix": prefix}}]}
+    assert f"{slots} in each of 2 attention sites" in str(surgery.plan(recipe, place.source).to_dict()["adds"])
+
+
 def _documents(documented: type, found: dict) -> bool:
     return documented.__required_keys__ <= set(found) <= set(documented.__annotations__)
 
@@ -78,7 +89,8 @@ def test_the_keys_of_a_verdict_are_documented(place: Place) -> None:
     assert all(_documents(results.Check, check) for check in verdict["integrity"]["checks"])
     assert all(_documents(results.Score, score) for score in verdict["perplexity"].values())
     assert all(_documents(results.Delta, delta) for delta in verdict["delta_nll"].values())
-    assert results.Massive.__required_keys__ <= set(verdict["massive_activations"]["after"])
+    assert all(_documents(results.Massive, massive) for massive in verdict["massive_activations"].values())
+    assert _documents(results.Verdict, surgery.verify(place.converted))
 
 
 @pytest.mark.slow
@@ -88,5 +100,6 @@ def test_a_script_runs_with_everything_given_lightly(place: Place, tmp_path: Pat
     verdict, survey = convert(recipe, str(place.source), tmp_path / "out", str(place.text))
     assert verdict["passed"] is True and (tmp_path / "out.html").is_file()
     assert _documents(results.Survey, survey) and _documents(results.Score, survey["perplexity"])
-    assert all(results.Layer.__required_keys__ <= set(row) for row in survey["layers"])
+    assert all(_documents(results.Layer, row) for row in survey["layers"])
+    assert all(_documents(results.Survey, whose) for whose in verdict.get("surveys", ()))
     assert refusal(str(place.source), str(tmp_path / "no")).startswith("missing.txt: cannot be read")

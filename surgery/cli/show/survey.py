@@ -14,7 +14,7 @@ from .tables import new_table
 
 def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
     console.print(f"[bold]Survey of {escape(survey['source'])}[/]", soft_wrap=True)
-    console.print()
+    console.print("")
     sizes = new_table("Activations", "layer", "max", "median", "ratio", "massive", "dims")
     shape = new_table("Norms, spectra, attention", "layer", "|x_0|", "|x_i|", "p1", "bits", "sink rate", "mixing")
     for row in survey["layers"]:
