@@ -46,7 +46,9 @@ for _command in COMMANDS:
 def command() -> int:
     """Run the command that the arguments name, and tell on standard error why it ends, if not well; the exit code."""
     warnings.showwarning = show_warning
-    for imported in ("torchao", "torch.utils._pytree"):  # by transformers, where installed; it misses kernels for GPUs
+    # The first two are imported by transformers, where installed, and miss kernels for GPUs; of what the hub has or has
+    # not we say what matters.
+    for imported in ("torchao", "torch.utils._pytree", "huggingface_hub._snapshot_download"):
         logging.getLogger(imported).setLevel(logging.ERROR)
     _make_streams_safe()
     code = _ended(_invoked)
@@ -108,7 +110,7 @@ def _mendable(error: Exception) -> SurgeryError | None:
 def _with_published(sentence: str) -> str:
     """`sentence`, and that what was published before is complete."""
     done = published()
-    return sentence if done is None else f"{sentence.rstrip('.')}; {done}"
+    return sentence if done is None or "is complete" in sentence else f"{sentence.rstrip('.')}; {done}"
 
 
 def _require_place() -> None:

@@ -92,7 +92,8 @@ def run(recipe, source, out, no_verify, report, push, chunks, chunk_length, quie
         return 0
     write_result(json_file, "--json", json_text(plain_json(verdict)))
     if nothing := verdict.get("nothing_to_do"):
-        screen.end(f"nothing to do, and {out} was not written: {nothing}")
+        unwritten = f"{out} was not written" if report is None else f"neither {out} nor {report} was written"
+        screen.end(f"nothing to do, and {unwritten}: {nothing}")
         return 0
     show_verdict(screen.tables, verdict)
     if report is not None:
