@@ -18,6 +18,7 @@ from .regular import read_json
 
 CONFIG = "config.json"
 MAX_CONFIG = 16_000_000  # bytes; the largest that are known have a tenth of it
+MOST_VALUES = 2**17  # in it: transformers copies all of them again and again
 # How a model is computed, which is not a part of it: kernels and rewrites that transformers would load, some of them
 # from the hub. It writes none of these keys itself.
 _IMPLEMENTATION = re.compile(r"_?\w*implementation(_internal)?|_?flash_attn_\w+")
@@ -45,7 +46,7 @@ LARGEST = 2**63  # beyond it a number fits no integer of torch
 _COUNT = re.compile(r"_?(num|n)_(?!\w*(vocab|embd|embed|position|ctx|token|pixel|param))\w+")
 _LAYERS = re.compile(r"_?(num_|n_)?\w*layers?|depths?|num_blocks|n_blocks")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_MOST, _MOST_LABELS, _SPARE_LAYERS = 2**20, 2**17, 256
+_MOST, _MOST_LABELS, _SPARE_LAYERS = 2**20, 2**15, 256
 _FIRST_INDEX = re.compile(r"(?:^|\.)(\d{1,9})(?:\.|$)")
 
 
@@ -53,7 +54,9 @@ def read_config(root: Path) -> dict[str, Any]:
     """config.json of the directory `root` as it stands; DamagedCheckpoint where it is no sane JSON object."""
     path = root / CONFIG
     config = read_json(path, MAX_CONFIG)
-    for key, value in _entries(config):
+    for count, (key, value) in enumerate(_entries(config), 1):
+        if count > MOST_VALUES:
+            raise DamagedCheckpoint(f"{path} holds more than {MOST_VALUES:,} values, which no config does; correct it.")
         if type(value) is int and abs(value) >= LARGEST:
             raise DamagedCheckpoint(f"{path}: {named(key)} is a number of {len(str(abs(value)))} digits; correct it.")
     return config

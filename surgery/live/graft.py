@@ -15,7 +15,7 @@ import torch
 
 from ..anatomy.calls import Call, observing
 from ..anatomy.sites import Anatomy
-from ..errors import UnsupportedModel
+from ..errors import DamagedCheckpoint, UnsupportedModel
 from ..runtime.eab_families import ADAPTERS
 from ..runtime.eab_head_norm import install_norms
 from ..runtime.eab_runtime import install, require_added
@@ -50,7 +50,8 @@ def eab_config(anatomy: Anatomy, prefix: Sequence[int], visible: str) -> dict:
 def fold(live: Live, prefix: Sequence[int], visible: str) -> Fold:
     """Keys and values of `prefix` (token ids) at every site of the original model, in the dtype it runs in.
 
-    An empty prefix gives an empty fold. UnsupportedModel where attention runs elsewhere than in the sites.
+    An empty prefix gives an empty fold. UnsupportedModel where attention runs elsewhere than in the sites,
+    DamagedCheckpoint where they are not finite.
     """
     if not prefix:
         return Fold((), {}, visible)
@@ -74,6 +75,12 @@ def fold(live: Live, prefix: Sequence[int], visible: str) -> Fold:
             raise UnsupportedModel(f"{kind}: {refusal}") from refusal
     if missing := [site.name for site in sites if site.name not in slots]:
         raise UnsupportedModel(f"{kind}: {missing[0]} did not attend while the prefix ran")
+    for site in sites:
+        if not all(bool(torch.isfinite(part).all()) for part in slots[site.name]):
+            raise DamagedCheckpoint(
+                f"{site.name}: keys and values of the prefix are NaN or Inf, as its weights or config.json make them; "
+                "correct config.json, or download the checkpoint again."
+            )
     return Fold(tuple(prefix), slots, visible)
 
 

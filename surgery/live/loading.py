@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..anatomy.fit import belonging
 from ..anatomy.quiet import quiet
@@ -150,6 +152,7 @@ def load_tokenizer(directory: Path, name: str | None = None) -> PreTrainedTokeni
     name = str(directory) if name is None else name
     if not has_tokenizer(path.name for path in directory.iterdir()):
         raise SourceError(f"{name} has no tokenizer files; put the model's own there.")
+    _know_type(directory)
     try:
         bounded(_try_tokenizer, directory, seconds=LOADING_SECONDS, memory=LOADING_MEMORY)
         tokenizer = _tokenizer(directory)
@@ -159,6 +162,15 @@ def load_tokenizer(directory: Path, name: str | None = None) -> PreTrainedTokeni
         raise SourceError(f"{name} has no tokenizer that loads ({why}); put the model's own files there.") from error
     require_templates(directory, name, tokenizer)
     return tokenizer
+
+
+def _know_type(directory: Path) -> None:
+    """Have transformers import the model type that config.json names: a converted one makes files, which are to be this
+    process's own and not those of a child that ends before it removes them."""
+    with contextlib.suppress(DamagedCheckpoint, SourceError):
+        kind = read_json(directory / CONFIG).get("model_type")
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            CONFIG_MAPPING[kind]
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:

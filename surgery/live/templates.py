@@ -14,6 +14,7 @@ from ..errors import SourceError, brief
 
 PROCESSORS = ("chat_template.json", "processor_config.json")  # where processors look for chat templates
 SECONDS, MEMORY = 10, GIB  # a template renders in milliseconds
+LARGEST = 1_000_000  # characters of a template; the largest that are known have a tenth of it
 # What a template is tried on: each line is a system message or none, then turns of user and assistant.
 _CONVERSATIONS = [
     [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
@@ -48,6 +49,8 @@ def require_templates(directory: Path, name: str, tokenizer: PreTrainedTokenizer
         which = f"{name}: its chat template" + (f" {key!r}" if key != "default" else "")
         if not isinstance(template, str):
             raise SourceError(f"{which} is no text but {type(template).__name__}; mend or remove it.")
+        if len(template) > LARGEST:
+            raise SourceError(f"{which} has more than {LARGEST:,} characters, as none has; mend or remove it.")
         try:
             fault = bounded(_fault, tokenizer, template, seconds=SECONDS, memory=MEMORY)
         except Unbounded as error:

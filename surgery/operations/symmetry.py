@@ -28,6 +28,7 @@ from torch import nn
 
 from ..anatomy.calls import Call, observing
 from ..anatomy.linears import LINEAR, row_dim
+from ..errors import DamagedCheckpoint
 from ..live.model import Live
 from ..live.parts import Part, Weights
 from .turning import Gain, HeadSide, HeadValues, Side, changed, folding
@@ -125,6 +126,11 @@ def gradients(part: Part, weights: Weights) -> Gradients:
         loss = torch.stack([(u * output).sum().double() for u, output in zip(us, outputs, strict=True)]).sum()
         inputs = [entering, *leaves.values()]
         first, *rest = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in (part.entering, *outputs, first, *rest)):
+        raise DamagedCheckpoint(
+            f"{part.name} computes NaN or Inf, as its weights or config.json make it; correct config.json, or download "
+            "the checkpoint again."
+        )
     values = {name: leaf.detach() for name, leaf in leaves.items()}
     return Gradients(us[0], outputs[0].detach(), part.entering, values, first, dict(zip(leaves, rest, strict=True)))
 

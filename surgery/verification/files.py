@@ -21,7 +21,7 @@ from ..checkpoint.disk import sha256_of
 from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.own_files import in_hub_cache
-from ..checkpoint.regular import open_regular
+from ..checkpoint.regular import MAX_JSON, MAX_PARTS, open_regular
 from ..checkpoint.source import ADAPTER
 from ..converted.derived import derive
 from ..converted.described import Described
@@ -85,8 +85,12 @@ def same_code(root: Path, described: Described) -> Found:
         return False, f"config.json: auto_map is not what this version of surgery writes; {_OTHER_VERSION}"
     for name, path in all_files(root).items():
         if path.is_file() and name.lower().endswith(".json") and name not in (MANIFEST, INDEX):
+            with open_regular(path) as file:
+                raw = file.read(MAX_JSON + 1)
+            if len(raw) > MAX_JSON or raw.count(b"{") + raw.count(b"[") > MAX_PARTS:
+                return False, f"{name} is larger than any such file is"
             try:
-                content = json.loads(path.read_bytes())
+                content = json.loads(raw)
             except (ValueError, RecursionError):
                 content = None  # nothing that loads, so nothing that names code
             if name == SETTINGS and not isinstance(content, dict):

@@ -107,6 +107,8 @@ def test_numbers_and_files_beyond_reason_are_damage(tmp_path: Path) -> None:
         read_config(written(tmp_path, {"rope_parameters": {"factor": 10**400}}))
     with pytest.raises(DamagedCheckpoint, match="larger than 16 MB"):
         read_config(written(tmp_path, {"layer_types": ["full_attention"] * 10**6}))
+    with pytest.raises(DamagedCheckpoint, match="more than 131,072 values"):
+        read_config(written(tmp_path, {"rope_parameters": {"long_factor": [1.0] * 200_000}}))
 
 
 def test_the_stack_is_as_high_as_names_say() -> None:

@@ -185,6 +185,12 @@ SOURCES = {
     "a tensor in two shards": (indexed(put_twice), DAMAGED, "is in two shards"),
     "a stale single file beside an index": (indexed(stale_single), DAMAGED, SINGLE, INDEX),
     "NaN among the weights": (with_nan, DAMAGED, "model.layers.1.mlp.up_proj.weight", "NaN"),
+    "a config that makes keys NaN": (
+        configured(rope_parameters={"rope_type": "default", "rope_theta": 0}),
+        DAMAGED,
+        "layers.0.self_attn",
+        "NaN",
+    ),
     "config.json missing": (without("config.json"), INPUT, "config.json"),
     "config.json not JSON": (edited("config.json", lambda raw: raw[:-4]), DAMAGED, "config.json"),
     "config.json a list": (edited("config.json", lambda raw: b"[]"), DAMAGED, "config.json"),

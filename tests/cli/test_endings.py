@@ -185,6 +185,22 @@ def test_a_broken_temporary_directory_is_no_verdict(bench: Bench, monkeypatch: p
     assert ended.code == 2 and f"temporary directory {bench.root} is full" in ended.error
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_verify_leaves_no_temporary_file_and_names_its_place(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    """In a process of its own: model types are made once in each."""
+    temporary = bench.root / "temporary"
+    if exists:
+        temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    ended = shell("", "verify", "-q", bench.place.converted)
+    if exists:
+        assert ended.returncode == 0 and list(temporary.glob("*surgery-*")) == [], ended.stderr
+    else:
+        assert ended.returncode == 2 and b"temporary (TMPDIR) is not a directory" in ended.stderr, ended.stderr
+
+
 # ---- leftovers
 
 

@@ -50,11 +50,12 @@ def refused(source: Path, *words: str) -> None:
         ("{{ 1/0 }}", "ZeroDivisionError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{% if %}", "TemplateSyntaxError"),
+        ("x" * 1_000_001, "has more than 1,000,000 characters"),
         (5, "no text but int"),
         ([{"name": "default", "template": ONCE}, {"name": "tools", "template": LOOP}], "'tools' cannot be rendered"),
         ({"default": ONCE, "tools": [1]}, "'tools' is no text but list"),
     ],
-    ids=["loop", "memory", "zero", "recursion", "syntax", "number", "listed", "mapped"],
+    ids=["loop", "memory", "zero", "recursion", "syntax", "huge", "number", "listed", "mapped"],
 )
 def test_a_template_that_nobody_can_use_is_refused(source: Path, template: object, words: str) -> None:
     edit_json(source / "tokenizer_config.json", chat_template=template)

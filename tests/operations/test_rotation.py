@@ -17,7 +17,7 @@ from surgery.anatomy.sites import examine
 from surgery.checkpoint.layout import read_layout
 from surgery.checkpoint.manifest import read_manifest
 from surgery.converted.reading import load_converted
-from surgery.errors import UnsupportedModel
+from surgery.errors import DamagedCheckpoint, UnsupportedModel
 from surgery.live.graft import fold, grafted, normed
 from surgery.live.model import Live
 from surgery.live.quantised import activation_ranges
@@ -156,6 +156,14 @@ def test_a_width_without_hadamard_takes_a_random_matrix() -> None:
 def test_half_precision_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="proved in float32 or float64, and the model is in memory as"):
         turns_of(live_of(tiny_model("llama", torch.bfloat16)), Rotation())
+
+
+def test_what_computes_infinities_is_damage() -> None:
+    model = tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[0, 0] = 3e38
+    with pytest.raises(DamagedCheckpoint, match="computes NaN or Inf"):
+        turns_of(live_of(model), Rotation())
 
 
 # ---- beside slots and norms

@@ -172,6 +172,11 @@ PLAIN: dict[str, tuple[Tamper, str, str]] = {
     "a deleted file": (lambda root: (root / "generation_config.json").unlink(), "files", "generation_config.json"),
     "config.json deleted": (lambda root: (root / "config.json").unlink(), "files", "config.json"),
     "the slots deleted": (lambda root: (root / SLOTS).unlink(), "files", SLOTS),
+    "generation settings beyond reason": (
+        lambda root: os.truncate(root / "generation_config.json", 10**9),
+        "code",
+        "larger than any such file",
+    ),
     "an added file": (lambda root: (root / "notes.json").write_text("{}"), "files", "notes.json"),
     "a file added below": (lambda root: save_model(root / "more"), "files", "more/config.json"),
     "a link in place of a file": (link_file, "files", SLOTS),
