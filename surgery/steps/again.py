@@ -8,6 +8,7 @@ manifest's hashes hold it, and what seals the manifest.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from ..checkpoint.values import as_stored
 from ..checkpoint.writing import plan_file
 from ..converted.described import Described
 from ..converted.files import added_layout
+from ..converted.reading import load_converted
 from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, NoSpace, SurgeryError
 from ..live.loading import load_original, load_tokenizer
@@ -36,13 +38,14 @@ from ..live.model import Live
 from ..operations.base import Changes, Fitting, Operation, Parts
 from ..progress import Reporter
 from ..verification.checks import Check, Found, check
+from ..verification.equivalence import Control, compare_random_ids, take_control
 from ..words import listing
 from .emit import emit_beside
-from .operate import collect
+from .operate import collect, comparable
 from .plan import Plan, plan_on
 from .recipe import Recipe
 
-FILES, TENSORS = "files again", "tensors again"
+FILES, TENSORS, FUNCTION = "files again", "tensors again", "function again"
 # By how much of the largest entry of its row an entry may differ: what float32 makes of another order of summation in
 # a deep model, on another machine. SmolLM2's slots differ from those in float64 by up to 2^-13.5, at the median 2^-19.
 ROUNDING = 2.0**-10
@@ -61,6 +64,7 @@ class Again:
     changes: Changes
     tensors: Mapping[str, torch.Tensor]
     left: Sequence[Operation]
+    control: Control | None  # what the original answers, where those must leave its function as it is
 
     @property
     def open(self) -> set[str]:
@@ -90,10 +94,10 @@ def check_again(
     files = check(FILES, lambda: _same_files(described.root, again, directory))
     if not files.passed and (others := _other_versions(manifest)):
         files = replace(files, detail=f"{files.detail}; {others}")
-    return [
-        files,
-        check(TENSORS, lambda: _same_tensors(described.root, manifest, again, directory)),
-    ]
+    found = [files, check(TENSORS, lambda: _same_tensors(described.root, manifest, again, directory))]
+    if again.control is not None:
+        found.append(check(FUNCTION, functools.partial(_same_function, described, again.control, device)))
+    return found
 
 
 def fit_again(
@@ -106,11 +110,15 @@ def fit_again(
         plan = replace(plan, target=replace(plan.target, tokenizer=load_tokenizer(directory)))
     changes = plan.recipe.changes
     repeated = next((i for i, change in enumerate(changes) if not change.repeats), len(changes))
+    asked, control = repeated < len(changes) and recipe.exact, None
     parts: dict[str, Parts] = {}
     tensors: dict[str, torch.Tensor] = {}
-    if repeated and (recipe.tune is None or recipe.changes_weights):  # what is trained has nothing left to compare
+    # Of what is trained there is nothing left to compare.
+    if asked or repeated and (recipe.tune is None or recipe.changes_weights):
         reporter.step("fit the operations again, from the source")
         live = Live(load_original(directory, device=device), plan.anatomy)
+        if asked:
+            control = take_control(live, described.eab.prefix_ids, comparable(live, changes))
         with contextlib.ExitStack() as grafts:
             for change in changes[:repeated]:
                 planned = plan.by_operation[change.name]
@@ -125,7 +133,7 @@ def fit_again(
     added = {name: as_stored(infos[name], tensor) for name, tensor in tensors.items() if name in infos}
     weights = {name: tensor for name, tensor in tensors.items() if name not in infos}
     stored = stored_values(replace(source.layout, root=directory), plan.anatomy, weights)
-    return Again(plan, final, {**added, **stored}, changes[repeated:])
+    return Again(plan, final, {**added, **stored}, changes[repeated:], control)
 
 
 # ---- files
@@ -247,6 +255,14 @@ def _same_tensors(root: Path, manifest: Manifest, again: Again, directory: Path)
     names = listing([operation.name for operation in again.left], 8)
     note = f"what {names} made of text cannot be computed again: the manifest alone holds it, if it is sealed"
     return True, f"{told}; {note}", (note,)
+
+
+def _same_function(described: Described, control: Control, device: str) -> Found:
+    """The checkpoint as it is loaded answers as the original does, which a tensor by itself cannot show."""
+    live = Live(load_converted(described.root, device=device), described.anatomy)
+    found = compare_random_ids(live, control)
+    worst = max(value for value in (found.plain, found.padded, found.cached) if value is not None)
+    return True, f"on random ids the original's after the same prefix, within {worst:.2g} in log-probability"
 
 
 def _not_made(

@@ -66,7 +66,7 @@ def operate(
             part = parts[change.name] = change.fit(live, fitting)
             if change is changes[0]:  # the model is still as it came; only the first can stand for a prefix
                 prefix = change.plan(plan.target, part).prefix or ()
-                control = take_control(live, prefix, _comparable(live, changes))
+                control = take_control(live, prefix, comparable(live, changes))
             grafts.enter_context(change.graft(live, part))
             if change is _last_exact(changes):
                 reporter.step("compare with the original on random token ids")
@@ -84,7 +84,8 @@ def _last_exact(changes: Sequence[Operation]) -> Operation:
     return [change for change in changes if change.exact != "no" or change.rests][-1]
 
 
-def _comparable(live: Live, changes: Sequence[Operation]) -> Callable[[int], bool]:
+def comparable(live: Live, changes: Sequence[Operation]) -> Callable[[int], bool]:
+    """Whether the model with `changes` is to be the original's function on so many tokens."""
     exact = [change for change in changes if change.exact != "no"]
     return lambda length: all(change.exact_on(live.model.config, length) for change in exact)
 

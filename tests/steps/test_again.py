@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from helpers.tiny_checkpoint import MEASURED, RECIPE, Place, rehash, surgery_com
 from surgery.operations.smoothing import Smoothing
 from surgery.steps.again import ROUNDING, _distance, _first_difference
 
-ALL = RECIPE.replace('["<s>", "\\n"]', "auto")
+ALL = RECIPE
 SMOOTHED = ALL.replace("verify:", "  - smoothing: {}\nverify:")
 ROTATED = ALL.replace("verify:", "  - rotation: {}\n  - head_norm: {}\nverify:")
 
@@ -68,6 +69,23 @@ def test_another_version_is_named_where_files_differ(place: Place, tmp_path: Pat
     keys("tokenizer_config.json", tokenizer_class="LlamaTokenizer")(copy)
     code, said = verified(place, copy)
     assert code == 3 and "at tokenizer_class" in said and "written with transformers 4.0, and this is" in said
+
+
+def test_a_manifest_that_claims_an_operation_is_held_to_its_function(place: Place, tmp_path: Path) -> None:
+    """Every tensor alone could be smoothing's work, and together they compute something else."""
+    copy = Path(shutil.copytree(place.converted, tmp_path / "copy"))
+    manifest = json.loads((copy / "surgery.json").read_text())
+    manifest["recipe"]["operations"].append({"smoothing": {}})
+    name = "model.layers.0.self_attn.q_proj.weight"
+    manifest["tensors"][name]["status"] = "changed"
+    (copy / "surgery.json").write_text(json.dumps(manifest))
+
+    def scale(tensors: dict) -> None:
+        tensors[name][:, ::2] *= 64
+
+    on_tensors(KEPT, scale)(copy)
+    code, said = verified(place, copy)
+    assert code == 3 and "function again: llama: on random token ids" in said, said
 
 
 @pytest.mark.slow
