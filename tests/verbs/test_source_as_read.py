@@ -12,6 +12,7 @@ import pytest
 from helpers.bench import DAMAGED, IDS, Bench
 from helpers.tiny_checkpoint import Ended, edit_json, surgery_command
 
+from surgery.steps import reading
 from surgery.verbs import run as verb
 
 WEIGHTS = "model.safetensors"
@@ -38,13 +39,14 @@ def converted_while(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, when: str, change: Callable, *options: object
 ) -> Ended:
     """Run, with `change` called as soon as the step `when` of the run is about to begin."""
-    step, source = getattr(verb, when), bench.source()
+    where = reading if when == "begin_reading" else verb
+    step, source = getattr(where, when), bench.source()
 
     def and_then(*arguments: object, **named: object) -> object:
         change(source)
         return step(*arguments, **named)
 
-    monkeypatch.setattr(verb, when, and_then)
+    monkeypatch.setattr(where, when, and_then)
     return surgery_command(*bench.run(source, IDS, *options, text=None if "--text" in options else False))
 
 
