@@ -10,6 +10,7 @@ library is told not to use its threads, which a fork does not have.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import json
@@ -28,6 +29,7 @@ from .errors import brief, out_of_memory
 GIB = 2**30
 PATIENCE, SHARE = 60, 6  # a child ends after so many seconds, and times its processor time: machines may be busy
 _OURS = (signal.SIGALRM, signal.SIGXCPU, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # which may have handlers here
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _THREADS = "TOKENIZERS_PARALLELISM"
 
 
@@ -41,7 +43,7 @@ def bounded(function: Callable[..., Any], *arguments: Any, seconds: int, memory:
     The arguments are handed over as they are in memory; the result comes back as JSON. Raises Unbounded where the child
     takes longer, needs more, crashes, or where the function raises.
     """
-    reader, writer = os.pipe()
+    (reader, writer), parent = os.pipe(), os.getpid()
     with _forking():
         try:
             child = os.fork()
@@ -51,7 +53,7 @@ def bounded(function: Callable[..., Any], *arguments: Any, seconds: int, memory:
             raise Unbounded(f"no process could be started for it: {error.strerror}") from error
         if child == 0:
             os.close(reader)
-            _work(writer, function, arguments, seconds, memory)
+            _work(writer, function, arguments, seconds, memory, parent)
     try:
         os.close(writer)
         with open(reader, "rb") as pipe:
@@ -71,12 +73,12 @@ def bounded(function: Callable[..., Any], *arguments: Any, seconds: int, memory:
 
 
 def _work(
-    writer: int, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: int, memory: int
+    writer: int, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: int, memory: int, parent: int
 ) -> NoReturn:  # fmt: skip
     """The child: does the work, answers, and ends."""
     try:
         gc.freeze()  # nothing of our parent's is to be finalised here
-        _limit(seconds, memory)
+        _limit(seconds, memory, parent)
         try:
             answer = json.dumps({"result": function(*arguments)})
         except BaseException as error:  # panics of Rust libraries are no Exceptions
@@ -94,11 +96,12 @@ def _of_a_file(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno is not None and isinstance(error.filename, (str, bytes))
 
 
-def _limit(seconds: int, memory: int) -> None:
+def _limit(seconds: int, memory: int, parent: int) -> None:
     """Let the kernel end this process when it has had its time, and refuse it memory when it has had that.
 
     It says nothing besides its answer: what our parent writes through may be locked by a thread that is not here.
     """
+    _die_with(parent)
     faulthandler.disable()
     logging.disable()
     warnings.simplefilter("ignore")
@@ -114,6 +117,13 @@ def _limit(seconds: int, memory: int) -> None:
     signal.setitimer(signal.ITIMER_REAL, PATIENCE + SHARE * seconds)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, _at_most(resource.RLIMIT_AS, taken + memory))
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent` is killed: it holds what that has locked."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was faster
+        os._exit(0)
 
 
 def _at_most(kind: int, value: int) -> tuple[int, int]:

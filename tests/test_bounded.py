@@ -67,3 +67,17 @@ def test_a_parent_that_is_interrupted_leaves_no_child(monkeypatch: pytest.Monkey
         bounded(time.sleep, 1000, seconds=1000, memory=GIB)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_parent_that_is_killed_leaves_no_child() -> None:
+    """It would hold what its parent had locked, as if that were still at work."""
+    reader, writer = os.pipe()
+    if not (parent := os.fork()):
+        bounded(time.sleep, 1000, seconds=1000, memory=GIB)
+        os._exit(0)
+    os.close(writer)
+    time.sleep(0.2)  # for its child to be there
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    with open(reader, "rb") as pipe:
+        assert pipe.read() == b""  # which ends when the last process that could write to it has

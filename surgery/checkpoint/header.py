@@ -18,6 +18,7 @@ from .regular import AGAIN, is_lfs_pointer, lfs_pointer, open_regular, parse_obj
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's reference implementation
 MAX_DIMS = 64  # no tensor has more; torch and numpy know no more
+MAX_METADATA = 10_000  # entries, none of which loaders need but the format
 MAX_NUMBER = 2**63  # sizes and offsets are below it, as in the reference implementation and in torch
 
 BITS = {
@@ -96,9 +97,12 @@ def _raw_header(path: Path, elsewhere: tuple[int, bytes] | None) -> tuple[int, b
 
 def _check_metadata(path: Path, metadata: object) -> None:
     """DamagedCheckpoint unless it is as loaders take it: texts by name, or nothing."""
-    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    if metadata is not None and not texts:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DamagedCheckpoint(f'"__metadata__" in the header of {path} is not an object of texts; {AGAIN}.')
+    if len(metadata) > MAX_METADATA:
+        raise DamagedCheckpoint(f'"__metadata__" in the header of {path} has {len(metadata):,} entries; {AGAIN}.')
 
 
 def _is_number(value: object) -> bool:

@@ -56,17 +56,18 @@ def forked(bench: Bench, table: Table, name: str, delay: float, gaps: list[float
 
 def started(bench: Bench, table: Table, delay: float, number: signal.Signals) -> None:
     bench.anew()
-    with bench.output.open("wb") as err:
+    output = bench.root / "started.txt"
+    with output.open("wb") as err:
         process = subprocess.Popen(
             [sys.executable, "-m", "surgery", *bench.commands()["run"]],
             stdout=subprocess.DEVNULL, stderr=err, cwd=bench.root, preexec_fn=_default_signals,
-            env={**os.environ, "TMPDIR": str(bench.temporary), "PYTHONPATH": sys.path[0]},
+            env={**os.environ, "TMPDIR": str(bench.temporary), "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
     since = time.monotonic()
     time.sleep(delay)
     process.send_signal(number)
     process.wait()
-    ended = Ended(process.returncode, bench.told(), time.monotonic() - since)
+    ended = Ended(process.returncode, output.read_text(encoding="utf-8", errors="replace"), time.monotonic() - since)
     early = ended.code == -number or ended.err.rstrip().endswith("KeyboardInterrupt")
     if early and str(ROOT / "surgery") not in ended.err:
         table.add("start", "before the first line of surgery", [], ended)

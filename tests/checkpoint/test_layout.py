@@ -167,6 +167,7 @@ def test_a_wrong_header_byte_never_breaks_the_reader(
         (raw_file({"a": entry(), "b": entry()}, bytes(8)), ("gap or overlaps",)),
         (raw_file({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)), ('"b"', "gap or overlaps")),
         (raw_file({"__metadata__": {"format": "pt"}}), ("no tensors",)),
+        (raw_file({"__metadata__": {str(i): "" for i in range(20_000)}, "a": entry()}, bytes(8)), ("20,000 entries",)),
         *((raw_file({"__metadata__": value, "a": entry()}, bytes(8)), ("__metadata__",)) for value in METADATA),
         (raw_file({"a": {**entry(), "shape": [10**30, 0]}}), ('"a"', "shape")),
         (raw_file({"a": entry(shape=(2**62, 2**62, 0))}), ('"a"', "shape")),
