@@ -8,6 +8,7 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from .owned import MARK, OWNER, host, remove_tree, stem
 
 _NAME = re.compile(r"(?:\..+\.)?surgery-[0-9a-f]{16}", re.DOTALL)
+DYING = 2.0  # seconds
 _MOST = 4096  # bytes of an owner's file
 
 # dead: its process is gone. alive: it is being worked in. elsewhere: of another machine, whose locks are not seen here.
@@ -112,15 +114,37 @@ def _read(lock: int) -> dict[str, Any] | None:
 
 
 def _state(lock: int, path: Path, owner: dict[str, Any]) -> State:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # locked, or on a file system without locks
+    if not _locked(lock, owner["process"]):
         return "alive"
     if not os.path.exists(path):  # whoever held the lock has removed it meanwhile
         return "alive"
     # Over a network, and so between kernels, a lock may not be seen; after the same machine started anew none is held.
     here = host()
     return "dead" if owner["boot"] == here["boot"] or owner["host"] == here["host"] else "elsewhere"
+
+
+def _locked(lock: int, process: int) -> bool:
+    """Whether nobody else holds the lock. A process that was killed may have a child, which dies with it but not at
+    once, and holds it meanwhile."""
+    until = time.monotonic() + (DYING if _is_gone(process) else 0.0)
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:  # locked, or on a file system without locks
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.01)
+
+
+def _is_gone(process: int) -> bool:
+    try:
+        os.kill(process, 0) if process > 0 else None
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _own(found: os.stat_result, kind: Any) -> bool:
