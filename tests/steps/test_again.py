@@ -71,7 +71,7 @@ def test_another_version_is_named_where_files_differ(place: Place, tmp_path: Pat
     assert code == 3 and "at tokenizer_class" in said and "written with transformers 4.0, and this is" in said
 
 
-def test_a_manifest_that_claims_an_operation_is_held_to_its_function(place: Place, tmp_path: Path) -> None:
+def test_what_a_manifest_claims_is_held_to_the_function(place: Place, tmp_path: Path) -> None:
     """Every tensor alone could be smoothing's work, and together they compute something else."""
     copy = Path(shutil.copytree(place.converted, tmp_path / "copy"))
     manifest = json.loads((copy / "surgery.json").read_text())
