@@ -6,6 +6,8 @@ and exits with `exit_code`. Anything else that is raised is a bug in surgery and
 
 from __future__ import annotations
 
+from .plain import cut
+
 LONGEST_WORD, LONGEST_SENTENCE = 300, 900  # characters; a path may well be long
 
 
@@ -50,14 +52,7 @@ class DamagedCheckpoint(SurgeryError):
 
 def shortened(text: str) -> str:
     """`text`, the middle left out of words and of the whole where a file from a stranger has made them endless."""
-    words = [_cut(word, LONGEST_WORD) if len(word) > LONGEST_WORD else word for word in text.split(" ")]
-    return _cut(" ".join(words), LONGEST_SENTENCE)
-
-
-def _cut(text: str, most: int) -> str:
-    if len(text) <= most:
-        return text
-    return f"{text[: most * 2 // 3]} ... {text[-most // 4 :]}"
+    return cut(" ".join(cut(word, LONGEST_WORD) for word in text.split(" ")), LONGEST_SENTENCE)
 
 
 def out_of_memory(error: BaseException) -> bool:

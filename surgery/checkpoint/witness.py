@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..progress import Advance, unseen
+from .config import CONFIG
 from .disk import sha256_of
 from .layout import INDEX
 
 if TYPE_CHECKING:
     from .source import Source
-
-_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Reading:
     def recorded(self) -> dict[str, str]:
         """What the manifest says of the source: weights and config.json, or the one file of a GGUF."""
         source = self.source
-        names = [source.root.name] if source.kind == "gguf" else [*source.layout.shards, _CONFIG]
+        names = [source.root.name] if source.kind == "gguf" else [*source.layout.shards, CONFIG]
         return {name: self.hashes[name] for name in names}
 
     def changed(self) -> str | None:
@@ -98,6 +97,6 @@ def _files(source: Source) -> list[Path]:
     """Weights, configuration, index and companions, or the one file of a GGUF."""
     if source.kind == "gguf":
         return [source.root]
-    names = dict.fromkeys([_CONFIG, *source.companions, *source.layout.shards])
+    names = dict.fromkeys([CONFIG, *source.companions, *source.layout.shards])
     index = [INDEX] if (source.root / INDEX).is_file() else []
     return [source.root / name for name in (*names, *index)]

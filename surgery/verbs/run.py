@@ -30,7 +30,6 @@ from ..report.verdict import card_tables
 from ..results import Verdict
 from ..steps.act import provenance, told
 from ..steps.emit import emit, source_entry
-from ..steps.fetch import fetch_weights
 from ..steps.inputs import Texts, gather_texts
 from ..steps.measure import Pair, measure_pair
 from ..steps.operate import Operated, operate
@@ -159,7 +158,7 @@ def _aside(adapter: Path | None) -> contextlib.AbstractContextManager[Stage | No
 def _materialised(plan: Plan, stage: Stage, reporter: Reporter) -> tuple[Plan, Path]:
     """The source as a directory of plain files: its own, or a GGUF's dequantised inside the stage."""
     if plan.source.kind != "gguf":
-        return plan, fetch_weights(plan.source, reporter)
+        return plan, plan.source.root
     reporter.step(f"dequantise {plan.source.root.name}")
     directory = materialise(plan.source, stage.scratch)
     if plan.target.tokenizer is None:

@@ -88,8 +88,8 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
     with _plain_files(source, reporter) as directory:
         paths = [root, *([] if source is None or directory is None else [source.root, directory])]
         checks, described, recipe = _integrity(root, manifest, source, directory, reporter)
+        original = None
         if described is not None and has_tokenizer(manifest.files):
-            original = None
             if source is not None and directory is not None and has_tokenizer(source.companions):
                 original = load_tokenizer(directory)
             checks.append(check_tokenizer(root, original, described.eab.prefix_ids, texts.evaluation))
@@ -103,7 +103,7 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
             return _told(standing, paths, date, options, texts, manifest)
         # 3. The models, on text.
         ready = _ready(root, described, recipe, directory, texts, options)
-        found = _measured(root, described, recipe, directory, ready, options, reporter)
+        found = _measured(root, described, recipe, directory, original, ready, options, reporter)
         found = replace(
             standing, judgements=found.judgements, measured=found.measured, said={**standing.said, **found.said}
         )
@@ -214,12 +214,15 @@ def _ready(
 
 
 def _measured(
-    root: Path, described: Described, recipe: Recipe, directory: Path | None, ready: _Ready, options: VerifyOptions,
-    reporter: Reporter,
+    root: Path, described: Described, recipe: Recipe, directory: Path | None, original: Any, ready: _Ready,
+    options: VerifyOptions, reporter: Reporter,
 ) -> Findings:  # fmt: skip
-    """What the models are found to be on text, on files whose integrity holds. Their code has been compared."""
+    """What the models are found to be on text, on files whose integrity holds. Their code has been compared.
+
+    `original`: the source's own tokenizer, None where it has none.
+    """
     anatomy, tokenizer, prefix = described.anatomy, ready.tokenizer, described.eab.prefix_ids
-    own = load_tokenizer(directory) if directory is not None and has_tokenizer(_names(directory)) else tokenizer
+    own = tokenizer if original is None else original
     found = measure_pair(
         Pair(anatomy, prefix, recipe, ready.gates, ready.evaluation, ready.calibrating, ready.by_gate),
         original=None if directory is None else lambda: (load_original(directory, device=options.device), own),
@@ -228,10 +231,6 @@ def _measured(
     )
     tokens = {"ids": list(prefix), "tokens": [tokenizer.decode([token]) for token in prefix]}
     return Findings([], found.judgements, found.measured, said={"prefix": tokens} if prefix else {})
-
-
-def _names(directory: Path) -> list[str]:
-    return [path.name for path in directory.iterdir()]
 
 
 def _open_source(options: VerifyOptions, manifest: Manifest) -> Source:
