@@ -184,7 +184,7 @@ def _measure(
     found = measure_pair(
         pair,
         original=lambda: (load_original(directory, device=options.device), tokenizer),
-        converted=lambda: (load_converted(stage.path, device=options.device), load_tokenizer(stage.path)),
+        converted=lambda: _emitted(stage.path, options.device),
         reporter=reporter,
     )
     if found.surveys is not None:
@@ -194,6 +194,12 @@ def _measure(
         for survey, size, kind in zip(found.surveys, (before, after), ("gguf" if gguf else "", ""), strict=True):
             survey["files"] = {"bytes": size, "kind": kind or "safetensors"}
     return replace(findings, checks=checks, judgements=found.judgements, measured=found.measured), found.surveys
+
+
+def _emitted(directory: Path, device: str) -> tuple[Any, Any]:
+    """The converted model in `directory` and its tokenizer, which is tried in a fork: before this process is large."""
+    tokenizer = load_tokenizer(directory)
+    return load_converted(directory, device=device), tokenizer
 
 
 def _said(plan: Plan, operated: Operated) -> dict[str, Any]:

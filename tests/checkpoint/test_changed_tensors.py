@@ -142,6 +142,7 @@ def test_values_that_were_not_finite_before_are_no_overflow() -> None:
     assert {dtype_code(dtype) for dtype in FLOATS.values()} == set(FLOATS) < set(BITS)
 
 
+@pytest.mark.slow
 def test_only_changed_tensors_are_in_memory(tmp_path: Path) -> None:
     """A sparse shard of 256 MiB passes through a process that may use little more than torch itself."""
     header, infos = plan_file(SINGLE, [("big", "F32", (1 << 26,)), ("small", "F32", (4,))])

@@ -393,6 +393,7 @@ def test_a_scan_of_one_chunk_bounds_nothing_and_says_so(place: Place, tmp_path: 
     assert "Too few chunks to tell" in report.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_run_shows_before_and_after_in_a_report(place: Place, tmp_path: Path) -> None:
     out, report, found = tmp_path / "out", tmp_path / "r.html", tmp_path / "v.json"
     options = ("--text", place.text, *MEASURED, "--report", report, "--json", found)

@@ -185,6 +185,7 @@ def test_a_broken_temporary_directory_is_no_verdict(bench: Bench, monkeypatch: p
     assert ended.code == 2 and f"temporary directory {bench.root} is full" in ended.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exists", [True, False])
 def test_verify_leaves_no_temporary_file_and_names_its_place(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, exists: bool

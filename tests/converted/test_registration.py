@@ -86,7 +86,7 @@ def converted(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
     return found
 
 
-@pytest.fixture(scope="module", params=["before", "after"])
+@pytest.fixture(scope="module", params=["before", pytest.param("after", marks=pytest.mark.slow)])
 def report(converted, tmp_path_factory, request) -> dict:
     """What a process found that imports surgery before or after transformers, by family."""
     file = tmp_path_factory.mktemp("report") / "report.pt"

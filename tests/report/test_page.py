@@ -156,6 +156,7 @@ def test_rising_sink_rates_are_explained_where_they_rise():
     assert summary.early_sinks(after, after) is None and summary.early_sinks(before, before) is None
 
 
+@pytest.mark.slow
 def test_beside_a_verdict_there_is_one_set_of_figures(tmp_path):
     """The verdict is of 64 chunks, the surveys are of 8: perplexity and counts are the verdict's, and why is said."""
     surveys = [make_survey("m, original"), make_survey("m, converted", slots=2, spike=40.0)]

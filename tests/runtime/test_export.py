@@ -49,6 +49,7 @@ def same_everywhere(model, program, way: str) -> None:
         assert worst(got[seen], expected[seen]) < 1e-12, (rows, length)
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_the_original_after_the_prefix():
     """One program for every length. Its slots stand in front of the keys, which is what failed to be told of all."""
     pair = small("llama")

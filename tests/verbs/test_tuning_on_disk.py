@@ -147,6 +147,7 @@ def test_changed_shards_are_written_anew_and_the_source_kept(place: Place, tmp_p
     assert changed and all((tmp_path / "out" / layout.tensors[name].shard).stat().st_nlink == 1 for name in changed)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_to_the_same_files(
     place: Place, tuned: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -72,6 +72,7 @@ def judge(name: str, signed: tuple[Path, dict[str, tuple]], root: Path, table: T
         table.setdefault(name, {})[anew] = row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_an_edit_is_seen_by_what_can_see_it(name: str, signed, tmp_path: Path, table: Table) -> None:
     judge(name, signed, tmp_path, table)
