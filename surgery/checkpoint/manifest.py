@@ -13,7 +13,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
 )
 from pydantic_core import ErrorDetails
 
@@ -49,12 +51,17 @@ class _Entry(BaseModel):
 
 
 class TensorEntry(_Entry):
-    """What became of one tensor, and where it lies."""
+    """What became of one tensor, and where it lies. `of`: the tensor of the source that a quantised one replaces."""
 
-    status: Literal["kept", "changed", "added"]
+    status: Literal["kept", "changed", "added", "quantised"]
     shard: str
     dtype: str
     shape: Shape
+    of: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value is not None}
 
 
 class FileEntry(_Entry):
@@ -112,7 +119,7 @@ def build_manifest(
 ) -> Manifest:
     """The manifest of these parts, tensors and files sorted by name.
 
-    tensors: {name: {"status": kept|changed|added, "shard", "dtype", "shape"}}; files: {name: {"sha256", "bytes"}}.
+    tensors: name -> what a TensorEntry holds; files: name -> what a FileEntry holds.
     Raises ValueError for a tensor or file described otherwise: that is a bug of the caller.
     """
     return Manifest(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,7 +17,7 @@ from ..endings.signals import caught, has_published, held
 from ..endings.temporary import FULL
 from ..errors import DamagedCheckpoint, OutputError, SourceError
 from .disk import disk_errors, require_space, require_target, sha256_of, translated
-from .layout import CHUNK, Layout
+from .layout import CHUNK, Layout, iter_tensor_chunks
 from .regular import is_plain_name, open_regular
 from .values import as_stored, dtype_code, tensor_bytes
 from .writing import plan_file
@@ -160,6 +160,29 @@ class Stage:
                 position = source.seek(info.stop)
             for data in _read(source, layout.sizes[shard] - position):
                 write(data)
+        self._remember(name, digest.hexdigest())
+
+    def add_rewritten(
+        self, layout: Layout, shard: str, name: str, header: bytes,
+        written: Callable[[str], Mapping[str, torch.Tensor] | None],
+    ) -> None:  # fmt: skip
+        """Write `shard` of a checkpoint as `name`, others in place of some of its tensors, one in memory at a time.
+
+        `header`: of what will be written, in its order. `written`: name of a tensor -> what takes its place, None where
+        it stays as it is.
+        """
+        target, digest = self._new(name), hashlib.sha256(header)
+        with disk_errors(self.out), _create(target) as file:
+            file.write(header)
+            for info in layout.of_shard(shard):
+                instead = written(info.name)
+                if instead is None:
+                    parts: Iterable[bytes | memoryview] = iter_tensor_chunks(layout, info.name)
+                else:
+                    parts = (tensor_bytes(tensor) for tensor in instead.values())
+                for data in parts:
+                    digest.update(data)
+                    file.write(data)
         self._remember(name, digest.hexdigest())
 
     def add_text(self, name: str, text: str) -> None:

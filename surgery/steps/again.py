@@ -29,7 +29,7 @@ from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored
 from ..checkpoint.writing import plan_file
 from ..converted.described import Described
-from ..converted.files import added_layout
+from ..converted.files import added_layout, rewritten_layout
 from ..converted.reading import load_converted
 from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, NoSpace, SurgeryError
@@ -40,12 +40,13 @@ from ..progress import Reporter
 from ..verification.checks import Check, Found, check
 from ..verification.equivalence import Control, compare_random_ids, take_control
 from ..words import listing
+from .again_quantised import same_quantised
 from .emit import emit_beside
 from .operate import collect, comparable
 from .plan import Plan, plan_on
 from .recipe import Recipe
 
-FILES, TENSORS, FUNCTION = "files again", "tensors again", "function again"
+FILES, TENSORS, QUANTISED, FUNCTION = "files again", "tensors again", "quantised again", "function again"
 # By how much of the largest entry of its row an entry may differ: what float32 makes of another order of summation in
 # a deep model, on another machine. SmolLM2's slots differ from those in float64 by up to 2^-13.5, at the median 2^-19.
 ROUNDING = 2.0**-10
@@ -95,6 +96,8 @@ def check_again(
     if not files.passed and (others := _other_versions(manifest)):
         files = replace(files, detail=f"{files.detail}; {others}")
     found = [files, check(TENSORS, lambda: _same_tensors(described.root, manifest, again, directory))]
+    if again.changes.replaced:
+        found.append(check(QUANTISED, lambda: same_quantised(described, again, directory)))
     if again.control is not None:
         found.append(check(FUNCTION, functools.partial(_same_function, described, again.control, device)))
     return found
@@ -172,6 +175,10 @@ def _headers(again: Again, directory: Path) -> dict[str, bytes]:
     """How each file of weights begins: those of the source as they are there, then that of what was added."""
     headers = {}
     for old, new in again.plan.shards.items():
+        layout = again.plan.source.layout
+        if any(layout.tensors[name].shard == old for name in again.changes.replaced):
+            headers[new], _ = rewritten_layout(layout, old, new, again.changes.replaced)
+            continue
         with (directory / old).open("rb") as file:
             size = file.read(8)
             headers[new] = size + file.read(int.from_bytes(size, "little"))
@@ -223,6 +230,7 @@ def _first_difference(a: Any, b: Any) -> str:
 def _same_tensors(root: Path, manifest: Manifest, again: Again, directory: Path) -> Found:
     """What was fitted again is what is stored, but for rounding; and what was not is said."""
     layout, spec, left = read_layout(root), again.plan.source.spec, again.open
+    left |= set(again.changes.replaced)  # which are looked at by themselves
     compared = {name: tensor for name, tensor in again.tensors.items() if name not in left}
     entries = differing = to_the_bit = 0
     furthest, where = 0.0, ""

@@ -74,8 +74,10 @@ class Recipe(Document):
 
     @property
     def changes(self) -> tuple[Operation, ...]:
-        """Everything that changes the model, in order: the operations, and tuning at last."""
-        return self.operations if self.tune is None else (*self.operations, self.tune)
+        """Everything that changes the model, in order: the operations, tuning, and what comes after it."""
+        before = [operation for operation in self.operations if not operation.last]
+        after = [operation for operation in self.operations if operation.last]
+        return (*before, *([] if self.tune is None else [self.tune]), *after)
 
     @property
     def searches(self) -> bool:

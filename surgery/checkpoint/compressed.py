@@ -1,0 +1,148 @@
+"""Weights as the compressed-tensors library stores them: which schemes there are, and what stands in a weight's place.
+
+The library defines the format and does the rounding; transformers and vLLM read it. What is said here is which scales
+are given to it. It is an extra, and imported where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SourceError
+from .header import TensorInfo
+from .layout import Layout
+
+if TYPE_CHECKING:
+    import torch
+
+METHOD = "compressed-tensors"
+ENTRY = "quantization_config"
+MOST_IGNORED = 10_000  # linear layers outside of blocks; no model has a hundred
+_PARTS = ("weight_scale", "weight_shape", "input_scale")
+_PER_WORD = 8  # numbers of 4 bits in an int32
+INSTALL = "pip install 'checkpoint-surgery[quantised]'"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One scheme: the library's name of the format, bits and type of the weights, and how inputs are rounded.
+
+    `inputs`: "static" (a scale per layer, stored), "token" (a scale per token, as they come) or None (not rounded).
+    `most`: the largest magnitude that a stored number has.
+    """
+
+    format: str
+    bits: int
+    type: str
+    inputs: str | None
+    most: float
+    grouped: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        return self.inputs == "static"
+
+
+FORMATS = {
+    "w8a8_static": Format("int-quantized", 8, "int", "static", 127),
+    "w8a8_dynamic": Format("int-quantized", 8, "int", "token", 127),
+    "w4a16": Format("pack-quantized", 4, "int", None, 7, grouped=True),
+    "fp8_static": Format("float-quantized", 8, "float", "static", 448),
+    "fp8_dynamic": Format("float-quantized", 8, "float", "token", 448),
+}
+
+
+def require_library() -> None:
+    """SourceError unless compressed-tensors is installed."""
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError as error:
+        raise SourceError(f"quantised checkpoints need the package compressed-tensors: {INSTALL}.") from error
+
+
+def library_scheme(scheme: str, group: int) -> Any:
+    """The scheme as the library's own QuantizationScheme, of all linear layers."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    found = FORMATS[scheme]
+    shared: dict[str, Any] = {"num_bits": found.bits, "type": found.type, "symmetric": True}
+    split = {"strategy": "group", "group_size": group} if found.grouped else {"strategy": "channel"}
+    inputs = None
+    if found.inputs is not None:
+        static = found.inputs == "static"
+        inputs = QuantizationArgs(**shared, strategy="tensor" if static else "token", dynamic=not static)
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**shared, **split), input_activations=inputs)
+
+
+def config_entry(scheme: str, group: int, ignored: Iterable[str]) -> dict[str, Any]:
+    """`quantization_config` of config.json: this scheme for all linear layers but those named in `ignored`."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    entry = QuantizationConfig(
+        config_groups={"group_0": library_scheme(scheme, group)}, format=FORMATS[scheme].format,
+        quantization_status="compressed", ignore=list(ignored),
+    )  # fmt: skip
+    dumped: dict[str, Any] = entry.model_dump(mode="json")
+    return dumped
+
+
+def as_written(entry: object) -> tuple[str, int] | None:
+    """(scheme, group) of a `quantization_config` that `config_entry` writes; None of any other."""
+    if not isinstance(entry, Mapping) or not isinstance(ignored := entry.get("ignore"), list):
+        return None
+    require_library()
+    if len(ignored) > MOST_IGNORED or not all(isinstance(name, str) for name in ignored):
+        return None
+    groups = entry.get("config_groups")
+    try:
+        size = groups["group_0"]["weights"]["group_size"]  # type: ignore[index]
+    except (KeyError, TypeError):
+        return None
+    group = size if type(size) is int and 0 < size < 2**31 else 0
+    for scheme, found in FORMATS.items():
+        if found.grouped == bool(group) and config_entry(scheme, group, ignored) == entry:
+            return scheme, group
+    return None
+
+
+def original_names(layout: Layout) -> Layout:
+    """The layout with the weights that `packed` took apart as if they were whole: their names and shapes."""
+    whole: dict[str, TensorInfo] = {}
+    for info in layout.tensors.values():
+        base, dot, part = info.name.rpartition(".")
+        if part == "weight_packed" and len(info.shape) == 2:
+            shape = (info.shape[0], info.shape[1] * _PER_WORD)
+            whole[f"{base}{dot}weight"] = replace(info, name=f"{base}{dot}weight", shape=shape)
+        elif part not in _PARTS:
+            whole[info.name] = info
+    return Layout(layout.root, whole, layout.shards, layout.sizes)
+
+
+def packed(
+    weight: torch.Tensor, peak: torch.Tensor | None, scheme: str, group: int
+) -> Mapping[str, torch.Tensor]:  # fmt: skip
+    """What is stored in place of `weight` (out, in): part of the name -> tensor; shapes alone, of a meta tensor.
+
+    Scales are float32: max |w| / most of each output channel, or of each `group` input channels of it. `peak`: the
+    largest |input|, a scalar, for static scales. What is zero throughout has the scale 1.
+    """
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+
+    found, wide = FORMATS[scheme], weight.detach().to(torch.float32)
+    rows = wide.unflatten(1, (-1, group)) if found.grouped else wide
+    state = {"weight": wide, "weight_scale": _scale(rows.abs().amax(dim=-1, keepdim=not found.grouped), found.most)}
+    if found.calibrated:
+        largest = torch.zeros((), device=wide.device) if peak is None else peak.to(wide)
+        state["input_scale"] = _scale(largest.reshape(1), found.most)
+    compressor = BaseCompressor.get_value_from_registry(found.format)
+    stored: Mapping[str, torch.Tensor] = compressor.compress(state, library_scheme(scheme, group))
+    return stored
+
+
+def _scale(largest: torch.Tensor, most: float) -> torch.Tensor:
+    import torch
+
+    return torch.where(largest > 0, largest / most, torch.ones_like(largest))

@@ -1,0 +1,68 @@
+"""Quantised weights of a checkpoint that is there, held against what a run makes of the source's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..checkpoint.layout import Layout, read_layout, read_tensor
+from ..converted.described import Described
+from ..verification.checks import Found
+from ..words import listing
+
+if TYPE_CHECKING:
+    from ..operations.base import Operation
+    from .again import Again
+
+SCALES = ("weight_scale", "input_scale")
+
+
+def same_quantised(described: Described, again: Again, directory: Path) -> Found:
+    """Each weight is the source's, rounded as the recipe says, to the bit; scales are positive numbers.
+
+    What an operation that cannot be repeated may have changed before it was rounded is not looked at: that is said.
+    `directory` holds the source as plain files.
+    """
+    layout, original = read_layout(described.root), read_layout(directory)
+    same, left = 0, again.open | set(again.tensors)
+    for operation in again.plan.recipe.changes:
+        for stored, instead in again.plan.by_operation[operation.name].replaced.items():
+            if wrong := _bad_scale(layout, instead):
+                return False, wrong
+            if stored in left:
+                continue
+            if wrong := _differs(operation, again, layout, stored, read_tensor(original, stored), set(instead)):
+                return False, f"{wrong} is not what {operation.name} makes of {stored} of {again.plan.source.spec}"
+            same += 1
+    replaced = {name for changes in again.plan.by_operation.values() for name in changes.replaced}
+    told = f"{same} weights rounded as computed again from {again.plan.source.spec}, to the bit"
+    if same == len(replaced):
+        return True, told
+    names = listing([change.name for change in again.plan.recipe.changes if change.changes_weights][:-1], 8)
+    note = f"{len(replaced) - same} quantised weights were changed by {names} before: the manifest alone holds them"
+    return True, f"{told}; {note}", (note,)
+
+
+def _differs(
+    operation: Operation, again: Again, layout: Layout, stored: str, weight: torch.Tensor, names: set[str]
+) -> str | None:
+    """The first tensor that is not what `operation` makes of `weight`, which the source calls `stored`."""
+    wanted = operation.rewrite(None, again.plan.target, stored, weight)
+    for name in sorted(names):
+        if name.endswith("input_scale"):  # of text
+            continue
+        if not torch.equal(read_tensor(layout, name), wanted[name]):
+            return name
+    return None
+
+
+def _bad_scale(layout: Layout, names: Mapping[str, object]) -> str | None:
+    for name in names:
+        if name.endswith(SCALES):
+            scale = read_tensor(layout, name)
+            if not bool((scale.isfinite() & (scale > 0)).all()):
+                return f"{name} holds what is no positive number"
+    return None
