@@ -14,7 +14,8 @@ from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.config import CONFIG, code_choices, read_config, require_countable
 from ..checkpoint.layout import read_layout
-from ..errors import DamagedCheckpoint
+from ..checkpoint.quantised import Quantised, quantised
+from ..errors import DamagedCheckpoint, SourceError
 from ..words import named
 from .entries import FORMAT, EabEntry, Entry, HeadNormEntry
 from .files import lowered_limits
@@ -39,13 +40,15 @@ AnEntry = TypeVar("AnEntry", bound=Entry)
 
 @dataclass(frozen=True)
 class Described:
-    """The checkpoint in `root`: its config.json, the type it says, and its entries; `head_norm` None without norms."""
+    """The checkpoint in `root`: its config.json, the type it says, and its entries; `head_norm` None without norms,
+    `quantised` None where its weights are plain."""
 
     root: Path
     config: dict
     converted: Converted
     eab: EabEntry
     head_norm: HeadNormEntry | None
+    quantised: Quantised | None = None
 
     @functools.cached_property
     def anatomy(self) -> Anatomy:
@@ -92,7 +95,11 @@ def read_described(root: Path) -> Described:
         raise DamagedCheckpoint(f"{path} is missing; {AGAIN}.")
     config = read_config(root)
     if chosen := code_choices(config):
-        raise damaged(root, f"{named(chosen[0])} chooses kernels, code or a quantiser, and a run writes no such key")
+        raise damaged(root, f"{named(chosen[0])} chooses kernels or code, and a run writes no such key")
+    try:
+        packed = quantised(root, config)
+    except SourceError as error:
+        raise DamagedCheckpoint(str(error)) from error
     found = converted_from(config.get("model_type"))
     if found is None:
         raise damaged(root, f"model_type {named(repr(config.get('model_type')))} is not a converted type")
@@ -109,7 +116,7 @@ def read_described(root: Path) -> Described:
         head_norm = _entry(root, config, "head_norm", HeadNormEntry, found.base)
         if unknown := [name for name in head_norm.sites if name not in eab.sites]:
             raise damaged(root, f"head_norm.sites.{named(unknown[0])} is not in eab.sites")
-    return Described(root, config, found, eab, head_norm)
+    return Described(root, config, found, eab, head_norm, packed)
 
 
 def _entry(root: Path, config: dict, name: str, kind: type[AnEntry], base: str) -> AnEntry:
