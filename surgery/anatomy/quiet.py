@@ -1,8 +1,16 @@
-"""transformers without its own advice."""
+"""transformers, and what it loads quantised models with, without their own advice."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from typing import Any
+
+from tqdm.std import tqdm
 from transformers.utils import logging as transformers_logging
+
+# compressed-tensors asks nobody whether it may show bars, and logs by a logger that is not Python's.
+_OTHER = "compressed_tensors"
 
 
 class quiet:
@@ -13,8 +21,35 @@ class quiet:
         self.bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        self.make_bar: Any = tqdm.__init__
+        self.logger = _other_logger()
+        if self.logger is not None:
+            tqdm.__init__ = _without_bar(self.make_bar)  # type: ignore[method-assign]
+            self.logger.disable(_OTHER)
 
     def __exit__(self, *exc) -> None:
+        if self.logger is not None:
+            tqdm.__init__ = self.make_bar  # type: ignore[method-assign]
+            self.logger.enable(_OTHER)
         transformers_logging.set_verbosity(self.verbosity)
         if self.bars:
             transformers_logging.enable_progress_bar()
+
+
+def _without_bar(make: Any) -> Any:
+    """What makes a bar, whatever is asked of it, one that is not shown."""
+
+    @functools.wraps(make)
+    def silent(self: Any, *arguments: Any, **named: Any) -> None:
+        make(self, *arguments, **{**named, "disable": True})
+
+    return silent
+
+
+def _other_logger() -> Any:
+    """What compressed-tensors logs by; None where it is not installed."""
+    if importlib.util.find_spec(_OTHER) is None:
+        return None
+    from loguru import logger
+
+    return logger

@@ -7,21 +7,15 @@ are given to it. It is an extra, and imported where it is used.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
-from .header import TensorInfo
-from .layout import Layout
 
 if TYPE_CHECKING:
     import torch
 
 METHOD = "compressed-tensors"
-ENTRY = "quantization_config"
-MOST_IGNORED = 10_000  # linear layers outside of blocks; no model has a hundred
-_PARTS = ("weight_scale", "weight_shape", "input_scale")
-_PER_WORD = 8  # numbers of 4 bits in an int32
 INSTALL = "pip install 'checkpoint-surgery[quantised]'"
 
 
@@ -86,38 +80,6 @@ def config_entry(scheme: str, group: int, ignored: Iterable[str]) -> dict[str, A
     )  # fmt: skip
     dumped: dict[str, Any] = entry.model_dump(mode="json")
     return dumped
-
-
-def as_written(entry: object) -> tuple[str, int] | None:
-    """(scheme, group) of a `quantization_config` that `config_entry` writes; None of any other."""
-    if not isinstance(entry, Mapping) or not isinstance(ignored := entry.get("ignore"), list):
-        return None
-    require_library()
-    if len(ignored) > MOST_IGNORED or not all(isinstance(name, str) for name in ignored):
-        return None
-    groups = entry.get("config_groups")
-    try:
-        size = groups["group_0"]["weights"]["group_size"]  # type: ignore[index]
-    except (KeyError, TypeError):
-        return None
-    group = size if type(size) is int and 0 < size < 2**31 else 0
-    for scheme, found in FORMATS.items():
-        if found.grouped == bool(group) and config_entry(scheme, group, ignored) == entry:
-            return scheme, group
-    return None
-
-
-def original_names(layout: Layout) -> Layout:
-    """The layout with the weights that `packed` took apart as if they were whole: their names and shapes."""
-    whole: dict[str, TensorInfo] = {}
-    for info in layout.tensors.values():
-        base, dot, part = info.name.rpartition(".")
-        if part == "weight_packed" and len(info.shape) == 2:
-            shape = (info.shape[0], info.shape[1] * _PER_WORD)
-            whole[f"{base}{dot}weight"] = replace(info, name=f"{base}{dot}weight", shape=shape)
-        elif part not in _PARTS:
-            whole[info.name] = info
-    return Layout(layout.root, whole, layout.shards, layout.sizes)
 
 
 def packed(

@@ -76,7 +76,8 @@ class Manifest(_Entry):
 
     `source`: spec, kind, revision, dtype and hashes; `recipe`: as parsed; `versions`: package name to version;
     `files`: every file in the directory, surgery.json itself left out; `verdict`: what verification found. The status
-    is "verified" only where a verdict says it passed. `provenance`: of the run; older manifests have none.
+    is "verified" only where a verdict says it passed. `provenance`: of the run; older manifests have none. `quantised`:
+    SHA-256 of what config.json says of quantised weights, None where they are plain.
     """
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
@@ -88,6 +89,7 @@ class Manifest(_Entry):
     files: dict[FileName, FileEntry]
     verdict: dict[str, Any] | None
     provenance: Provenance | None = None
+    quantised: str | None = None
 
     @property
     def failed(self) -> bool:
@@ -116,6 +118,7 @@ def build_manifest(
     files: Mapping[str, Mapping[str, Any]],
     verdict: dict[str, Any] | None,
     provenance: Provenance | None = None,
+    quantised: str | None = None,
 ) -> Manifest:
     """The manifest of these parts, tensors and files sorted by name.
 
@@ -132,6 +135,7 @@ def build_manifest(
         files={name: FileEntry.model_validate(files[name]) for name in sorted(files) if name != MANIFEST},
         verdict=verdict,
         provenance=provenance,
+        quantised=quantised,
     )
 
 

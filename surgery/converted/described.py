@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from ..anatomy.fit import fit, original_tensors
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, examine
-from ..checkpoint.compressed import ENTRY, as_written, original_names
 from ..checkpoint.config import CONFIG, code_choices, read_config, require_countable
 from ..checkpoint.layout import read_layout
-from ..errors import DamagedCheckpoint
+from ..checkpoint.quantised import Quantised, quantised
+from ..errors import DamagedCheckpoint, SourceError
 from ..words import named
 from .entries import FORMAT, EabEntry, Entry, HeadNormEntry
 from .files import lowered_limits
@@ -40,17 +40,15 @@ AnEntry = TypeVar("AnEntry", bound=Entry)
 
 @dataclass(frozen=True)
 class Described:
-    """The checkpoint in `root`: its config.json, the type it says, and its entries; `head_norm` None without norms.
-
-    `quantised`: scheme and group of what the operation quantise wrote, else None.
-    """
+    """The checkpoint in `root`: its config.json, the type it says, and its entries; `head_norm` None without norms,
+    `quantised` None where its weights are plain."""
 
     root: Path
     config: dict
     converted: Converted
     eab: EabEntry
     head_norm: HeadNormEntry | None
-    quantised: tuple[str, int] | None = None
+    quantised: Quantised | None = None
 
     @functools.cached_property
     def anatomy(self) -> Anatomy:
@@ -58,11 +56,9 @@ class Described:
 
         DamagedCheckpoint where what config.json says of slots and norms is not what a run writes for that model.
         """
-        base = {key: value for key, value in self.config.items() if key not in (*OURS, ENTRY)}
+        base = {key: value for key, value in self.config.items() if key not in OURS}
         base["model_type"] = self.converted.base
         tensors = original_tensors(read_layout(self.root))
-        if self.quantised is not None:
-            tensors = original_names(tensors)
         require_countable(base, tensors.tensors, self.root / CONFIG)
         n_slots, limit = self.eab.n_slots, base.get("max_position_embeddings")
         raised = {**base, "max_position_embeddings": limit + n_slots} if type(limit) is int else base
@@ -98,9 +94,12 @@ def read_described(root: Path) -> Described:
     if not path.is_file():
         raise DamagedCheckpoint(f"{path} is missing; {AGAIN}.")
     config = read_config(root)
-    quantised = as_written(config.get(ENTRY))
-    if chosen := [key for key in code_choices(config) if key != ENTRY or quantised is None]:
-        raise damaged(root, f"{named(chosen[0])} chooses kernels, code or a quantiser, and a run writes no such key")
+    if chosen := code_choices(config):
+        raise damaged(root, f"{named(chosen[0])} chooses kernels or code, and a run writes no such key")
+    try:
+        packed = quantised(root, config)
+    except SourceError as error:
+        raise DamagedCheckpoint(str(error)) from error
     found = converted_from(config.get("model_type"))
     if found is None:
         raise damaged(root, f"model_type {named(repr(config.get('model_type')))} is not a converted type")
@@ -117,7 +116,7 @@ def read_described(root: Path) -> Described:
         head_norm = _entry(root, config, "head_norm", HeadNormEntry, found.base)
         if unknown := [name for name in head_norm.sites if name not in eab.sites]:
             raise damaged(root, f"head_norm.sites.{named(unknown[0])} is not in eab.sites")
-    return Described(root, config, found, eab, head_norm, quantised)
+    return Described(root, config, found, eab, head_norm, packed)
 
 
 def _entry(root: Path, config: dict, name: str, kind: type[AnEntry], base: str) -> AnEntry:

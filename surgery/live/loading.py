@@ -19,6 +19,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..anatomy.fit import belonging
+from ..anatomy.packed import loadable, unpacked
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import parse_config
 from ..bounded import GIB, Unbounded, bounded
@@ -80,7 +81,7 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
             config = parse_config(without_choices(read_config(directory), directory / CONFIG))
             config._attn_implementation = None
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
+                directory, config=loadable(config), dtype=dtype, device_map=None if device == "cpu" else device,
                 local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
@@ -90,7 +91,8 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
         ) from error
     model, report = loaded
     require_fit(directory, model, report)
-    return model.eval()
+    with quiet():
+        return unpacked(model.eval())
 
 
 def require_in_memory(model: PreTrainedModel, what: str) -> None:

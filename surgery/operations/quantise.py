@@ -18,8 +18,9 @@ from torch import nn
 
 from ..anatomy.linears import linears
 from ..anatomy.stored import stored_name
-from ..checkpoint.compressed import ENTRY, FORMATS, INSTALL, Format, config_entry, packed, require_library
+from ..checkpoint.compressed import FORMATS, INSTALL, Format, config_entry, packed, require_library
 from ..checkpoint.layout import Stored
+from ..checkpoint.quantised import KEY
 from ..checkpoint.values import dtype_code
 from ..converted.card import Section
 from ..errors import UnsupportedModel
@@ -96,7 +97,7 @@ class Quantise(Operation):
             replaced[stored] = {f"{base}{part}": _as_stored(tensor) for part, tensor in blank.items()}
         entry = config_entry(self.scheme, self.group, self._ignored(target))
         return Changes(
-            replaced=replaced, config={ENTRY: entry}, told={self.name: {"scheme": self.scheme, "layers": len(replaced)}}
+            replaced=replaced, config={KEY: entry}, told={self.name: {"scheme": self.scheme, "layers": len(replaced)}}
         )
 
     def _ignored(self, target: Target) -> list[str]:

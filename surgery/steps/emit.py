@@ -16,6 +16,7 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import INDEX, Layout, read_tensor
 from ..checkpoint.manifest import Manifest, build_manifest
 from ..checkpoint.provenance import Provenance
+from ..checkpoint.quantised import sealed
 from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored, differs
 from ..checkpoint.writing import index_json
@@ -65,6 +66,7 @@ def emit(
         files={},
         verdict=None,
         provenance=provenance,
+        quantised=sealed(emitted_config(plan, changes)),
     )
 
 

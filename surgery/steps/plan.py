@@ -116,6 +116,7 @@ class Plan:
             "model_type": {"from": self.anatomy.model_type, "to": self.derived.model_type},
             "prefix_ids": list(changes.prefix) if changes.prefix is not None else None,
             "sites": len(self.anatomy.sites),
+            "quantised": None if self.source.quantised is None else self.source.quantised.told(self.source.layout),
             **told,
             "adds": list(changes.words),
             "tune": tune,
@@ -146,6 +147,7 @@ def prepare(
 def plan_on(source: Source, recipe: Recipe, out: Path | None, *, needs_tokenizer: bool, link: bool = False) -> Plan:
     """The same for a source that is open."""
     # Before the tokenizer, which would complain in its own words.
+    _require_plain(source, recipe)
     anatomy, fits = examine_source(source)
     if source.kind != "gguf":
         require_generation(source.root)
@@ -187,8 +189,28 @@ def plan_on(source: Source, recipe: Recipe, out: Path | None, *, needs_tokenizer
     )  # fmt: skip
 
 
+def _require_plain(source: Source, recipe: Recipe) -> None:
+    """SourceError for a recipe that changes or rounds weights, where those of the source are packed."""
+    if source.quantised is None:
+        return
+    asks = next((change.name for change in recipe.changes if change.changes_weights), None)
+    does = "changes weights"
+    if asks is None and recipe.rounds_linears:
+        asks, does = "verify", "simulates quantisation"
+    if asks is not None:
+        raise SourceError(
+            f"{source.spec} is quantised ({source.quantised.words}), and the recipe's {asks} {does}; leave that out, "
+            "or give the checkpoint it was quantised from."
+        )
+
+
 def examine_source(source: Source) -> tuple[Anatomy, Fit]:
-    """What the source is, and how its tensors fit that; those of a GGUF were named after its model."""
+    """What the source is, and how its tensors fit that; those of a GGUF were named after its model.
+
+    SourceError where a package is missing that reads its format.
+    """
+    if source.quantised is not None:
+        source.quantised.require_loader(source.root)
     if source.blank is not None:
         return examine(source.config, source.blank), Fit()
     return examine_stored(source.config, source.layout)

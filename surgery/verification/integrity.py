@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoint.layout import Layout, Stored, read_layout
-from ..checkpoint.manifest import Manifest
+from ..checkpoint.manifest import MANIFEST, Manifest
+from ..checkpoint.quantised import KEY, sealed
 from ..checkpoint.source import Source
 from ..converted.described import Described, read_described
 from ..errors import SurgeryError
@@ -52,7 +53,7 @@ def check_integrity(
         shards = {entry.shard for entry in manifest.tensors.values()}
         contents = check("contents", lambda: known_kinds(root, shards))
         return [*checks, code, contents, Check("tensors", False, str(error))]
-    checks += [check("config", lambda: _config(_said(described))), code]
+    checks += [check("config", lambda: _config(_said(described), manifest)), code]
     checks.append(check("contents", lambda: known_kinds(root, layout.shards)))
     checks.append(check("tensors", lambda: _tensors(layout, manifest)))
     checks += _added(layout, manifest, described, operations)
@@ -80,8 +81,10 @@ def _said(described: Described | SurgeryError) -> Described:
     return described
 
 
-def _config(described: Described) -> Found:
+def _config(described: Described, manifest: Manifest) -> Found:
     slots, norms = described.eab, described.head_norm
+    if sealed(described.config) != manifest.quantised:  # before anything is loaded as it says
+        return False, f"config.json: {KEY} is not the one that the run wrote, as {MANIFEST} says"
     described.anatomy  # noqa: B018  raises where config.json is not such as a run writes for this model
     found = f"config.json describes {count_of(slots.n_slots, 'slot')} in each of {count_of(len(slots.sites), 'site')}"
     return True, found if norms is None else f"{found}, and norms in {len(norms.sites)} of them"

@@ -1,0 +1,109 @@
+"""Quantised models as transformers loads them here: weights unpacked in memory, inputs rounded as the format says."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..bounded import GIB, Unbounded, bounded
+from ..checkpoint.quantised import KEY, unpacking
+from ..errors import SourceError, UnsupportedModel
+from ..words import named
+
+_SECONDS = 10  # of processor time for all patterns of a config: thousands of names take a fraction of one
+
+
+def loadable(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A transformers config with which `from_pretrained` unpacks quantised weights; `config` itself where it has none.
+
+    transformers puts an object of its own in place of what stood there, so `config` is left alone.
+    """
+    settings = getattr(config, KEY, None)
+    if not isinstance(settings, dict):
+        return config
+    config = copy.deepcopy(config)
+    setattr(config, KEY, unpacking(settings))
+    return config
+
+
+def require_patterns(config: PreTrainedConfig, blank: PreTrainedModel) -> None:
+    """SourceError where patterns for names of layers, which some formats have, do not end on the names of this model.
+
+    A pattern of a few characters can take years. They are tried in a child, as transformers would.
+    """
+    settings = getattr(config, KEY, None)
+    if not isinstance(settings, dict):
+        return
+    patterns = sorted({text.removeprefix("re:") for text in _texts(settings) if any(c in text for c in "*+{?")})
+    names = [name for name, _ in blank.named_modules()]
+    try:
+        bad = bounded(_unreadable, patterns, names, seconds=_SECONDS, memory=GIB)
+    except Unbounded as error:
+        raise SourceError(
+            f"config.json: the patterns in {KEY} are too much for {len(names):,} names ({error}); correct them."
+        ) from error
+    if bad is not None:
+        raise SourceError(f"config.json: {KEY} has the pattern {named(bad)}, which is none; correct it.")
+
+
+def require_plain_sites(model: PreTrainedModel, sites: Iterable[str]) -> None:
+    """UnsupportedModel where the format rounds inside of attention: slots would stay as they are."""
+    for site in sites:
+        if hasattr(model.get_submodule(site), "quantization_scheme"):
+            raise UnsupportedModel(
+                f"config.json: by {KEY} attention itself is rounded in {named(site)}, which slots would not be; give "
+                "the checkpoint it was quantised from"
+            )
+
+
+def unpacked(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with its weights unpacked now, in its own dtype.
+
+    compressed-tensors waits for the first call of the whole model, and here a part of it may be called first. It would
+    also wrap each module as if it were offloaded, which is left out where none is.
+    """
+    compressor: Any = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is None or not hasattr(model, "ct_decompress_hook"):
+        return model
+    if any(tensor.is_meta for tensor in model.parameters()):
+        compressor.decompress_model(model)
+        return model
+    from compressed_tensors.compressors import decompress_module
+    from compressed_tensors.quantization import QuantizationStatus
+
+    dtype = next(tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            decompress_module(module, compressor.force_compression_format)
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+    compressor.quantization_config.quantization_status = QuantizationStatus.DECOMPRESSED
+    compressor.remove_decompression_hook(model)
+    return model
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _unreadable(patterns: list[str], names: list[str]) -> str | None:
+    """The first of `patterns` that is none, after all others have been matched against all names."""
+    bad = None
+    for pattern in patterns:
+        try:
+            compiled = re.compile(pattern)
+        except re.error:
+            bad = bad or pattern
+            continue
+        for name in names:
+            compiled.match(name)
+    return bad
