@@ -199,7 +199,7 @@ def _packing(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:
     for method, endings in _PACKED.items():
         if info.name.endswith(endings):
             return method
-    if info.dtype.startswith(("F4", "F6", "F8")):
+    if info.dtype.startswith(("F4", "F6_", "F8_")):
         return "fp8 or smaller"
     if info.name.endswith(".scales") and f"{info.name.removesuffix('.scales')}.biases" in tensors:
         return "MLX"
