@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ..anatomy.fit import fit, original_tensors
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, examine
+from ..anatomy.stored import NO_LIMIT
 from ..checkpoint.config import CONFIG, code_choices, read_config, require_countable
 from ..checkpoint.layout import read_layout
 from ..checkpoint.quantised import Quantised, quantised
@@ -76,6 +77,7 @@ class Described:
         eab, ids = self.config["eab"], list(self.eab.prefix_ids)
         expected = {"format": FORMAT, "prefix_ids": ids, **anatomy.eab(self.eab.n_slots, self.eab.slots_visible)}
         wrong = [f"eab.{key}" for key in sorted(eab.keys() ^ expected)]
+        wrong += ["eab.prefix_ids"] if max(ids, default=0) >= (anatomy.vocab_size or NO_LIMIT) else []
         wrong += [f"eab.{key}" for key in sorted(eab.keys() & expected) if eab[key] != expected[key]]
         normed = {site.name: (site.heads, site.value_dim) for site in anatomy.sites}
         sites = {} if self.head_norm is None else self.head_norm.sites

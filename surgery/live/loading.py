@@ -31,7 +31,7 @@ from ..errors import DamagedCheckpoint, NoSpace, SourceError, brief, out_of_memo
 from .templates import require_templates
 
 GENERATION = "generation_config.json"
-LOADING_SECONDS, LOADING_MEMORY = 60, 4 * GIB  # a vocabulary of 256,000 tokens takes some seconds and one GiB
+LOADING_SECONDS, LOADING_MEMORY = 30, 4 * GIB  # a vocabulary of 256,000 tokens takes some seconds and one GiB
 # What a tokenizer is tried on: what this program has it read besides texts, and a bit of everything.
 TRIED = (
     "\n",
@@ -177,7 +177,10 @@ def _know_type(directory: Path) -> None:
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     with quiet():
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        found: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise TypeError(f"{type(found).__name__} is none")
+    return found
 
 
 def _try_tokenizer(directory: Path) -> None:

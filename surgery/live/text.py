@@ -36,6 +36,7 @@ def files(given: Files | None) -> tuple[Path, ...]:
 CHUNKS = Chunking()
 READING_SECONDS, SLOWEST = 30, 20_000  # the slowest tokenizers, in Python, read 100,000 characters a second
 READING_MEMORY, PER_CHARACTER = 2 * GIB, 400  # bytes
+LONGEST_TOKEN = 1000  # characters that are told of one; the longest that are known have some hundred
 FEW_CHUNKS = Chunking(8)  # enough to see massive activations, not to measure perplexity
 
 
@@ -82,6 +83,32 @@ def tokenize(tokenizer, text: str, *, special: bool = False) -> list[int]:
 def _encode(tokenizer, text: str, special: bool) -> list[int]:
     # A tokenizer warns about texts longer than the model; we cut the text into chunks ourselves.
     return [int(token) for token in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
+
+
+def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
+    """What each of `ids` is as text, by itself: the same limits, since what decodes is a stranger's program too.
+
+    SourceError where it does not end well.
+    """
+    return _texts(tokenizer, [[token] for token in ids])
+
+
+def decoded(tokenizer, ids: Sequence[int]) -> str:
+    """`ids` as one text; as `token_texts`."""
+    return _texts(tokenizer, [list(ids)])[0]
+
+
+def _texts(tokenizer, sequences: list[list[int]]) -> list[str]:
+    if not sequences:
+        return []
+    try:
+        return list(bounded(_decode, tokenizer, sequences, seconds=READING_SECONDS, memory=READING_MEMORY))
+    except Unbounded as error:
+        raise SourceError(f"the tokenizer cannot write tokens as text ({error}); mend its decoder.") from error
+
+
+def _decode(tokenizer, sequences: list[list[int]]) -> list[str]:
+    return [tokenizer.decode(ids)[: LONGEST_TOKEN * len(ids)] for ids in sequences]
 
 
 def chunk(ids: Sequence[int], chunking: Chunking, name: str) -> torch.Tensor:

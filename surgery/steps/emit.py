@@ -17,6 +17,7 @@ from ..checkpoint.layout import INDEX, Layout, read_tensor
 from ..checkpoint.manifest import Manifest, build_manifest
 from ..checkpoint.provenance import Provenance
 from ..checkpoint.quantised import sealed
+from ..checkpoint.regular import parse_any
 from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored, differs
 from ..checkpoint.writing import index_json
@@ -149,7 +150,7 @@ def _emit_companions(plan: Plan, stage: Stage, directory: Path, changes: Changes
         changed = converted_tokenizer(directory, files, tokenizer, changes.positions, folded_bos)
     for name in files:
         text = changed.get(name) or (directory / name).read_bytes() if name.endswith(".json") else ""
-        if (settings := _naming_code(text)) is not None:
+        if (settings := _naming_code(text, name)) is not None:
             changed[name] = json.dumps(without_code(settings), ensure_ascii=False, indent=2) + "\n"
     for name in files:
         if name not in changed:
@@ -158,12 +159,9 @@ def _emit_companions(plan: Plan, stage: Stage, directory: Path, changes: Changes
         stage.add_text(name, content)
 
 
-def _naming_code(text: str | bytes) -> Any:
+def _naming_code(text: str | bytes, name: str) -> Any:
     """A JSON file that names code; None for others. It loads without that code, which is not carried."""
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError):
-        return None  # whoever reads it says so
+    settings = parse_any(text, name)  # None is no JSON: whoever reads it says so
     return settings if names_code(settings) else None
 
 

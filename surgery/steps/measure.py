@@ -16,7 +16,7 @@ from ..live.model import Live
 from ..live.sample import continuation, speed
 from ..live.score import Score
 from ..live.stream import Observer
-from ..live.text import FEW_CHUNKS
+from ..live.text import FEW_CHUNKS, decoded
 from ..progress import Reporter
 from ..survey.full import survey
 from ..verification.gates import Gate
@@ -147,7 +147,7 @@ def _surveyed(
     some = evaluation[: FEW_CHUNKS.count]
     reporter.step(f"survey {whose}")
     written = continuation(live, some[0])
-    sample = None if written is None else {part: tokenizer.decode(ids) for part, ids in written.items()}
+    sample = None if written is None else {part: decoded(tokenizer, ids) for part, ids in written.items()}
     further = {"speed": speed(live, some[0]), "sample": sample}
     with reporter.bar("survey", len(some)) as advance:
         return {**survey(live, tokenizer, some, heads=heads, advance=advance), **further}

@@ -21,7 +21,7 @@ from ..converted.described import Described
 from ..converted.reading import load_converted
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
-from ..live.text import CHUNKS, Chunking
+from ..live.text import CHUNKS, Chunking, token_texts
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
 from ..results import Verdict
@@ -227,5 +227,5 @@ def _measured(
         converted=lambda: (load_converted(root, device=options.device), tokenizer),
         reporter=reporter,
     )
-    tokens = {"ids": list(prefix), "tokens": [tokenizer.decode([token]) for token in prefix]}
+    tokens = {"ids": list(prefix), "tokens": token_texts(tokenizer, prefix)}
     return Findings([], found.judgements, found.measured, said={"prefix": tokens} if prefix else {})
