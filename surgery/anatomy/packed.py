@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..bounded import GIB, Unbounded, bounded
@@ -61,30 +61,37 @@ def require_plain_sites(model: PreTrainedModel, sites: Iterable[str]) -> None:
             )
 
 
-def unpacked(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` with its weights unpacked now, in its own dtype.
+def unpacked(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """`model`, loaded by `config` in `dtype`, with its quantised weights unpacked now and none in a coarser dtype.
 
-    compressed-tensors waits for the first call of the whole model, and here a part of it may be called first. It would
-    also wrap each module as if it were offloaded, which is left out where none is.
+    transformers leaves weights beside quantised ones in the dtype that they are stored in.
     """
-    compressor: Any = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-    if compressor is None or not hasattr(model, "ct_decompress_hook"):
+    if getattr(config, KEY, None) is None:
         return model
-    if any(tensor.is_meta for tensor in model.parameters()):
-        compressor.decompress_model(model)
-        return model
+    if hasattr(model, "ct_decompress_hook"):
+        _decompress(model)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.itemsize < dtype.itemsize and not parameter.is_meta:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _decompress(model: Any) -> None:
+    """What compressed-tensors does in the first call of the whole model: here a part of it may be called first.
+
+    It would also wrap each module as if it were offloaded, which is left out where none is.
+    """
     from compressed_tensors.compressors import decompress_module
     from compressed_tensors.quantization import QuantizationStatus
 
-    dtype = next(tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
-    module: Any
+    compressor = model.hf_quantizer.compressor
+    if any(parameter.is_meta for parameter in model.parameters()):
+        compressor.decompress_model(model)
+        return
     for module in model.modules():
-        if hasattr(module, "quantization_scheme"):
-            decompress_module(module, compressor.force_compression_format)
-            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+        decompress_module(module, compressor.force_compression_format)  # passes over those that are not compressed
     compressor.quantization_config.quantization_status = QuantizationStatus.DECOMPRESSED
     compressor.remove_decompression_hook(model)
-    return model
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -93,7 +93,9 @@ def quantised(root: Path, config: Mapping[str, Any], layout: Layout | None = Non
             method = value.get("quant_method", "unknown") if isinstance(value, dict) else "unknown"
             raise _refused(f'{where} has a "{named(key)}" (method {named(method, 40)})')
     if config.get(KEY) is not None:
-        return _described(config[KEY], where)
+        found = _described(config[KEY], where)
+        _require_whole_blocks(config[KEY], {} if layout is None else layout.tensors, root)
+        return found
     if beside := next((name for name in QUANTISED_FILES if (root / name).exists()), None):
         raise _refused(f"{root / beside} says that the weights are quantised")
     tensors = {} if layout is None else layout.tensors
@@ -154,6 +156,25 @@ def _blocks(settings: Mapping[str, Any], where: Path) -> tuple[str, bool]:
     size = settings.get("weight_block_size")
     blocks = f", in blocks of {' x '.join(map(str, size))}" if isinstance(size, list) and len(size) == 2 else ""
     return f"{settings['quant_method']}{blocks}", False
+
+
+def _require_whole_blocks(settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], root: Path) -> None:
+    """SourceError where blocks of fp8 weights do not fill them: transformers divides a weight into equal blocks, as
+    many as it has scales, and would unpack other numbers than were packed."""
+    size = settings.get("weight_block_size")
+    if settings["quant_method"] != "fp8" or not isinstance(size, list) or len(size) != 2:
+        return
+    for name, scales in tensors.items():
+        weight = tensors.get(name.removesuffix("_scale_inv"))
+        if weight is None or weight is scales or len(scales.shape) < 2:
+            continue
+        sides = zip(weight.shape[-2:], scales.shape[-2:], size, strict=False)
+        if not all(count == 1 or length == count * block for length, count, block in sides):
+            raise SourceError(
+                f"{root / weight.shard}: {named(weight.name)} is {' x '.join(map(str, weight.shape))}, which blocks of "
+                f"{' x '.join(map(str, size))} do not fill, and transformers cannot unpack it on a CPU; give the "
+                "checkpoint it was quantised from."
+            )
 
 
 def _compressed(settings: Mapping[str, Any], where: Path) -> tuple[str, bool]:

@@ -42,14 +42,14 @@ AnEntry = TypeVar("AnEntry", bound=Entry)
 @dataclass(frozen=True)
 class Described:
     """The checkpoint in `root`: its config.json, the type it says, and its entries; `head_norm` None without norms,
-    `quantised` None where its weights are plain."""
+    `packed` None where its weights are plain."""
 
     root: Path
     config: dict
     converted: Converted
     eab: EabEntry
     head_norm: HeadNormEntry | None
-    quantised: Quantised | None = None
+    packed: Quantised | None = None
 
     @functools.cached_property
     def anatomy(self) -> Anatomy:

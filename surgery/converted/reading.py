@@ -45,9 +45,9 @@ def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str =
     register()
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+            config = loadable(AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False))
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                root, config=loadable(config), dtype=dtype, device_map=None if device == "cpu" else device,
+                root, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
                 local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
@@ -56,4 +56,4 @@ def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str =
     model, report = loaded
     require_fit(root, model, report)
     with quiet():
-        return unpacked(model.eval())
+        return unpacked(model.eval(), config, dtype)

@@ -78,10 +78,10 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
     """
     try:
         with quiet():
-            config = parse_config(without_choices(read_config(directory), directory / CONFIG))
+            config = loadable(parse_config(without_choices(read_config(directory), directory / CONFIG)))
             config._attn_implementation = None
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory, config=loadable(config), dtype=dtype, device_map=None if device == "cpu" else device,
+                directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
                 local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
@@ -92,7 +92,7 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
     model, report = loaded
     require_fit(directory, model, report)
     with quiet():
-        return unpacked(model.eval())
+        return unpacked(model.eval(), config, dtype)
 
 
 def require_in_memory(model: PreTrainedModel, what: str) -> None:

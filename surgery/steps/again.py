@@ -35,6 +35,7 @@ from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, NoSpace, SurgeryError
 from ..live.loading import load_original, load_tokenizer
 from ..live.model import Live
+from ..live.roundings import rounds_values, steady
 from ..operations.base import Changes, Fitting, Operation, Parts
 from ..progress import Reporter
 from ..verification.checks import Check, Found, check
@@ -42,7 +43,7 @@ from ..verification.equivalence import Control, compare_random_ids, take_control
 from ..words import listing
 from .again_quantised import same_quantised
 from .emit import emit_beside
-from .operate import collect, comparable
+from .operate import collect, comparable, fitting_dtype
 from .plan import Plan, plan_on
 from .recipe import Recipe
 
@@ -119,10 +120,12 @@ def fit_again(
     # Of what is trained there is nothing left to compare.
     if asked or repeated and (recipe.tune is None or recipe.changes_weights):
         reporter.step("fit the operations again, from the source")
-        live = Live(load_original(directory, device=device), plan.anatomy)
+        live = Live(load_original(directory, fitting_dtype(plan), device), plan.anatomy)
+        asked = asked and not rounds_values(live.model)  # slots as they are stored are not exact enough to tell
         if asked:
             control = take_control(live, described.eab.prefix_ids, comparable(live, changes))
         with contextlib.ExitStack() as grafts:
+            grafts.enter_context(steady(live.model))
             for change in changes[:repeated]:
                 planned = plan.by_operation[change.name]
                 fitting = Fitting(plan.target, planned, None, reporter, {**parts}, None, 0.0, directory)

@@ -195,8 +195,9 @@ def _require_plain(source: Source, recipe: Recipe) -> None:
         return
     asks = next((change.name for change in recipe.changes if change.changes_weights), None)
     does = "changes weights"
-    if asks is None and recipe.rounds_linears:
-        asks, does = "verify", "simulates quantisation"
+    rounds = "tune" if recipe.tune is not None and recipe.tune.reads_linears else "verify"
+    if asks is None and (recipe.rounds_linears or rounds == "tune"):
+        asks, does = rounds, "simulates quantisation"
     if asks is not None:
         raise SourceError(
             f"{source.spec} is quantised ({source.quantised.words}), and the recipe's {asks} {does}; leave that out, "

@@ -171,8 +171,8 @@ def _integrity(
         said = f"the recipe in {MANIFEST} does not parse (at {where or 'its top'}), so there are no gates"
         checks.append(Check("recipe", False, f"{said}; convert the source again"))
     described = read_config(root)
-    if isinstance(described, Described) and described.quantised is not None:
-        described.quantised.require_loader(root)
+    if isinstance(described, Described) and described.packed is not None:
+        described.packed.require_loader(root)
     may_change = None if recipe is None or recipe.changes_weights else ()  # what cannot be read is told, once
     with reporter.bar("hash", sum(entry.bytes for entry in manifest.files.values()), of_bytes=True) as advance:
         checks += check_integrity(root, manifest, described, OPERATIONS, may_change, source, directory, advance)
