@@ -165,7 +165,7 @@ class Verdict(TypedDict):
 
     # Of gates that a recipe names, by their names; surgery.verification.gates documents each.
     agreement: NotRequired[dict[str, Any]]  # share (mean, low, high), tokens
-    quantised: NotRequired[dict[str, Any]]  # scheme -> original, converted (Score), delta_nll
+    quantised: NotRequired[dict[str, Any]]  # scheme -> original, converted (Score), delta_nll, calibrations
     streaming: NotRequired[dict[str, Any]]  # original, original_kept, converted (Score), delta_nll
     cache_edits: NotRequired[dict[str, Any]]  # edit -> original, original_kept, converted (Score), delta_nll
     tasks: NotRequired[dict[str, Any]]

@@ -42,6 +42,11 @@ FEW_CHUNKS = Chunking(8)  # enough to see massive activations, not to measure pe
 
 def read_texts(paths: Sequence[Path]) -> str:
     """The files' contents, joined by blank lines. SourceError for a file that is missing, empty or not UTF-8."""
+    return "\n\n".join(read_each(paths))
+
+
+def read_each(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The content of each file; errors as `read_texts`."""
     parts = []
     for path in paths:
         try:
@@ -56,7 +61,7 @@ def read_texts(paths: Sequence[Path]) -> str:
         if not text.strip():
             raise SourceError(f"{path}: holds no text; give a file with some.")
         parts.append(text)
-    return "\n\n".join(parts)
+    return tuple(parts)
 
 
 def split_text(text: str) -> tuple[str, str]:
@@ -83,6 +88,19 @@ def tokenize(tokenizer, text: str, *, special: bool = False) -> list[int]:
 def _encode(tokenizer, text: str, special: bool) -> list[int]:
     # A tokenizer warns about texts longer than the model; we cut the text into chunks ourselves.
     return [int(token) for token in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
+
+
+def in_turn(texts: Sequence[Sequence[int]], piece: int) -> list[int]:
+    """Token ids of several texts, `piece` of each in turn, so that any beginning of them holds as much of each.
+
+    One that has come to its end is passed over, and less than a piece at an end is left out. A single text stays whole.
+    """
+    if len(texts) == 1:
+        return list(texts[0])
+    longest = max(map(len, texts))
+    starts = range(0, longest - piece + 1, piece)
+    whole = (text[start : start + piece] for start in starts for text in texts if len(text) >= start + piece)
+    return [token for part in whole for token in part]
 
 
 def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:

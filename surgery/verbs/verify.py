@@ -207,7 +207,8 @@ def _ready(
     ready = require_inputs(gates, Inputs(chunking, options.device, room_after(anatomy, taken), options.tasks))
     calibrating = None
     if any(gate.calibrates for gate in gates):
-        calibrating = reader.cut_calibration(texts.calibration, chunking)
+        sets = max(gate.calibration_sets for gate in gates)
+        calibrating = reader.cut_calibration(texts.calibration, chunking, sets)
     return _Ready(tokenizer, chunks, calibrating, gates, ready)
 
 
