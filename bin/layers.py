@@ -22,7 +22,7 @@ FLOORS = (
     ("verbs",),
     ("steps",),
     ("report",),
-    ("operations", "tuning", "verification"),
+    ("operations", "tuning", "verification", "export"),
     ("converted",),
     ("survey",),
     ("live",),

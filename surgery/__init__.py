@@ -6,12 +6,14 @@
     surgery.seal(out)                                  take edited documents into the manifest
     surgery.scan(source, text="wiki.txt")              massive activations and sinks, layer by layer
     surgery.push(out, "owner/name")                    send a converted checkpoint to the hub
+    surgery.export("peft", out, "adapter")             the same model for another program
     surgery.pretrain(recipe, out, text=[...])          small models from nothing
     surgery.clean(directory)                           remove what killed runs left behind
 
 A recipe is the name of one that comes with surgery, a path, a dict or a `Recipe`; a text is a file or several. Keywords
-of `run` and `verify` are the fields of `RunOptions` and `VerifyOptions`, which may be given whole as well. What the
-verbs return is documented, key by key, in `surgery.results`. What a person can mend is raised as `SurgeryError`.
+of `run`, `verify` and `export` are the fields of `RunOptions`, `VerifyOptions` and `ExportOptions`, which may be given
+whole as well. What the verbs return is documented, key by key, in `surgery.results`. What a person can mend is raised
+as `SurgeryError`.
 
 Importing surgery also makes the converted model types (`eab_llama`, ...) known to transformers' Auto classes.
 """
@@ -27,11 +29,12 @@ if TYPE_CHECKING:
     from .errors import SurgeryError
     from .live.text import Chunking
     from .progress import Reporter
-    from .results import Pretrained, Survey, Verdict
-    from .steps.options import RunOptions, VerifyOptions
+    from .results import Export, Pretrained, Survey, Verdict
+    from .steps.options import ExportOptions, RunOptions, VerifyOptions
     from .steps.plan import Plan
     from .steps.recipe import Recipe
     from .verbs.clean import clean
+    from .verbs.export import export
     from .verbs.plan import plan
     from .verbs.pretrain import pretrain
     from .verbs.push import push
@@ -42,9 +45,12 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 _HOMES = {
-    **{verb: f"verbs.{verb}" for verb in ("clean", "plan", "pretrain", "push", "run", "scan", "seal", "verify")},
-    **dict.fromkeys(("RunOptions", "VerifyOptions"), "steps.options"),
-    **dict.fromkeys(("Pretrained", "Survey", "Verdict"), "results"),
+    **{
+        verb: f"verbs.{verb}"
+        for verb in ("clean", "export", "plan", "pretrain", "push", "run", "scan", "seal", "verify")
+    },
+    **dict.fromkeys(("ExportOptions", "RunOptions", "VerifyOptions"), "steps.options"),
+    **dict.fromkeys(("Export", "Pretrained", "Survey", "Verdict"), "results"),
     "Chunking": "live.text",
     "Plan": "steps.plan",
     "Recipe": "steps.recipe",
@@ -52,8 +58,9 @@ _HOMES = {
     "SurgeryError": "errors",
 }
 __all__ = [
-    "Chunking", "Plan", "Pretrained", "Recipe", "Reporter", "RunOptions", "Survey", "SurgeryError", "Verdict",
-    "VerifyOptions", "clean", "plan", "pretrain", "push", "run", "scan", "seal", "verify",
+    "Chunking", "Export", "ExportOptions", "Plan", "Pretrained", "Recipe", "Reporter", "RunOptions", "Survey",
+    "SurgeryError", "Verdict", "VerifyOptions", "clean", "export", "plan", "pretrain", "push", "run", "scan", "seal",
+    "verify",
 ]  # fmt: skip
 
 

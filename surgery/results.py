@@ -190,6 +190,23 @@ class Verdict(TypedDict):
     surveys: NotRequired[list[Survey]]  # with `surveys=True`: of the original and of the converted model
 
 
+# ---- export
+
+
+class Export(TypedDict):
+    """What `export` wrote. `passed` is None where nothing was measured on text, False where nothing was written."""
+
+    passed: bool | None
+    engine: str
+    gates: list[Gate]  # log_probability: the largest |delta| of a token of the text to the checkpoint, in nats
+    integrity: Integrity  # of the converted checkpoint
+    proof: str  # what was found of the files without text, in one sentence
+    files: dict[str, Any]  # name -> sha256, bytes
+    perplexity: NotRequired[dict[Literal["converted", "exported"], Score]]  # with text
+    delta_log_probability: NotRequired[float]  # with text
+    provenance: dict[str, Any]
+
+
 # ---- pretrain
 
 

@@ -54,16 +54,21 @@ def origin(source: Source) -> Origin:
     """What is known of `source`. Never raises for what its card holds: `broken` says why it was not read."""
     if source.kind == "gguf":
         return _of_gguf(source.plan.header.metadata)
-    try:
-        found = _of_metadata(_metadata(source.root / README))
-    except RecipeError as error:
-        found = Origin(broken=str(error))
+    found = said_in(source.root)
     files = tuple(name for name in source.companions if name.upper().startswith(LICENCES))
     cached = _cached_id(source.root)
     known = source.repo if source.kind == "hub" else cached
     return replace(
         found, files=files, base_model=found.base_model if known is None else (known,), cached=cached is not None
     )
+
+
+def said_in(root: Path) -> Origin:
+    """What the card in the directory `root` says."""
+    try:
+        return _of_metadata(_metadata(root / README))
+    except RecipeError as error:
+        return Origin(broken=str(error))
 
 
 def _metadata(path: Path) -> Mapping[str, Any]:

@@ -42,6 +42,11 @@ def gather_texts(text: Sequence[Path], calibration: Sequence[Path], reporter: Re
     return Texts(*split_text(evaluation), files)
 
 
+def whole_texts(text: Sequence[Path]) -> Texts:
+    """The files, all of them to evaluate on; None where there are none."""
+    return Texts(None, read_texts(text) if text else None, TextFiles(evaluation=described(text)))
+
+
 def room_after(anatomy: Anatomy, tokens: int) -> int | None:
     """How many positions the model has after so many tokens; None where there is no end of them."""
     return None if anatomy.max_positions is None else anatomy.max_positions - tokens

@@ -91,6 +91,22 @@ class VerifyOptions:
     require: Literal["verified"] | None = None
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How `surgery export` finds the original, and measures.
+
+    original: what the checkpoint was converted from, a path or hub id; None: what the manifest names. text: files to
+    measure on, none to measure nothing. chunking: how much of them is read; None: as much as the run that wrote the
+    checkpoint did. device: a torch device, or "auto". command: the words of the command line, for `export.json`.
+    """
+
+    original: Path | str | None = None
+    text: FilesField = FilesField()
+    chunking: Chunking | None = None
+    device: str = "cpu"
+    command: Sequence[str] = ()
+
+
 class RunKeywords(TypedDict, total=False):
     """The fields of `RunOptions`, as `run` takes them by themselves."""
 
@@ -127,12 +143,22 @@ class VerifyKeywords(TypedDict, total=False):
     require: Literal["verified"] | None
 
 
-Options = TypeVar("Options", RunOptions, VerifyOptions)
+class ExportKeywords(TypedDict, total=False):
+    """The fields of `ExportOptions`, as `export` takes them by themselves."""
+
+    original: Path | str | None
+    text: Files
+    chunking: Chunking | None
+    device: str
+    command: Sequence[str]
+
+
+Options = TypeVar("Options", RunOptions, VerifyOptions, ExportOptions)
 
 
 def with_keywords(verb: str, options: Options, keywords: Mapping[str, Any]) -> Options:
     """`options` with the fields that `keywords` name; TypeError for a name that `verb` does not know."""
-    if not isinstance(options, (RunOptions, VerifyOptions)):
+    if not isinstance(options, (RunOptions, VerifyOptions, ExportOptions)):
         raise TypeError(f"{verb}() takes its options by keyword, and was given {type(options).__name__} in their place")
     known = [field.name for field in fields(options)]
     for name in keywords:
@@ -143,4 +169,4 @@ def with_keywords(verb: str, options: Options, keywords: Mapping[str, Any]) -> O
     return replace(options, **keywords)
 
 
-RUN, VERIFY = RunOptions(), VerifyOptions()  # as they are where nothing is said
+RUN, VERIFY, EXPORTING = RunOptions(), VerifyOptions(), ExportOptions()  # as they are where nothing is said

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -17,11 +16,9 @@ from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from ..checkpoint.provenance import moment, names_only
 from ..checkpoint.signature import PublicKey, parse_digest
-from ..checkpoint.source import Source, has_tokenizer, materialise, open_source
+from ..checkpoint.source import Source, has_tokenizer
 from ..converted.described import Described
 from ..converted.reading import load_converted
-from ..endings.signals import caught
-from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.text import CHUNKS, Chunking
@@ -30,10 +27,11 @@ from ..progress import SILENT, Reporter
 from ..results import Verdict
 from ..steps.act import provenance, told
 from ..steps.again import check_again
-from ..steps.fetch import fetch_converted, fetch_weights
+from ..steps.fetch import fetch_converted
 from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyKeywords, VerifyOptions, with_keywords
+from ..steps.original import open_original, plain_files
 from ..steps.recipe import Recipe
 from ..verification.checks import Check
 from ..verification.gates import Gate
@@ -42,8 +40,6 @@ from ..verification.integrity import check_integrity, read_config
 from ..verification.seals import check_seals, required_checks, seal_notes, seals_said
 from ..verification.tokens import check_tokenizer
 from ..verification.verdict import Findings, build_verdict
-
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def verify(
@@ -82,10 +78,10 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
         raise SourceError(f"{root} was converted without a tokenizer, and --text needs one; verify it without text.")
     if manifest.failed:
         reporter.note(f"{root} was kept though it failed when it was written, as {MANIFEST} says")
-    source = _open_source(options, manifest) if options.against is not None else None
+    source = open_original(str(options.against), manifest, options.revision) if options.against is not None else None
     # 2. The files.
     reporter.step(f"check the files of {root}")
-    with _plain_files(source, reporter) as directory:
+    with plain_files(source, reporter) as directory:
         paths = [root, *([] if source is None or directory is None else [source.root, directory])]
         checks, described, recipe = _integrity(root, manifest, source, directory, reporter)
         original = None
@@ -231,20 +227,3 @@ def _measured(
     )
     tokens = {"ids": list(prefix), "tokens": [tokenizer.decode([token]) for token in prefix]}
     return Findings([], found.judgements, found.measured, said={"prefix": tokens} if prefix else {})
-
-
-def _open_source(options: VerifyOptions, manifest: Manifest) -> Source:
-    found, against = manifest.source.get("dtype"), str(options.against)
-    dtype = DTYPES.get(found) if isinstance(found, str) and against.endswith(".gguf") else None
-    return open_source(against, revision=options.revision, dtype=dtype)
-
-
-@contextlib.contextmanager
-def _plain_files(source: Source | None, reporter: Reporter) -> Iterator[Path | None]:
-    """The source as a directory of plain files; a GGUF is dequantised for the time of the check."""
-    if source is None or source.kind != "gguf":
-        yield fetch_weights(source, reporter) if source is not None else None
-        return
-    with caught(), temporary(source.layout.total_bytes) as scratch:
-        reporter.step(f"dequantise {source.root.name}")
-        yield materialise(source, scratch)

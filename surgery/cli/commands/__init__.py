@@ -1,6 +1,7 @@
 """The commands, one a file."""
 
 from .clean import clean
+from .export import export
 from .plan import plan
 from .pretrain import pretrain
 from .push import push
@@ -10,4 +11,4 @@ from .scan import scan
 from .seal import seal
 from .verify import verify
 
-COMMANDS = (plan, run, verify, seal, push, scan, pretrain, recipes, clean)
+COMMANDS = (plan, run, verify, seal, push, export, scan, pretrain, recipes, clean)

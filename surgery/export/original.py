@@ -1,0 +1,30 @@
+"""The unmodified original in memory, made of a converted model that holds all its weights."""
+
+from __future__ import annotations
+
+import copy
+
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..anatomy.quiet import quiet
+from ..anatomy.sites import Anatomy
+from ..live.loading import require_in_memory
+
+
+def original_within(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
+    """The model that `model` was converted from, if only slots were added: it shares its weights and buffers.
+
+    SourceError where some of them are not in memory.
+    """
+    require_in_memory(model, "the proof of an export")
+    config = copy.deepcopy(anatomy.config)
+    config._attn_implementation = None
+    with quiet(), init_empty_weights(include_buffers=False):
+        original = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    held = {name: tensor for name, tensor in model.state_dict().items() if ".attention_bias." not in name}
+    original.load_state_dict(held, assign=True, strict=False)
+    original.tie_weights()
+    if left := [name for name, parameter in original.named_parameters() if parameter.is_meta]:
+        raise RuntimeError(f"{left[0]} of {type(original).__name__} is not in the converted model")
+    return original.to(model.device).eval()

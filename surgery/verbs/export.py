@@ -1,0 +1,211 @@
+"""`surgery export`: a converted checkpoint as another program takes it, and what it measures there."""
+
+from __future__ import annotations
+
+import gc
+import math
+from pathlib import Path
+from typing import Any, Unpack, cast
+
+import torch
+
+from ..anatomy.stored import vocabulary_size
+from ..checkpoint.config import CONFIG
+from ..checkpoint.disk import require_target, sha256_of
+from ..checkpoint.layout import read_layout
+from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from ..checkpoint.provenance import moment, name_of, plain
+from ..checkpoint.signature import manifest_digest
+from ..checkpoint.source import Source, has_tokenizer
+from ..checkpoint.stage import Stage
+from ..converted.described import read_described
+from ..converted.origin import said_in
+from ..converted.reading import load_converted
+from ..endings.leftovers import clear_for
+from ..errors import DamagedCheckpoint, OutputError, SourceError
+from ..export import ENGINES, Engine, Finished
+from ..export.card import EXPORT, Shown, card, export_json
+from ..export.reading import text_log_probabilities
+from ..live.loading import load_tokenizer, require_device
+from ..live.score import Score
+from ..progress import SILENT, Reporter
+from ..results import Export
+from ..steps.act import provenance, told
+from ..steps.fetch import fetch_converted, fetch_weights, on_hub
+from ..steps.inputs import Reader, Texts, fit_chunks, whole_texts
+from ..steps.options import EXPORTING, ExportKeywords, ExportOptions, with_keywords
+from ..steps.original import open_original, plain_files
+from ..verification.against import same_source
+from ..words import human
+from .verify import chunking_of, verify
+
+
+def export(
+    engine: str, checkpoint: Path | str, out: Path | str, options: ExportOptions = EXPORTING,
+    reporter: Reporter = SILENT, **keywords: Unpack[ExportKeywords],
+) -> Export:  # fmt: skip
+    """Write the converted `checkpoint` (a directory or hub id) as `engine` takes it into the new directory `out`.
+
+    Keywords are fields of `options`. With text, `out` is measured in that program, beside `checkpoint`; where the two
+    differ by more than rounding, `passed` is False and `out` was not written. Raises SurgeryError for what a person can
+    mend, DamagedCheckpoint where the checkpoint is not as it was written.
+    """
+    chosen = with_keywords("export", options, keywords)
+    return cast(Export, _exported(_engine(engine), checkpoint, Path(out), chosen, reporter))
+
+
+def _exported(
+    engine: Engine, checkpoint: Path | str, out: Path, options: ExportOptions, reporter: Reporter
+) -> dict[str, Any]:  # fmt: skip
+    # 1. Everything that can be refused before a byte is written.
+    date = moment()
+    require_device(options.device)
+    if options.text and (missing := engine.absent()) is not None:
+        raise SourceError(f"{engine.title} is not installed here, and --text measures in it; {missing}.")
+    require_target(out)
+    texts = whole_texts(options.text)
+    for left in clear_for(out):
+        reporter.note(f"removed {left.path} ({human(left.bytes)}), which a run that was killed had left")
+    finished, integrity = _finished(engine, checkpoint, options, reporter)
+    require_target(out, finished.root)
+    chunks = _chunks(finished, texts, options)
+    engine.refuse(finished)
+    act = provenance(
+        date, command=options.command, device=options.device, files=texts.files, evaluation=chunks,
+        hub_ids=[str(given) for given in (checkpoint, options.original) if given and on_hub(given)],
+    )  # fmt: skip
+    with Stage(out) as stage:
+        # 2. Write, and show what can be shown without text.
+        reporter.step(f"write {out.name} for {engine.title}")
+        engine.write(finished, stage)
+        proof = engine.prove(finished, stage.path, options.device)
+        # 3. Measure both on text.
+        measured = {} if chunks is None else _measured(engine, finished, stage.path, chunks, options, reporter)
+        # 4. Card and manifest; then publish, or not.
+        shown = Shown(proof, measured, act)
+        stage.add_text("README.md", card(engine, finished, said_in(finished.root), name_of(out), shown))
+        stage.add_json(EXPORT, export_json(engine, finished, shown, stage.hashes()))
+        gates = _judged(engine, measured)
+        passed = all(gate["passed"] for gate in gates) if gates else None
+        found = {
+            "passed": passed, "engine": engine.name, "gates": gates, "integrity": integrity, "proof": proof,
+            "files": stage.hashes(), **measured, "provenance": told(act, finished.manifest.source, None),
+        }  # fmt: skip
+        if passed is not False:
+            stage.publish()
+    return found
+
+
+def _engine(name: str) -> Engine:
+    found = next((engine for engine in ENGINES if engine.name == name), None)
+    if found is None:
+        names = ", ".join(engine.name for engine in ENGINES)
+        raise SourceError(f"{name!r} is no engine to export to; there are {names}.")
+    return found()
+
+
+# ---- 1. what is exported, and for what
+
+
+def _finished(
+    engine: Engine, checkpoint: Path | str, options: ExportOptions, reporter: Reporter
+) -> tuple[Finished, Any]:  # fmt: skip
+    """The checkpoint, whose integrity has been checked, and what those checks found."""
+    root = fetch_converted(checkpoint, reporter)
+    if not (root / MANIFEST).is_file():
+        raise SourceError(f"{root} has no {MANIFEST}, so nothing says what it was made of; give the output of a run.")
+    verdict = verify(root, reporter=reporter)
+    for check in verdict["integrity"]["checks"]:
+        if not check["passed"]:
+            raise DamagedCheckpoint(f"{root} was not exported: {check['name']}: {check['detail'].rstrip('.')}.")
+    manifest = read_manifest(root)
+    if manifest.failed:
+        raise OutputError(f"{root} was not exported: it failed its gates when it was written; convert it again.")
+    if manifest.status != "verified":
+        reporter.note(f"{root} is unverified, as {MANIFEST} says: nothing has been measured")
+    at = on_hub(checkpoint)
+    name = plain(name_of(root)) if at is None else str(at)
+    original = _original(engine, manifest, name, options, reporter)
+    return Finished(root, name, manifest_digest(root), manifest, read_described(root), original), verdict["integrity"]
+
+
+def _original(
+    engine: Engine, manifest: Manifest, name: str, options: ExportOptions, reporter: Reporter
+) -> Source | None:  # fmt: skip
+    """What it was converted from, if that was given, or is needed; SourceError where it is not that."""
+    measures = bool(options.text) and engine.uses_original
+    given = options.original
+    if given is None:
+        if not (measures or engine.needs_original):
+            return None
+        made_of = manifest.source
+        if made_of.get("kind") != "hub" or not made_of.get("revision"):
+            raise SourceError(
+                f"{name} was made of {made_of.get('spec')!r}, which {engine.title} needs here; give it: --original SRC."
+            )
+        given = f"{str(made_of['spec']).partition('@')[0]}@{made_of['revision']}"
+    source = open_original(str(given), manifest)
+    reporter.step(f"hash {source.spec}")
+    if source.missing and not measures:  # its weights are on the hub, and stay there
+        recorded = manifest.source.get("sha256")
+        same = isinstance(recorded, dict) and recorded.get(CONFIG) == sha256_of(source.root / CONFIG)
+        why = f"{source.spec}: {CONFIG} is not the file that was converted (SHA-256 differs)"
+    else:
+        if source.kind == "hub":
+            fetch_weights(source, reporter)
+        same, why = same_source(source, manifest)[:2]
+    if not same:
+        raise SourceError(f"{why}; give what {name} was made of, {manifest.source.get('spec')}.")
+    return source
+
+
+def _chunks(finished: Finished, texts: Texts, options: ExportOptions) -> torch.Tensor | None:
+    """Chunks (N, T) to measure on; None where no text was given."""
+    if texts.evaluation is None:
+        return None
+    root, anatomy = finished.root, finished.described.anatomy
+    if not has_tokenizer(finished.manifest.files):
+        raise SourceError(f"{root} was converted without a tokenizer, and --text needs one; export it without text.")
+    reader = Reader(load_tokenizer(root), vocabulary_size(read_layout(root), anatomy))
+    chunking = fit_chunks(options.chunking or chunking_of(root), anatomy, finished.described.eab.n_slots)
+    return reader.cut(texts.evaluation, chunking, "--text")
+
+
+# ---- 3. on text
+
+
+def _measured(
+    engine: Engine, finished: Finished, directory: Path, chunks: torch.Tensor, options: ExportOptions,
+    reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Perplexity of the checkpoint and of its export in `engine`, and how far apart the tokens are at worst."""
+    reporter.step(f"measure {finished.name}")
+    with reporter.bar("measure", len(chunks)) as advance:
+        model = load_converted(finished.root, device=options.device)
+        converted = text_log_probabilities(model, chunks, advance)
+    del model
+    gc.collect()
+    with plain_files(finished.original if engine.uses_original else None, reporter) as original:
+        reporter.step(f"measure it in {engine.title}")
+        with reporter.bar("measure", len(chunks)) as advance:
+            exported = engine.log_probabilities(finished, directory, original, chunks, options.device, advance)
+    if exported.shape != converted.shape:
+        raise RuntimeError(f"{engine.title} gave {tuple(exported.shape)} log-probabilities, not {converted.shape}")
+    delta = (exported.double() - converted.double()).abs().max().item()
+    return {
+        "perplexity": {"converted": _score(converted), "exported": _score(exported)},
+        "delta_log_probability": delta, "chunks": chunks.shape[0], "chunk_length": chunks.shape[1],
+    }  # fmt: skip
+
+
+def _score(found: torch.Tensor) -> dict[str, Any]:
+    """The score of log-probabilities (N, T - 1)."""
+    return Score(tuple((-found.double()).sum(dim=1).tolist()), found.shape[1]).to_dict()
+
+
+def _judged(engine: Engine, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    if not measured:
+        return []
+    delta = measured["delta_log_probability"]
+    passed = math.isfinite(delta) and delta <= engine.limit
+    return [{"name": "log_probability", "passed": passed, "value": delta, "limit": engine.limit}]
