@@ -1,8 +1,9 @@
 """The same model for other engines: each engine is one file, listed here."""
 
 from .base import Engine, Finished
+from .mlx import Mlx
 from .peft import Peft
 
-ENGINES: tuple[type[Engine], ...] = (Peft,)
+ENGINES: tuple[type[Engine], ...] = (Peft, Mlx)
 
 __all__ = ["ENGINES", "Engine", "Finished"]

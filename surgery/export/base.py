@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import safe_open
 
+from ..anatomy.sites import Anatomy
 from ..checkpoint.contents import SETTINGS
 from ..checkpoint.disk import require_space
 from ..checkpoint.layout import read_layout
@@ -143,6 +144,15 @@ class Engine(ABC):
     def details(self, finished: Finished) -> Mapping[str, Any]:
         """What `export.json` says beyond what it says of every engine."""
         return {}
+
+
+def windowed(anatomy: Anatomy) -> str | None:
+    """What says that some layers see only a window or a chunk; None where all see everything."""
+    text = anatomy.config.get_text_config()
+    if (kinds := getattr(text, "layer_types", None)) is not None:
+        return min(set(kinds) - {"full_attention"}, default=None)
+    names = ("sliding_window", "attention_chunk_size")
+    return next((name for name in names if getattr(text, name, None)), None)
 
 
 def carry_tokenizer(finished: Finished, stage: Stage) -> None:

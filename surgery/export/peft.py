@@ -7,6 +7,7 @@ is one tensor, `prompt_embeddings` (n, 2 L H D): of each place the key and value
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -23,9 +24,9 @@ from ..errors import UnsupportedModel, brief, out_of_memory
 from ..live.loading import load_original
 from ..progress import Advance
 from ..words import count_of
-from .base import Engine, Finished, carry_tokenizer
+from .base import Engine, Finished, carry_tokenizer, windowed
 from .original import original_within
-from .reading import TOKENS, random_ids, text_log_probabilities
+from .reading import random_ids, require_close, text_log_probabilities
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PADDING = 5
@@ -39,7 +40,8 @@ model = PeftModel.from_pretrained(model, {name})
 tokenizer = AutoTokenizer.from_pretrained({name})
 ```
 
-{note}
+The tokenizer beside the adapter is that of the converted checkpoint: it adds no token that is folded already. Left
+padding needs `position_ids`, as with the original; `generate` makes them.
 """
 
 
@@ -53,10 +55,14 @@ class Peft(Engine):
     def refuse(self, finished: Finished) -> None:
         finished.require_slots_only("a prefix-tuning adapter")
         anatomy, root = finished.described.anatomy, finished.root
-        if finished.described.eab.slots_visible == "always" and (windowed := _windowed(anatomy)):
+        if finished.described.eab.slots_visible == "always" and (window := windowed(anatomy)):
             raise UnsupportedModel(
                 f"{root} shows its slots to every query, also in the windowed layers of {anatomy.model_type} "
-                f"({windowed}), where PEFT's cache hides them; convert it with slots_visible: as_prefix."
+                f"({window}), where PEFT's cache hides them; convert it with slots_visible: as_prefix."
+            )
+        if "past_key_values" not in inspect.signature(type(anatomy.blank).forward).parameters:
+            raise UnsupportedModel(
+                f"{anatomy.model_type} has no key/value cache, which is where a prefix-tuning adapter puts its slots."
             )
         if [site.block for site in anatomy.sites] != [*range(len(anatomy.sites))]:
             raise UnsupportedModel(
@@ -76,6 +82,12 @@ class Peft(Engine):
                 f"{anatomy.model_type}: keys have {key_dim} dims and values {value_dim}, and a prefix-tuning adapter "
                 "has one shape for both."
             )
+        taken, own = _shape_that_peft_takes(anatomy), (anatomy.sites[0].kv_heads, key_dim)
+        if taken != own:
+            raise UnsupportedModel(
+                f"{anatomy.model_type}: PEFT takes the shape of a prefix from config.json ({taken[0]} heads of "
+                f"{taken[1]}), and the keys of this model are {own[0]} heads of {own[1]}."
+            )
 
     def write(self, finished: Finished, stage: Stage) -> None:
         slots = finished.slots
@@ -88,30 +100,29 @@ class Peft(Engine):
     def prove(self, finished: Finished, directory: Path, device: str) -> str:
         anatomy = finished.described.anatomy
         model = load_converted(finished.root, device=device)
-        n, limit = finished.described.eab.n_slots, anatomy.max_positions
-        ids = random_ids(anatomy, TOKENS if limit is None else min(TOKENS, limit - n)).to(model.device)
-        ways = {"": {}, " under left padding": _padding(ids)}
+        ids = random_ids(finished).to(model.device)
+        ways: dict[str, dict[str, torch.Tensor]] = {"": {}, " under left padding": _padding(ids)}
         expected = {how: _answers(model, ids, **given) for how, given in ways.items()}
         adapted = _adapted(original_within(model, anatomy), directory, anatomy.model_type)
-        worst = 0.0
+        found: dict[str, float] = {}
         for how, given in ways.items():
             try:
-                found = _answers(adapted, ids, **given)
+                found[how] = (_answers(adapted, ids, **given) - expected[how]).abs().max().item()
             except Exception as error:  # code of PEFT and of models: whatever it raises, there is no such adapter
                 if out_of_memory(error):
                     raise
                 raise UnsupportedModel(
                     f"{anatomy.model_type} does not run with a prefix-tuning adapter{how} ({brief(error)})."
                 ) from error
-            delta = (found - expected[how]).abs().max().item()
-            if not delta <= self.limit:
-                raise UnsupportedModel(
-                    f"{anatomy.model_type}: on random token ids the original with the adapter differs from "
-                    f"{finished.name} by {delta:.3g} in log-probability{how} ({self.limit:g} are allowed), so PEFT's "
-                    "cache is not the same function for this model."
-                )
-            worst = max(worst, delta)
-        return f"On random token ids, the largest |delta log-probability| is {worst:.2g}, also under left padding."
+        plain, padded = found.values()
+        require_close(plain, self, finished)
+        said = f"On random token ids, the largest |delta log-probability| is {plain:.2g}"
+        if padded <= self.limit and not windowed(anatomy):
+            return f"{said}, and {padded:.2g} under left padding."
+        return (
+            f"{said}. Left padding is another function: PEFT puts the slots in front of the padding, and windows and "
+            "ALiBi count the places between. Give rows of one length, or pad on the right."
+        )
 
     def absent(self) -> str | None:
         return None  # surgery depends on it
@@ -130,10 +141,7 @@ class Peft(Engine):
         given = f"{where}, revision={json.dumps(str(revision))}" if revision else where
         if source.get("kind") == "gguf":
             given = f'"DIRECTORY", gguf_file={where}'
-        return _USAGE.format(original=given, name=json.dumps(name), note=(
-            "The tokenizer beside the adapter is that of the converted checkpoint: it adds no token that is folded "
-            "already. Left padding needs `position_ids`, or `generate`, which makes them, as with the original."
-        ))  # fmt: skip
+        return _USAGE.format(original=given, name=json.dumps(name))
 
 
 def adapter_config(finished: Finished) -> dict[str, Any]:
@@ -156,16 +164,12 @@ def adapter_config(finished: Finished) -> dict[str, Any]:
     }
 
 
-def _windowed(anatomy: Anatomy) -> str | None:
-    """What says that some layers see only a window or a chunk; None where all see everything."""
-    text = anatomy.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    if kinds:
-        return min(kinds)
-    if getattr(text, "layer_types", None):
-        return None
-    names = ("sliding_window", "attention_chunk_size")
-    return next((name for name in names if getattr(text, name, None)), None)
+def _shape_that_peft_takes(anatomy: Anatomy) -> tuple[int, int]:
+    """Heads and dims that PEFT gives a prefix, whatever its own config says (`_prepare_prompt_learning_config`)."""
+    text, site = anatomy.config.get_text_config().to_dict(), anatomy.sites[0]
+    if "num_key_value_heads" not in text:
+        return site.kv_heads, site.key_dim
+    return text["num_key_value_heads"], text.get("head_dim") or site.key_dim
 
 
 def _adapted(original: PreTrainedModel, directory: Path, kind: str) -> Any:

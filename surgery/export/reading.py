@@ -6,17 +6,30 @@ from typing import Any
 
 import torch
 
-from ..anatomy.sites import Anatomy
+from ..errors import UnsupportedModel
 from ..live.likelihood import token_losses
 from ..progress import Advance
+from .base import Engine, Finished
 
 ROWS, TOKENS = 2, 48
 
 
-def random_ids(anatomy: Anatomy, length: int) -> torch.Tensor:
-    """The same random token ids (2, length) whenever they are asked for."""
+def random_ids(finished: Finished) -> torch.Tensor:
+    """Random token ids (2, T), the same whenever they are asked for: T is 48, or what positions the model has."""
+    anatomy, n = finished.described.anatomy, finished.described.eab.n_slots
+    length = TOKENS if anatomy.max_positions is None else min(TOKENS, anatomy.max_positions - n)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, anatomy.vocab_size or 1, (ROWS, length), generator=generator)
+
+
+def require_close(delta: float, engine: Engine, finished: Finished) -> None:
+    """UnsupportedModel where log-probabilities of random ids differ by more than rounding explains."""
+    if not delta <= engine.limit:
+        raise UnsupportedModel(
+            f"{finished.described.anatomy.model_type}: on random token ids the original in {engine.title} differs from "
+            f"{finished.name} by {delta:.3g} in log-probability (rounding explains {engine.limit:g}), so what "
+            f"{engine.title} computes is not the same function."
+        )
 
 
 @torch.inference_mode()

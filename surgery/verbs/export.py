@@ -9,6 +9,7 @@ from typing import Any, Unpack, cast
 
 import torch
 
+from ..anatomy.sites import parse_config
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.config import CONFIG
 from ..checkpoint.disk import require_target, sha256_of
@@ -35,7 +36,7 @@ from ..steps.fetch import fetch_converted, fetch_weights, on_hub
 from ..steps.inputs import Reader, Texts, fit_chunks, whole_texts
 from ..steps.options import EXPORTING, ExportKeywords, ExportOptions, with_keywords
 from ..steps.original import open_original, plain_files
-from ..verification.against import same_source
+from ..verification.against import kept_tensors, same_source
 from ..words import human
 from .verify import chunking_of, verify
 
@@ -125,12 +126,12 @@ def _finished(
         reporter.note(f"{root} is unverified, as {MANIFEST} says: nothing has been measured")
     at = on_hub(checkpoint)
     name = plain(name_of(root)) if at is None else str(at)
-    original = _original(engine, manifest, name, options, reporter)
+    original = _original(engine, root, manifest, name, options, reporter)
     return Finished(root, name, manifest_digest(root), manifest, read_described(root), original), verdict["integrity"]
 
 
 def _original(
-    engine: Engine, manifest: Manifest, name: str, options: ExportOptions, reporter: Reporter
+    engine: Engine, root: Path, manifest: Manifest, name: str, options: ExportOptions, reporter: Reporter
 ) -> Source | None:  # fmt: skip
     """What it was converted from, if that was given, or is needed; SourceError where it is not that."""
     measures = bool(options.text) and engine.uses_original
@@ -153,10 +154,25 @@ def _original(
     else:
         if source.kind == "hub":
             fetch_weights(source, reporter)
-        same, why = same_source(source, manifest)[:2]
+        same, why = _same(root, source, manifest)
     if not same:
         raise SourceError(f"{why}; give what {name} was made of, {manifest.source.get('spec')}.")
     return source
+
+
+def _same(root: Path, source: Source, manifest: Manifest) -> tuple[bool, str]:
+    """Whether `source` is what was converted into `root`: by its hashes, else by each tensor and what config.json says.
+
+    So another directory of the same weights will do, as a GGUF's dequantised, and another spelling of settings.
+    """
+    same, why = same_source(source, manifest)[:2]
+    if same or source.kind == "gguf":
+        return same, why
+    anatomy = read_described(root).anatomy
+    if parse_config(source.config).to_dict() != anatomy.config.to_dict():
+        return False, why
+    kept, differs = kept_tensors(read_layout(root), manifest, source.layout, False, None)[:2]
+    return kept, why if kept else f"{source.spec}: {differs}"
 
 
 def _chunks(finished: Finished, texts: Texts, options: ExportOptions) -> torch.Tensor | None:

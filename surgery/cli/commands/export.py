@@ -22,9 +22,9 @@ from ..screen import Screen
     TEXT, chunking(None, 1), DEVICE, QUIET, JSON,
 )  # fmt: skip
 def export(engine, checkpoint, out, chunks, chunk_length, quiet, json_file, **given) -> int:
-    """Write the converted CHECKPOINT as ENGINE (peft) takes it into the new directory OUT; with --text, measured there.
+    """Write the converted CHECKPOINT as ENGINE (peft, mlx) takes it into the new directory OUT.
 
-    With --text FILE, perplexity and the largest |delta log-probability| to CHECKPOINT are measured in that program.
+    With --text, perplexity and the largest |delta log-probability| to CHECKPOINT are measured in that program.
     """
     require_result_file(json_file, "--json", given_paths(checkpoint, out, given["original"], *given["text"]))
     from ...steps.options import ExportOptions
