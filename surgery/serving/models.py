@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterable, Iterator
 
 import torch
+import vllm
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
@@ -17,7 +18,7 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.v1.attention.backend import AttentionType
 
 from .attention import add_slots, rows_of
-from .names import ENTRY, FORMAT, PREFIX, layer_of, slot_of
+from .names import ENTRY, FORMAT, PREFIX, VLLM, layer_of, slot_of
 
 SPARE = 1024  # tokens that padding may add to the largest batch
 
@@ -36,38 +37,42 @@ def derived(architecture: str) -> type:
     return type(base.__name__, (WithSlots, base), {"__module__": __name__, "__doc__": WithSlots.__doc__})
 
 
-class WithSlots:
+class WithSlots(nn.Module):
     """A model of vLLM whose requests begin with n placeholders: at their positions each attention layer has its slots.
 
     What the placeholders themselves become nobody reads. The text sees the slots alone, from position n on.
     """
 
+    slot_rows: torch.Tensor
+    placeholders: torch.Tensor
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         entry = served(vllm_config)
         config = vllm_config.model_config.hf_config
-        named, config.architectures = config.architectures, [_base_name(name) for name in config.architectures]
+        named = config.architectures
+        config.architectures = [name.removeprefix(PREFIX) for name in named]
         try:  # some look up their own name there
-            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
         finally:
             config.architectures = named
-        self.n_slots, self.placeholder = entry["n_slots"], entry["placeholder_id"]
+        self.register_buffer("placeholders", torch.tensor(entry["placeholder_ids"]), persistent=False)
         # One buffer that never moves: a captured graph reads it where it was.
         tokens = vllm_config.scheduler_config.max_num_batched_tokens + SPARE
         self.register_buffer("slot_rows", torch.zeros(tokens, dtype=torch.int64), persistent=False)
         self.slot_sites = sites_of(self)
         for attention in self.slot_sites.values():
-            add_slots(attention, self.n_slots, self.slot_rows)
+            add_slots(attention, len(entry["placeholder_ids"]), self.slot_rows)
 
     def __call__(self, input_ids: torch.Tensor | None, positions: torch.Tensor, *args, **kwargs):
         """Before the forward pass, compiled or not: which tokens are placeholders. Both (T,)."""
         if input_ids is None or positions.ndim != 1:
             raise ValueError("slots need the token ids of a text, and one position for each")
-        self.slot_rows[: len(positions)].copy_(rows_of(input_ids, positions, self.placeholder, self.n_slots))
-        return super().__call__(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+        self.slot_rows[: len(positions)].copy_(rows_of(input_ids, positions, self.placeholders))
+        return super().__call__(input_ids, positions, *args, **kwargs)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         slots: dict[tuple[int, str], torch.Tensor] = {}
-        loaded = super().load_weights(_without_slots(weights, slots))  # type: ignore[misc]
+        loaded = super().load_weights(_without_slots(weights, slots))  # type: ignore[misc]  # of the model it is mixed into
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         for layer, attention in self.slot_sites.items():
             for kind, table in (("key", attention.slot_key), ("value", attention.slot_value)):
@@ -82,6 +87,8 @@ class WithSlots:
 def served(vllm_config: VllmConfig) -> dict:
     """The entry of config.json that says how requests begin; ValueError where slots would not be what they should."""
     model = vllm_config.model_config
+    if not vllm.__version__.startswith(f"{VLLM}."):
+        raise ValueError(f"the plugin knows vLLM {VLLM}, and this is {vllm.__version__}; install that version")
     entry = getattr(model.hf_config, ENTRY, None)
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:
         raise ValueError(f"config.json has no {ENTRY} of format {FORMAT}; export the checkpoint again")
@@ -111,10 +118,6 @@ def sites_of(model: nn.Module) -> dict[int, Attention]:
     if not sites:
         raise ValueError(f"no layer of {type(model).__name__} on this rank attends, so there is no place for slots")
     return sites
-
-
-def _base_name(architecture: str) -> str:
-    return architecture.removeprefix(PREFIX)
 
 
 def _without_slots(

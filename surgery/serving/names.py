@@ -11,6 +11,7 @@ import re
 PREFIX = "SurgeryEab"  # SurgeryEabLlamaForCausalLM: vLLM's LlamaForCausalLM, with slots
 ENTRY = "served_slots"
 FORMAT = 1
+VLLM = "0.32"  # whose insides the plugin knows
 PLUGIN = "surgery_eab"  # the entry point's name, as VLLM_PLUGINS takes it
 
 _SLOT = re.compile(r"(.+)\.attention_bias\.(key|value)")
