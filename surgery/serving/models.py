@@ -17,8 +17,9 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models import ModelRegistry
 from vllm.v1.attention.backend import AttentionType
 
-from .attention import add_slots, rows_of
+from .attention import add_slots
 from .names import ENTRY, FORMAT, PREFIX, VLLM, layer_of, slot_of
+from .slots import rows_of
 
 SPARE = 1024  # tokens that padding may add to the largest batch
 

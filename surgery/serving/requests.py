@@ -1,7 +1,7 @@
 """Requests to a model with slots begin with placeholders, or are refused before they reach the engine.
 
 vLLM has no entry point that sees the token ids of a request, so its InputProcessor, through which every request of
-LLM and of the server goes, is wrapped. A request that comes another way meets a stray's value (`attention.LOUD`).
+LLM and of the server goes, is wrapped. A request that comes another way meets a stray's value (`slots.LOUD`).
 """
 
 from __future__ import annotations
