@@ -22,7 +22,7 @@ FLOORS = (
     ("verbs",),
     ("steps",),
     ("report",),
-    ("operations", "tuning", "verification", "export"),
+    ("operations", "tuning", "verification", "delivery"),
     ("converted",),
     ("survey",),
     ("live",),

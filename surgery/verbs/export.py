@@ -22,11 +22,11 @@ from ..checkpoint.stage import Stage
 from ..converted.described import read_described
 from ..converted.origin import said_in
 from ..converted.reading import load_converted
+from ..delivery import ENGINES, Engine, Finished
+from ..delivery.card import EXPORT, Shown, card, export_json
+from ..delivery.reading import text_log_probabilities
 from ..endings.leftovers import clear_for
 from ..errors import DamagedCheckpoint, OutputError, SourceError
-from ..export import ENGINES, Engine, Finished
-from ..export.card import EXPORT, Shown, card, export_json
-from ..export.reading import text_log_probabilities
 from ..live.loading import load_tokenizer, require_device
 from ..live.score import Score
 from ..progress import SILENT, Reporter

@@ -14,9 +14,9 @@ from ruamel.yaml import YAML
 import surgery
 from surgery import results
 from surgery.live.text import files
-from surgery.steps.options import RunKeywords, VerifyKeywords
+from surgery.steps.options import ExportKeywords, RunKeywords, VerifyKeywords
 
-VERBS = ("plan", "pretrain", "run", "scan", "verify")
+VERBS = ("export", "plan", "pretrain", "run", "scan", "verify")
 
 
 def test_the_package_shows_what_is_for_callers() -> None:
@@ -31,13 +31,18 @@ def test_the_package_shows_what_is_for_callers() -> None:
 def test_a_verb_has_types_that_resolve_and_a_docstring(verb: str) -> None:
     function = getattr(surgery, verb)
     hints = typing.get_type_hints(function)
-    named = {"plan": "Plan", "pretrain": "Pretrained", "scan": "Survey"}.get(verb, "Verdict")
+    named = {"export": "Export", "plan": "Plan", "pretrain": "Pretrained", "scan": "Survey"}.get(verb, "Verdict")
     assert getattr(surgery, named) in (hints["return"], *typing.get_args(hints["return"]))
     assert function.__doc__ and getattr(surgery, named).__doc__
 
 
 @pytest.mark.parametrize(
-    ("options", "keywords"), [(surgery.RunOptions, RunKeywords), (surgery.VerifyOptions, VerifyKeywords)]
+    ("options", "keywords"),
+    [
+        (surgery.RunOptions, RunKeywords),
+        (surgery.VerifyOptions, VerifyKeywords),
+        (surgery.ExportOptions, ExportKeywords),
+    ],
 )
 def test_keywords_are_the_fields_of_the_options(options: type, keywords: type) -> None:
     assert [field.name for field in fields(options)] == list(keywords.__annotations__)

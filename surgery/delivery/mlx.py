@@ -27,8 +27,11 @@ from .reading import random_ids, require_close
 
 CACHE = "slots.safetensors"
 INSTALL = "pip install 'checkpoint-surgery[mlx]'"
-# Model types whose layers all see everything, found equal in mlx-lm 0.32.2 (tests/export/test_mlx.py).
-PROVED = ("llama",)
+# Model types found equal in mlx-lm 0.32.2 with layers that all see everything and plain rotary settings
+# (tests/delivery/test_mlx.py). Of others it is another function now and then: Gemma 2, GLM, OLMoE.
+PROVED = (
+    "cohere", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "qwen2", "qwen3", "smollm3", "stablelm",
+)  # fmt: skip
 
 _USAGE = """```python
 from mlx_lm import generate, load
@@ -79,7 +82,8 @@ class Mlx(Engine):
             )
         if [site.block for site in anatomy.sites] != [*range(len(anatomy.sites))]:
             raise UnsupportedModel(f"{kind} has layers without a cache of their own, and a prompt cache has one each.")
-        if not self._tries(finished) and (kind not in PROVED or windowed(anatomy)):
+        plain = kind in PROVED and not windowed(anatomy) and "rope_scaling" not in with_both_spellings(source.config)
+        if not plain and not self._tries(finished):
             lacks = "the original's weights on this disk" if self.absent() is None else INSTALL
             raise UnsupportedModel(f"{kind} has to be tried in mlx-lm before it is exported, and that needs {lacks}.")
         if missing := _unread(finished, source):
@@ -97,6 +101,10 @@ class Mlx(Engine):
             from .mlx_running import built, kinds_of
 
             kinds = kinds_of(built(source.root), anatomy.model_type)
+            if windowed(anatomy) and not any(kind.window for kind in kinds):
+                raise UnsupportedModel(
+                    f"{anatomy.model_type}: its layers have windows ({windowed(anatomy)}), in mlx-lm they have none."
+                )
         if len(kinds) != len(slots):
             raise UnsupportedModel(f"{anatomy.model_type} has {len(slots)} layers, and in mlx-lm {len(kinds)} caches.")
         # Whose cache it is: the command line loads this, with these settings for its tokenizer.

@@ -21,7 +21,7 @@ def built(root: Path) -> Any:
     """mlx-lm's model for the checkpoint in `root`, whose weights are read when they are needed; some may be missing."""
     try:
         return load_model(root, lazy=True, strict=False)[0]
-    except Exception as error:  # of any class: each of its models reads a config in its own way
+    except (Exception, SystemExit) as error:  # each of its models reads a config in its own way; OLMo's exits
         if out_of_memory(error):
             raise
         raise UnsupportedModel(f"{root}: mlx-lm does not load it ({brief(error)}).") from error
