@@ -40,6 +40,9 @@ from ..verification.against import kept_tensors, same_source
 from ..words import human
 from .verify import chunking_of, verify
 
+# Keys of config.json that say nothing of what is computed from given weights.
+NO_SETTINGS = ("architectures", "_name_or_path", "dtype", "transformers_version")
+
 
 def export(
     engine: str, checkpoint: Path | str, out: Path | str, options: ExportOptions = EXPORTING,
@@ -168,8 +171,11 @@ def _same(root: Path, source: Source, manifest: Manifest) -> tuple[bool, str]:
     same, why = same_source(source, manifest)[:2]
     if same or source.kind == "gguf":
         return same, why
-    anatomy = read_described(root).anatomy
-    if parse_config(source.config).to_dict() != anatomy.config.to_dict():
+    settings = [
+        {key: value for key, value in config.to_dict().items() if key not in NO_SETTINGS}
+        for config in (parse_config(source.config), read_described(root).anatomy.config)
+    ]
+    if settings[0] != settings[1]:
         return False, why
     kept, differs = kept_tensors(read_layout(root), manifest, source.layout, False, None)[:2]
     return kept, why if kept else f"{source.spec}: {differs}"
