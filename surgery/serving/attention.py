@@ -38,7 +38,7 @@ def add_slots(attention: Attention, n_slots: int, rows: torch.Tensor) -> None:
     for name, size, fill in sizes:
         # The cache is of the model's dtype, or narrower: a slot is rounded as the prefix' own keys would be.
         table = nn.Parameter(torch.full((n_slots + 1, attention.num_kv_heads, size), torch.nan), requires_grad=False)
-        table.weight_loader = _loader(fill)  # type: ignore[attr-defined]
+        table.weight_loader = loader(fill)  # type: ignore[attr-defined]
         attention.register_parameter(name, table)
     attention.register_buffer("slot_rows", rows, persistent=False)
     attention.__class__ = _with_slots(type(attention))  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def _with_slots(kind: type) -> type:
     return type(kind.__name__, (SlotAttention, kind), {"__module__": __name__})
 
 
-def _loader(fill: Fill) -> Callable[[nn.Parameter, torch.Tensor], None]:
+def loader(fill: Fill) -> Callable[[nn.Parameter, torch.Tensor], None]:
     """A weight loader as vLLM's parameters have: it is given what the checkpoint holds, for all ranks."""
 
     def load(table: nn.Parameter, slots: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from ..screen import Screen
     TEXT, chunking(None, 1), DEVICE, QUIET, JSON,
 )  # fmt: skip
 def export(engine, checkpoint, out, chunks, chunk_length, quiet, json_file, **given) -> int:
-    """Write the converted CHECKPOINT as ENGINE (peft, mlx) takes it into the new directory OUT.
+    """Write the converted CHECKPOINT as ENGINE (peft, mlx, vllm) takes it into the new directory OUT.
 
     With --text, perplexity and the largest |delta log-probability| to CHECKPOINT are measured in that program.
     """
