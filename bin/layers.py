@@ -29,11 +29,11 @@ FLOORS = (
     ("anatomy", "recipe"),
     ("checkpoint",),
     ("endings",),
-    ("runtime",),
+    ("runtime", "serving"),
 )
 # For every room; each may know those after it.
 BESIDE = ("table", "bounded", "words", "progress", "errors", "plain", "version", "results")
-ALONE = "runtime"  # is copied into checkpoints, so it imports nothing of ours
+ALONE = ("runtime", "serving")  # copied into checkpoints, or run beside vLLM: they import nothing of ours
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -58,8 +58,8 @@ def fault(room: str, target: tuple[str, ...]) -> str | None:
     other = target[0] if target else "__init__"
     if other == room:
         return None
-    if room == ALONE:
-        return f"{room} is copied into checkpoints and imports nothing of ours"
+    if room in ALONE:
+        return f"{room} runs without the rest, and imports nothing of ours"
     if room in BESIDE:
         below = BESIDE[BESIDE.index(room) + 1 :]
         return None if other in below else f"{room} is for every room and may know only {', '.join(below) or 'none'}"

@@ -57,6 +57,15 @@ class Described:
 
         DamagedCheckpoint where what config.json says of slots and norms is not what a run writes for that model.
         """
+        return self._original[1]
+
+    @property
+    def original_config(self) -> dict:
+        """config.json of that model, but what a run writes anew (`OURS`): its type, and its limit of positions."""
+        return self._original[0]
+
+    @functools.cached_property
+    def _original(self) -> tuple[dict, Anatomy]:
         base = {key: value for key, value in self.config.items() if key not in OURS}
         base["model_type"] = self.converted.base
         tensors = original_tensors(read_layout(self.root))
@@ -64,13 +73,13 @@ class Described:
         n_slots, limit = self.eab.n_slots, base.get("max_position_embeddings")
         raised = {**base, "max_position_embeddings": limit + n_slots} if type(limit) is int else base
         with quiet():  # the raised limit is a guess
-            anatomy = examine(raised, tensors=len(tensors.tensors))
+            found, anatomy = raised, examine(raised, tensors=len(tensors.tensors))
             if raised != base and not lowered_limits(raised, anatomy, n_slots):  # then a run had left it as it was
-                anatomy = examine(base, tensors=len(tensors.tensors))
+                found, anatomy = base, examine(base, tensors=len(tensors.tensors))
             fit(anatomy, tensors)
         if wrong := self._unlike(anatomy):
             raise damaged(self.root, f"{named(wrong[0])} is not as a run writes it for {anatomy.model_type}")
-        return anatomy
+        return found, anatomy
 
     def _unlike(self, anatomy: Anatomy) -> list[str]:
         """Keys of `eab`, and sites of `head_norm`, that are not those of a model of this anatomy."""

@@ -3,7 +3,8 @@
 from .base import Engine, Finished
 from .mlx import Mlx
 from .peft import Peft
+from .vllm import Vllm
 
-ENGINES: tuple[type[Engine], ...] = (Peft, Mlx)
+ENGINES: tuple[type[Engine], ...] = (Peft, Mlx, Vllm)
 
 __all__ = ["ENGINES", "Engine", "Finished"]

@@ -26,7 +26,7 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.source import COMPANION_PATTERNS, REFUSED_SUFFIXES, Source
 from ..checkpoint.stage import Stage
 from ..converted.described import Described
-from ..errors import OutputError, UnsupportedModel
+from ..errors import OutputError, SourceError, UnsupportedModel
 from ..progress import Advance
 from ..words import count_of
 
@@ -106,6 +106,10 @@ class Engine(ABC):
     needs_original: ClassVar[bool] = False
     uses_original: ClassVar[bool] = True
     limit: ClassVar[float] = 0.05
+
+    def with_python(self, python: Path) -> Engine:
+        """This engine, run by another Python. SourceError where it runs in surgery's own."""
+        raise SourceError(f"{self.title} runs in surgery's own Python; leave out --engine-python.")
 
     @abstractmethod
     def refuse(self, finished: Finished) -> None:

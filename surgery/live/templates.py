@@ -18,12 +18,12 @@ SECONDS, MEMORY = 10, GIB  # a template renders in milliseconds
 MOST = 100  # templates; the largest number that is known is 3
 LARGEST = 1_000_000  # characters of a template; the largest that are known have a tenth of it
 # What a template is tried on: each line is a system message or none, then turns of user and assistant.
-_CONVERSATIONS = [
+CONVERSATIONS = [
     [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
     for roles in (["user"], ["user", "assistant"] * 2 + ["user"], ["system", "user", "assistant", "user"])
 ]
 # How templates refuse a conversation, on purpose or because they ask for what it does not hold.
-_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
 def templates_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -105,16 +105,16 @@ def _fault(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
     """Why nobody can use `template`; None where it renders a conversation, or refuses them as templates do."""
     written = _written(template, tokenizer)
     errors = [error for error in written if isinstance(error, Exception)]
-    if len(errors) < len(written) or all(isinstance(error, _REFUSALS) for error in errors):
+    if len(errors) < len(written) or all(isinstance(error, REFUSALS) for error in errors):
         syntax = next((error for error in errors if isinstance(error, TemplateSyntaxError)), None)
         return None if syntax is None else brief(syntax)
-    return brief(next(error for error in errors if not isinstance(error, _REFUSALS)))
+    return brief(next(error for error in errors if not isinstance(error, REFUSALS)))
 
 
 def _written(template: str, tokenizer: PreTrainedTokenizerBase) -> list[str | Exception]:
     """What `template` writes for each conversation, with and without a prompt for the answer; or the error."""
     results: list[str | Exception] = []
-    for conversation in _CONVERSATIONS:
+    for conversation in CONVERSATIONS:
         for prompt in (True, False):
             try:
                 text = tokenizer.apply_chat_template(

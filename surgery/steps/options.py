@@ -98,6 +98,7 @@ class ExportOptions:
     original: what the checkpoint was converted from, a path or hub id; None: what the manifest names. text: files to
     measure on, none to measure nothing. chunking: how much of them is read; None: as much as the run that wrote the
     checkpoint did. device: a torch device, or "auto". command: the words of the command line, for `export.json`.
+    engine_python: the Python that has the program, where that is another than surgery's.
     """
 
     original: Path | str | None = None
@@ -105,6 +106,7 @@ class ExportOptions:
     chunking: Chunking | None = None
     device: str = "cpu"
     command: Sequence[str] = ()
+    engine_python: PathField = PathField()
 
 
 class RunKeywords(TypedDict, total=False):
@@ -151,6 +153,7 @@ class ExportKeywords(TypedDict, total=False):
     chunking: Chunking | None
     device: str
     command: Sequence[str]
+    engine_python: Path | str | None
 
 
 Options = TypeVar("Options", RunOptions, VerifyOptions, ExportOptions)

@@ -55,7 +55,7 @@ def export(
     mend, DamagedCheckpoint where the checkpoint is not as it was written.
     """
     chosen = with_keywords("export", options, keywords)
-    return cast(Export, _exported(_engine(engine), checkpoint, Path(out), chosen, reporter))
+    return cast(Export, _exported(_engine(engine, chosen.engine_python), checkpoint, Path(out), chosen, reporter))
 
 
 def _exported(
@@ -100,12 +100,12 @@ def _exported(
     return found
 
 
-def _engine(name: str) -> Engine:
+def _engine(name: str, python: Path | None) -> Engine:
     found = next((engine for engine in ENGINES if engine.name == name), None)
     if found is None:
         names = ", ".join(engine.name for engine in ENGINES)
         raise SourceError(f"{name!r} is no engine to export to; there are {names}.")
-    return found()
+    return found() if python is None else found().with_python(python)
 
 
 # ---- 1. what is exported, and for what

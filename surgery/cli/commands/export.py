@@ -19,10 +19,14 @@ from ..screen import Screen
     click.option(
         "--original", metavar="SRC", help="What it was converted from, where the manifest names no hub id."
     ),
+    click.option(
+        "--engine-python", metavar="PYTHON", type=FILE,
+        help="The Python that has the program, where it is not surgery's (vllm).",
+    ),
     TEXT, chunking(None, 1), DEVICE, QUIET, JSON,
 )  # fmt: skip
 def export(engine, checkpoint, out, chunks, chunk_length, quiet, json_file, **given) -> int:
-    """Write the converted CHECKPOINT as ENGINE (peft, mlx) takes it into the new directory OUT.
+    """Write the converted CHECKPOINT as ENGINE (peft, mlx, vllm) takes it into the new directory OUT.
 
     With --text, perplexity and the largest |delta log-probability| to CHECKPOINT are measured in that program.
     """
