@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..bounded import GIB, Unbounded, bounded
+from ..checkpoint.layout import Layout
 from ..checkpoint.quantised import KEY, unpacking
 from ..errors import SourceError, UnsupportedModel
 from ..words import named
 
+_ABSMAX = ".absmax"  # scales of bitsandbytes, beside each weight that it packs
 _SECONDS = 10  # of processor time for all patterns of a config: thousands of names take a fraction of one
 
 
@@ -29,6 +33,34 @@ def loadable(config: PreTrainedConfig) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     setattr(config, KEY, unpacking(settings))
     return config
+
+
+def from_headers(layout: Layout, blank: PreTrainedModel, config: PreTrainedConfig) -> tuple[Layout, PreTrainedConfig]:
+    """What transformers can load without values: tensors, and the config to load them by.
+
+    The loader of bitsandbytes reads shapes from values. So its weights are taken as if they were not packed: one of as
+    many elements as the model's has the model's shape.
+    """
+    settings = getattr(config, KEY, None)
+    if not isinstance(settings, dict) or settings.get("quant_method") != "bitsandbytes":
+        return layout, loadable(config)
+    config = copy.deepcopy(config)
+    delattr(config, KEY)
+    wanted, tensors = blank.state_dict(), {}
+    packed = {name.removesuffix(_ABSMAX) for name in layout.tensors if name.endswith(_ABSMAX)}
+    for name, info in layout.tensors.items():
+        if name in packed and name in wanted and 2 * math.prod(info.shape) == wanted[name].numel():
+            shape = tuple(wanted[name].shape)
+            block = wanted[name].numel() // max(1, math.prod(layout.tensors[name + _ABSMAX].shape))
+            if shape[-1] % max(1, block):
+                raise UnsupportedModel(
+                    f"{layout.root}: {named(name)} has rows of {shape[-1]:,}, which blocks of {block:,} do not fill, "
+                    "and bitsandbytes unpacks such wrongly on a CPU; give the checkpoint it was quantised from"
+                )
+            tensors[name] = replace(info, shape=shape)
+        elif f"{name.partition('.weight.')[0]}.weight" not in packed:
+            tensors[name] = info
+    return replace(layout, tensors=tensors), config
 
 
 def require_patterns(config: PreTrainedConfig, blank: PreTrainedModel) -> None:
@@ -70,6 +102,8 @@ def unpacked(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtyp
         return model
     if hasattr(model, "ct_decompress_hook"):
         _decompress(model)
+    elif hasattr(model, "hf_quantizer"):
+        model = model.dequantize(dtype)
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.itemsize < dtype.itemsize and not parameter.is_meta:
             parameter.data = parameter.data.to(dtype)

@@ -28,7 +28,16 @@ QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config
 # Endings of the tensors of packed weights, and who writes them.
 _PACKED = {
     "GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
-    "bitsandbytes": (".absmax", ".quant_map", ".SCB", ".weight_format", ".quant_state.bitsandbytes__nf4"),
+    "bitsandbytes": (
+        ".absmax",
+        ".nested_absmax",
+        ".quant_map",
+        ".nested_quant_map",
+        ".SCB",
+        ".weight_format",
+        ".quant_state.bitsandbytes__nf4",
+        ".quant_state.bitsandbytes__fp4",
+    ),
     "compressed-tensors": (".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx"),
     "fp8": (".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".input_scale", ".activation_scale"),
     "MXFP4": ("_proj_blocks", "_proj_scales"),
@@ -55,7 +64,11 @@ _LOADERS = {
     "compressed-tensors": _Loader(needs=("compressed-tensors",)),
     "fp8": _Loader(unpacking=("dequantize",)),
     "mxfp4": _Loader(unpacking=("dequantize",)),
+    "bitsandbytes": _Loader(needs=("bitsandbytes",)),
 }
+_SOURCE = "give the checkpoint it was quantised from"
+# What to do with those that no loader reads on a CPU, or that round otherwise with other text beside them.
+_WAYS_OUT = dict.fromkeys(("gptq", "awq"), f"dequantise it first with gptqmodel and give that, or {_SOURCE}")
 
 
 @dataclass(frozen=True)
@@ -129,11 +142,11 @@ def _says_quantised(key: str, value: object) -> bool:
 
 def _described(settings: object, where: Path) -> Quantised:
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if not isinstance(settings, dict) or method not in _LOADERS:
+    if not isinstance(settings, dict) or not isinstance(method, str) or method not in _LOADERS:
         said = "unknown" if method is None else named(method, 40)
-        raise _refused(f'{where} has a "{KEY}" (method {said})')
+        raise _refused(f'{where} has a "{KEY}" (method {said})', _WAYS_OUT.get(str(method), _SOURCE))
     _require_bounded(settings, where)
-    words, rounds = (_compressed if method == "compressed-tensors" else _blocks)(settings, where)
+    words, rounds = _WORDS[method](settings, where)
     return Quantised(method, words, _LOADERS[method].needs, rounds)
 
 
@@ -209,6 +222,14 @@ def _compressed(settings: Mapping[str, Any], where: Path) -> tuple[str, bool]:
     return f"compressed-tensors, {form}{f': {words}' if found else ''}", rounds
 
 
+def _four_bits(settings: Mapping[str, Any], where: Path) -> tuple[str, bool]:
+    """What bitsandbytes says. In 8 bits it rounds otherwise with other text beside: outliers are of a whole batch."""
+    if settings.get("load_in_4bit") is not True:
+        raise _refused(f"{where}: bitsandbytes in 8 bits rounds a token by what others of its batch are")
+    return f"bitsandbytes, {named(settings.get('bnb_4bit_quant_type', 'fp4'), 20)}", False
+
+
+_WORDS = {"compressed-tensors": _compressed, "fp8": _blocks, "mxfp4": _blocks, "bitsandbytes": _four_bits}
 _PARTS = {"weights": "weights", "input_activations": "inputs", "output_activations": "outputs"}
 
 
@@ -227,7 +248,5 @@ def _packing(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:
     return "integers" if info.dtype in _WHOLE_NUMBERS and info.name.endswith("weight") and len(info.shape) > 1 else None
 
 
-def _refused(what: str) -> SourceError:
-    return SourceError(
-        f"{what}: slots cannot be folded exactly from these packed weights; give the checkpoint it was quantised from."
-    )
+def _refused(what: str, way_out: str = _SOURCE) -> SourceError:
+    return SourceError(f"{what}: slots cannot be folded exactly from these packed weights; {way_out}.")

@@ -36,6 +36,8 @@ def save_packed(root: Path, form: str) -> Path:
     if form == "mxfp4":
         _save_gpt_oss(root)
         return _rewritten(root, _mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]})
+    if form == "bitsandbytes":
+        return save_four_bits(root)
     save_model(root)
     if form == "fp8":
         says = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [BLOCK] * 2}
@@ -150,6 +152,28 @@ def _of_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     values = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.float64)
     codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(3).long()
     return (values[codes] * (scales.double() - 127).exp2()[..., None]).flatten(2).transpose(1, 2)
+
+
+def save_four_bits(root: Path, hidden_size: int = 64) -> Path:
+    """NF4 by bitsandbytes, in blocks of 64."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=hidden_size, intermediate_size=hidden_size, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(root)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+    AutoModelForCausalLM.from_pretrained(
+        root, quantization_config=four_bits, dtype=torch.float32, device_map={"": "cpu"}
+    ).save_pretrained(root)
+    return root
 
 
 def _save_gpt_oss(root: Path) -> None:

@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers.packed import COMPRESSED, FORMS, SINGLE, save_packed, unpacked_by_hand
+from helpers.packed import COMPRESSED, FORMS, SINGLE, save_four_bits, save_packed, unpacked_by_hand
 from helpers.tiny import one_thread
 from helpers.tiny_checkpoint import edit_json
 from safetensors.torch import load_file, save_file
 
 from surgery.anatomy.fit import examine_stored
 from surgery.checkpoint.source import open_source
-from surgery.errors import DamagedCheckpoint, SourceError, SurgeryError
+from surgery.errors import DamagedCheckpoint, SourceError, SurgeryError, UnsupportedModel
 from surgery.live.graft import fold, grafted
 from surgery.live.loading import load_original
 from surgery.live.model import Live
 from surgery.live.roundings import rounds_values, steady
 
 PREFIX = (3, 70, 7)
+
+
+def in_tiers(*forms: str) -> list[Any]:
+    """All but two of these are slow."""
+    quick = ("w8a8 static", "fp8")
+    return [form if form in quick else pytest.param(form, marks=pytest.mark.slow) for form in forms]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +60,7 @@ def live_of(root: Path, dtype: torch.dtype = torch.float64) -> Live:
     return Live(model, anatomy)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", in_tiers(*FORMS))
 def test_what_is_in_memory_is_what_the_format_defines(form: str, packed) -> None:
     model, wanted = live_of(packed(form)).model, unpacked_by_hand(packed(form))
     names = {name for name, _ in model.named_parameters() if not name.endswith(("_scale", "_shape"))}
@@ -64,7 +71,7 @@ def test_what_is_in_memory_is_what_the_format_defines(form: str, packed) -> None
         torch.testing.assert_close(found, weight, rtol=1e-7, atol=0)  # scales are float32
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", in_tiers(*FORMS))
 def test_slots_are_exact_on_a_quantised_source(form: str, packed) -> None:
     """In float64: what rounding there is in the format is the same on both sides."""
     live = live_of(packed(form))
@@ -79,7 +86,7 @@ def test_slots_are_exact_on_a_quantised_source(form: str, packed) -> None:
     assert (found - control).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("form", COMPRESSED)
+@pytest.mark.parametrize("form", in_tiers(*COMPRESSED))
 def test_inputs_are_rounded_where_the_format_says_so(form: str, packed) -> None:
     live = live_of(packed(form), torch.float32)
     layer = live.model.get_submodule("model.layers.0.mlp.up_proj")
@@ -134,6 +141,7 @@ def with_settings(root: Path, into: Path, **changes: object) -> Path:
     return into
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["re:(.*.*)*x", r"re:(\w+\.?)+\d\d$"])
 def test_patterns_without_end_are_refused(pattern: str, packed, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("surgery.anatomy.packed._SECONDS", 1)
@@ -165,3 +173,25 @@ def test_groups_that_say_nothing_sane_are_refused(value: object, packed, tmp_pat
     with pytest.raises(SurgeryError) as caught:
         live_of(root)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.slow
+def test_four_bits_of_bitsandbytes_are_exact_too(tmp_path: Path) -> None:
+    """Its shapes are in values, so headers are held against the model's own; slots are those of the unpacked model."""
+    pytest.importorskip("bitsandbytes")
+    root = save_packed(tmp_path / "source", "bitsandbytes")
+    model, stored = live_of(root).model, load_file(root / SINGLE)
+    name = f"{LAYER}.weight"
+    codes = torch.stack([stored[name] >> 4, stored[name] & 15], dim=-1).flatten().long()  # the high one comes first
+    blocks = stored[f"{name}.quant_map"].double()[codes].view(-1, 64) * stored[f"{name}.absmax"].double()[:, None]
+    found = model.get_parameter(name)
+    torch.testing.assert_close(found, blocks.view(found.shape), rtol=1e-6, atol=0)
+
+    def change(tensors: dict) -> None:
+        tensors[name] = tensors[name][:100]
+
+    broken = changed(root, tmp_path / "broken", change)
+    with pytest.raises(DamagedCheckpoint, match="do not fit"):
+        live_of(broken)
+    with pytest.raises(UnsupportedModel, match="blocks of 64 do not fill"):
+        live_of(save_four_bits(tmp_path / "narrow", hidden_size=32))
