@@ -1,4 +1,4 @@
-"""A prompt cache of mlx-lm: its layout, what is refused where mlx-lm cannot be asked, and what it computes if it can."""
+"""A prompt cache of mlx-lm: its layout, what is refused where mlx-lm cannot be asked, and what it computes there."""
 
 from __future__ import annotations
 
