@@ -67,8 +67,9 @@ _LOADERS = {
     "bitsandbytes": _Loader(needs=("bitsandbytes",)),
 }
 _SOURCE = "give the checkpoint it was quantised from"
-# What to do with those that no loader reads on a CPU, or that round otherwise with other text beside them.
-_WAYS_OUT = dict.fromkeys(("gptq", "awq"), f"dequantise it first with gptqmodel and give that, or {_SOURCE}")
+# What to do with others, where there is a better way than to look for what they were made of.
+_CONVERTED = "convert it to compressed-tensors (compressed_tensors.entrypoints.convert, AutoAWQConverter) and give that"
+_WAYS_OUT = {"awq": f"{_CONVERTED}, or {_SOURCE}"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Quantised:
     words: str
     needs: tuple[str, ...]
     rounds_activations: bool  # as transformers runs it here
+    as_plain: bool = False  # transformers reads it with `dequantize=True` alone
 
     def told(self, layout: Layout) -> dict[str, Any]:
         """As the plan's JSON holds it, with the bytes of packed weights and of what unpacks them."""
@@ -123,7 +125,8 @@ def quantised(root: Path, config: Mapping[str, Any], layout: Layout | None = Non
 
 def unpacking(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A `quantization_config` with which transformers unpacks weights in memory, whatever the device."""
-    return {**settings, **dict.fromkeys(_LOADERS[settings["quant_method"]].unpacking, True)}
+    asked = ("dequantize",) if _is_off_centre(settings) else _LOADERS[settings["quant_method"]].unpacking
+    return {**settings, **dict.fromkeys(asked, True)}
 
 
 def sealed(config: Mapping[str, Any]) -> str | None:
@@ -147,7 +150,7 @@ def _described(settings: object, where: Path) -> Quantised:
         raise _refused(f'{where} has a "{KEY}" (method {said})', _WAYS_OUT.get(str(method), _SOURCE))
     _require_bounded(settings, where)
     words, rounds = _WORDS[method](settings, where)
-    return Quantised(method, words, _LOADERS[method].needs, rounds)
+    return Quantised(method, words, _LOADERS[method].needs, rounds, _is_off_centre(settings))
 
 
 def _require_bounded(settings: Mapping[str, Any], where: Path) -> None:
@@ -220,6 +223,17 @@ def _compressed(settings: Mapping[str, Any], where: Path) -> tuple[str, bool]:
     words = listing(list(dict.fromkeys(found)), 6)
     form = named(settings.get("format"), 40)
     return f"compressed-tensors, {form}{f': {words}' if found else ''}", rounds
+
+
+def _is_off_centre(settings: Mapping[str, Any]) -> bool:
+    """Whether integers of compressed-tensors have zero points, and nothing but weights is rounded: transformers reads
+    such a format only as plain weights. Of several groups it would then unpack all as it does the first."""
+    groups = settings.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    if len(groups) != 1 or not isinstance(groups[0], dict):
+        return False
+    weights, *others = (groups[0].get(part) for part in _PARTS)
+    return isinstance(weights, dict) and weights.get("symmetric") is False and not any(others)
 
 
 def _four_bits(settings: Mapping[str, Any], where: Path) -> tuple[str, bool]:

@@ -71,6 +71,7 @@ _PACKED = (
     "{rounded}. Kernels that round otherwise leave them as near as they leave the source's own keys and values."
 )
 _ROUNDED = {True: "with values rounded between layers as the format says", False: "with the weights unpacked"}
+_AS_PLAIN = " transformers reads this format with `quantization_config=CompressedTensorsConfig(dequantize=True)` alone."
 _UNPROVED = "Nothing: written with --no-verify."
 
 
@@ -118,6 +119,7 @@ def model_card(
     packed = source.quantised
     if packed is not None:
         limits.append(f"* {_PACKED.format(words=packed.words, rounded=_ROUNDED[packed.rounds_activations])}")
+    inside += _AS_PLAIN if packed is not None and packed.as_plain else ""
     needed = listing(["torch", "transformers", *(() if packed is None else packed.needs)])
     limits += [f"* {section.limits}" for section in sections if section.limits]
     title = _title(source, known)

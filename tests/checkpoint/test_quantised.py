@@ -130,7 +130,7 @@ HOSTILE = {
     "8 bits of bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "others of its batch"),
     "a method that is none": ({"quant_method": ["fp8"]}, "method ['fp8']"),
     "another method": ({"quant_method": "hqq"}, "method hqq"),
-    "awq": ({"quant_method": "awq"}, "dequantise it first with gptqmodel"),
+    "awq": ({"quant_method": "awq"}, "AutoAWQConverter"),
     "a list": ([1], "method unknown"),
 }  # fmt: skip
 

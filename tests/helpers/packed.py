@@ -23,6 +23,7 @@ COMPRESSED: dict[str, dict[str, dict[str, Any]]] = {
     "w8a8 static": {"weights": _INT8, "input_activations": {"num_bits": 8, "strategy": "tensor"}},
     "w8a8 per token": {"weights": _INT8, "input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True}},
     "w4a16": {"weights": {"num_bits": 4, "strategy": "group", "group_size": GROUP}},
+    "w4a16 off centre": {"weights": {"num_bits": 4, "strategy": "group", "group_size": GROUP, "symmetric": False}},
     "float8": {"weights": _FP8, "input_activations": {**_FP8, "strategy": "token", "dynamic": True}},
 }
 FORMS = (*COMPRESSED, "fp8", "mxfp4")
@@ -57,7 +58,9 @@ def unpacked_by_hand(root: Path) -> dict[str, torch.Tensor]:
         if name.endswith("_blocks"):
             found[name.removesuffix("_blocks")] = _of_mxfp4(tensor, tensors[name.replace("_blocks", "_scales")])
         elif name.endswith("weight_packed") and scale is not None:
-            found[f"{base}.weight"] = _of_int4(tensor) * scale.double().repeat_interleave(GROUP, dim=1)
+            zero = tensors.get(f"{base}.weight_zero_point")
+            points = 0 if zero is None else _of_int4(zero.T).T.repeat_interleave(GROUP, dim=1)
+            found[f"{base}.weight"] = (_of_int4(tensor) - points) * scale.double().repeat_interleave(GROUP, dim=1)
         elif name.endswith(".weight") and f"{name}_scale_inv" in tensors:
             scales = tensors[f"{name}_scale_inv"].double().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
             found[name] = tensor.double() * scales
@@ -93,8 +96,9 @@ def _compress(root: Path, rounds: dict[str, dict[str, Any]]) -> None:
                 1 if scheme.weights.strategy == "tensor" else rows, -1, size or module.weight.shape[1]
             )
             low, high = (cut.amin((1, 2), True), cut.amax((1, 2), True)) if size is None else (cut.amin(2), cut.amax(2))
-            scale, _ = calculate_qparams(low, high, scheme.weights)
+            scale, zero = calculate_qparams(low, high, scheme.weights)
             module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+            module.weight_zero_point.data.copy_(zero.reshape(module.weight_zero_point.shape))
             if hasattr(module, "input_scale"):
                 module.input_scale.data.fill_(INPUT_SCALE)
             module.quantization_status = QuantizationStatus.FROZEN
