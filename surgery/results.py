@@ -198,7 +198,7 @@ class Export(TypedDict):
 
     passed: bool | None
     engine: str
-    gates: list[Gate]  # log_probability: the largest |delta| of a token of the text to the checkpoint, in nats
+    gates: list[Gate]  # log_probability: the largest |delta| of a token to the checkpoint, in nats; or the mean
     integrity: Integrity  # of the converted checkpoint
     proof: str  # what was found of the files without text, in one sentence
     files: dict[str, Any]  # name -> sha256, bytes
