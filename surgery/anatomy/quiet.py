@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from typing import Any
 
 from tqdm.std import tqdm
 from transformers.utils import logging as transformers_logging
 
-# compressed-tensors asks nobody whether it may show bars, and logs by a logger that is not Python's.
+# compressed-tensors asks nobody whether it may show bars, and logs by Python's loggers and by another.
 _OTHER = "compressed_tensors"
+_LOGGERS = (_OTHER, "bitsandbytes")
 
 
 class quiet:
@@ -21,6 +23,9 @@ class quiet:
         self.bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        self.levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         self.make_bar: Any = tqdm.__init__
         self.logger = _other_logger()
         if self.logger is not None:
@@ -31,6 +36,8 @@ class quiet:
         if self.logger is not None:
             tqdm.__init__ = self.make_bar  # type: ignore[method-assign]
             self.logger.enable(_OTHER)
+        for name, level in self.levels.items():
+            logging.getLogger(name).setLevel(level)
         transformers_logging.set_verbosity(self.verbosity)
         if self.bars:
             transformers_logging.enable_progress_bar()

@@ -178,8 +178,10 @@ def _require_whole_blocks(settings: Mapping[str, Any], tensors: Mapping[str, Ten
     """SourceError where blocks of fp8 weights do not fill them: transformers divides a weight into equal blocks, as
     many as it has scales, and would unpack other numbers than were packed."""
     size = settings.get("weight_block_size")
-    if settings["quant_method"] != "fp8" or not isinstance(size, list) or len(size) != 2:
+    if settings["quant_method"] != "fp8" or size is None:
         return
+    if not isinstance(size, list) or [type(block) for block in size] != [int, int] or min(size) < 1:
+        raise SourceError(f"{root / CONFIG}: {KEY}.weight_block_size is not two numbers of at least 1; correct it.")
     for name, scales in tensors.items():
         weight = tensors.get(name.removesuffix("_scale_inv"))
         if weight is None or weight is scales or len(scales.shape) < 2:

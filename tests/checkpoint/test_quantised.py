@@ -117,6 +117,8 @@ HOSTILE = {
     "how to load": ({**FP8, "dequantize": True}, "quantization_config.dequantize says how to load"),
     "kernels": ({**COMPRESSED, "use_optimized_inference": True}, "use_optimized_inference"),
     "a number beyond reason": ({**FP8, "weight_block_size": [2**40, 1]}, "weight_block_size holds more"),
+    "blocks of nothing": ({**FP8, "weight_block_size": [{}, 16]}, "weight_block_size is not two numbers"),
+    "blocks of one number": ({**FP8, "weight_block_size": [0, 128]}, "weight_block_size is not two numbers"),
     "no number": ({**FP8, "weight_block_size": [float("nan"), 1]}, "weight_block_size holds more"),
     "an endless text": ({**COMPRESSED, "ignore": ["a" * 5000]}, "ignore holds more"),
     "endless texts": ({**COMPRESSED, "ignore": ["a"] * 10_000}, "ignore holds more"),
