@@ -19,7 +19,7 @@ from ..errors import SourceError, UnsupportedModel
 from ..words import named
 
 _ABSMAX = ".absmax"  # scales of bitsandbytes, beside each weight that it packs
-_SECONDS = 10  # of processor time for all patterns of a config: thousands of names take a fraction of one
+_SECONDS = 3  # of processor time for all patterns of a config: thousands of names take a fraction of one
 
 
 def loadable(config: PreTrainedConfig) -> PreTrainedConfig:

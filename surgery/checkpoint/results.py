@@ -48,7 +48,10 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
                 partial.touch()
             path.unlink()
         else:
+            made = not path.exists()  # the file that a link leads to
             path.open("ab").close()
+            if made:
+                path.resolve().unlink()
     except OSError as error:
         raise _unwritable(path, option, error) from error
 

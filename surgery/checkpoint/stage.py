@@ -237,7 +237,7 @@ class Stage:
                 if error.errno != errno.EXDEV:
                     raise
                 with Owned(directory.parent, directory.name) as copied:
-                    shutil.copytree(self.path, copied.inside)
+                    _copy_tree(self.path, copied.inside)
                     os.replace(copied.inside, directory)
             has_published(directory)
             self._remove()
@@ -253,6 +253,17 @@ class Stage:
 
     def _remember(self, name: str, sha256: str) -> None:
         self._hashes[name] = (_state(self.path / name), sha256)
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """All files below `source`; the first error ends it, where shutil would go on and make one error of all."""
+    for path in sorted(source.rglob("*")):
+        to = target / path.relative_to(source)
+        if path.is_dir():
+            to.mkdir(parents=True)
+        else:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, to)
 
 
 def _state(path: Path) -> tuple[int, int]:

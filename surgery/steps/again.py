@@ -25,7 +25,7 @@ from ..checkpoint.values import as_stored
 from ..converted.described import Described
 from ..converted.files import added_layout
 from ..converted.reading import load_converted
-from ..errors import DamagedCheckpoint, NoSpace, SurgeryError
+from ..errors import DamagedCheckpoint, NoSpace, NoTemporary, SurgeryError
 from ..live.loading import load_original, load_tokenizer
 from ..live.model import Live
 from ..live.roundings import rounds_values, steady
@@ -81,7 +81,7 @@ def check_again(
     """
     try:
         again = fit_again(described, recipe, source, directory, device, reporter)
-    except NoSpace:
+    except (NoSpace, NoTemporary):
         raise
     except SurgeryError as error:  # the recipe or config.json of the checkpoint says what cannot be done
         return [Check(FILES, False, str(error))]
@@ -90,8 +90,8 @@ def check_again(
     if not files.passed and (others := other_versions(manifest)):
         files = replace(files, detail=f"{files.detail}; {others}")
     found = [files, check(TENSORS, lambda: _same_tensors(described.root, manifest, again, directory))]
-    if again.changes.replaced:
-        found.append(check(QUANTISED, lambda: same_quantised(described, again, directory)))
+    if again.changes.replaced or any(entry.status == "quantised" for entry in manifest.tensors.values()):
+        found.append(check(QUANTISED, lambda: same_quantised(described, manifest, again, directory)))
     if again.control is not None:
         found.append(check(FUNCTION, functools.partial(_same_function, described, again.control, device)))
     return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..checkpoint.layout import Layout, read_layout, read_tensor
+from ..checkpoint.manifest import MANIFEST, Manifest
 from ..converted.described import Described
 from ..verification.checks import Found
 from ..words import listing
@@ -20,13 +21,19 @@ if TYPE_CHECKING:
 SCALES = ("weight_scale", "input_scale")
 
 
-def same_quantised(described: Described, again: Again, directory: Path) -> Found:
-    """Each weight is the source's, rounded as the recipe says, to the bit; scales are positive numbers.
+def same_quantised(described: Described, manifest: Manifest, again: Again, directory: Path) -> Found:
+    """What the recipe quantises is what the manifest says is quantised, each weight is the source's, rounded as the
+    recipe says, to the bit, and scales are positive numbers.
 
     What an operation that cannot be repeated may have changed before it was rounded is not looked at: that is said.
     `directory` holds the source as plain files.
     """
     layout, original = read_layout(described.root), read_layout(directory)
+    planned = {(name, of) for of, instead in again.changes.replaced.items() for name in instead}
+    claimed = {(name, entry.of) for name, entry in manifest.tensors.items() if entry.status == "quantised"}
+    if other := sorted(planned ^ claimed, key=str):
+        does = "quantises" if other[0] in planned else "does not quantise"
+        return False, f"{other[0][0]}: the recipe {does} it, and {MANIFEST} says otherwise"
     same, left = 0, again.open | set(again.tensors)
     for operation in again.plan.recipe.changes:
         for stored, instead in again.plan.by_operation[operation.name].replaced.items():

@@ -71,7 +71,8 @@ def _exported(
     for left in clear_for(out):
         reporter.note(f"removed {left.path} ({human(left.bytes)}), which a run that was killed had left")
     finished, integrity = _finished(engine, checkpoint, options, reporter)
-    require_target(out, finished.root)
+    for root in (finished.root, *([] if finished.original is None else [finished.original.root])):
+        require_target(out, root if root.is_dir() else None)
     chunks = _chunks(finished, texts, options)
     engine.refuse(finished)
     act = provenance(
@@ -228,7 +229,8 @@ def _measured(
     gate = {"name": apart.name, "passed": apart.close, "value": apart.value, "limit": apart.limit}
     return {
         "gates": [gate], "perplexity": {"converted": _score(converted), "exported": _score(exported)},
-        "delta_log_probability": (exported.double() - converted.double()).abs().max().item(), "chunks": chunks.shape[0], "chunk_length": chunks.shape[1],
+        "delta_log_probability": (exported.double() - converted.double()).abs().max().item(),
+        "chunks": chunks.shape[0], "chunk_length": chunks.shape[1],
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -202,6 +203,22 @@ def tampered(static: Path, tmp_path: Path, part: str, data: bytes) -> Path:
 def test_an_edited_weight_or_scale_is_found(place: Place, static: Path, tmp_path: Path, part, data, said) -> None:
     ended = surgery_command("verify", tampered(static, tmp_path, part, data), "--against", place.source)
     assert ended.code == 3 and said in ended.error
+
+
+def test_what_the_recipe_keeps_is_not_quantised(place: Place, static: Path, tmp_path: Path) -> None:
+    """Whatever the manifest says of it: a head that was turned round would pass for rounded."""
+    out = tmp_path / "out"
+    shutil.copytree(static, out)
+    info = read_layout(out).tensors["lm_head.weight"]
+    with (out / info.shard).open("r+b") as file:
+        file.seek(info.start + 3)
+        file.write(b"\xbf")
+    manifest = json.loads((out / "surgery.json").read_text())
+    manifest["tensors"]["lm_head.weight"] |= {"status": "quantised", "of": "lm_head.weight"}
+    (out / "surgery.json").write_text(json.dumps(manifest))
+    rehash(out)
+    ended = surgery_command("verify", out, "--against", place.source)
+    assert ended.code == 3 and "lm_head.weight: the recipe does not quantise it" in ended.error
 
 
 def test_other_settings_of_the_format_are_found(place: Place, static: Path, tmp_path: Path) -> None:
