@@ -58,7 +58,7 @@ def require_close(found: Distance, engine: Engine, finished: Finished) -> None:
     """UnsupportedModel where log-probabilities of random ids differ by more than rounding explains."""
     if not found.close:
         raise UnsupportedModel(
-            f"{finished.described.anatomy.model_type}: on random token ids {engine.title} differs from {finished.name}: "
+            f"{finished.described.anatomy.model_type}: on random ids {engine.title} differs from {finished.name}: "
             f"the {found.called} is {found.value:.3g}, and rounding explains {found.limit:g}, so what {engine.title} "
             "computes is not the same function."
         )
