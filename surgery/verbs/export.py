@@ -12,6 +12,7 @@ import torch
 from ..anatomy.sites import parse_config
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.config import CONFIG
+from ..checkpoint.contents import may_change
 from ..checkpoint.disk import require_target, sha256_of
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
@@ -82,6 +83,7 @@ def _exported(
         # 2. Write, and show what can be shown without text.
         reporter.step(f"write {out.name} for {engine.title}")
         engine.write(finished, stage)
+        _require_unchanged(finished, stage)
         proof = engine.prove(finished, stage.path, options.device)
         # 3. Measure both on text.
         measured = {} if chunks is None else _measured(engine, finished, stage.path, chunks, options, reporter)
@@ -191,6 +193,16 @@ def _chunks(finished: Finished, texts: Texts, options: ExportOptions) -> torch.T
     reader = Reader(load_tokenizer(root), vocabulary_size(read_layout(root), anatomy))
     chunking = fit_chunks(options.chunking or chunking_of(root), anatomy, finished.described.eab.n_slots)
     return reader.cut(texts.evaluation, chunking, "--text")
+
+
+def _require_unchanged(finished: Finished, stage: Stage) -> None:
+    """DamagedCheckpoint where a file was carried over that has changed since its integrity was checked."""
+    for name, file in stage.hashes().items():
+        entry, path = finished.manifest.files.get(name), finished.root / name
+        if entry is None or may_change(name) or entry.sha256 == file["sha256"]:
+            continue
+        if path.is_file() and sha256_of(path) == file["sha256"]:
+            raise DamagedCheckpoint(f"{path} changed while it was exported; restore it, and run again.")
 
 
 # ---- 3. on text

@@ -67,6 +67,20 @@ def test_more_than_slots_is_refused_by_name(bench: Bench, engine: str, operation
     refused(bench, asked, INPUT, "keys and values alone", "attention_bias only", *words)
 
 
+def test_a_file_that_changes_meanwhile_is_not_published(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, write = copied(bench), Peft.write
+    tokenizer = root / "tokenizer.json"
+
+    def late(self, finished, into):
+        tokenizer.write_bytes(tokenizer.read_bytes() + b" ")
+        write(self, finished, into)
+
+    monkeypatch.setattr(Peft, "write", late)
+    ended = surgery_command(*exporting(bench, checkpoint=root))
+    assert ended.code == DAMAGED and "tokenizer.json changed while it was exported" in ended.error
+    assert not bench.out.exists()
+
+
 # ---- the original
 
 

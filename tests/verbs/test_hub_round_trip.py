@@ -77,6 +77,21 @@ def test_what_was_pushed_is_downloaded_and_verified(hub: Hub, place: Place, tmp_
     assert damaged.code == 3 and "eab_masks.py" in damaged.error and f"do not use {MINE}@{commit}" in damaged.error
 
 
+def test_an_export_finds_the_original_that_is_named(hub: Hub, place: Place, tmp_path: Path) -> None:
+    """By its id and commit in the manifest; of what was pushed, too."""
+    assert run(place, "meta/source", tmp_path / "out", "--push", MINE).code == 0
+    adapter, commit = tmp_path / "adapter", hub.repos["meta/source"].refs["main"]
+    ended = surgery_command("export", "peft", MINE, adapter, "--text", place.text)
+    assert ended.code == 0, ended.err
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("meta/source", commit)
+    card = (adapter / "README.md").read_text()
+    assert f'from_pretrained("meta/source", revision="{commit}")' in card and "base_model:\n- meta/source\n" in card
+    hub.add("meta/source", place.source, "step2")
+    other = surgery_command("export", "peft", MINE, tmp_path / "other", "--original", "meta/source@step2")
+    assert other.code == 0, other.err  # the same tensors in one file
+
+
 def test_a_plan_says_what_a_run_would_download(hub: Hub, place: Place, tmp_path: Path) -> None:
     result = tmp_path / "plan.json"
     ended = surgery_command("plan", place.recipe, "meta/source", "--json", result)
