@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,7 @@ def in_vllm(python: Path, directory: Path, ids: torch.Tensor, advance: Advance) 
 
 def _last_words(log: Path, code: int) -> str:
     """What an error says in the last line that names one, else how the process ended."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in text.splitlines()]
     named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
     return named[-1][:300].rstrip(" .") if named else f"exit code {code}"

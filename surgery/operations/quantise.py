@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from ..anatomy.linears import linears
@@ -58,6 +58,15 @@ class Quantise(Operation):
     group: Annotated[
         int, Field(ge=16, multiple_of=16, description="of w4a16: input channels of a weight that share a scale")
     ] = 128
+
+    @field_validator("scheme")
+    @classmethod
+    def _that_engines_run(cls, value: str) -> str:
+        if value == "fp8_static":
+            raise ValueError(
+                "is fp8_static, which nothing has run here: vLLM 0.32 stops on it on CPUs; write fp8_dynamic"
+            )
+        return value
 
     @property
     def _format(self) -> Format:

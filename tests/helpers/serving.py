@@ -67,6 +67,10 @@ class Served:
     def directory(self) -> Path:
         return self.root / "served"
 
+    @property
+    def card(self) -> str:
+        return (self.directory / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+
     @cached_property
     def original(self) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM

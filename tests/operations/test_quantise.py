@@ -144,7 +144,7 @@ def test_scales_are_the_largest_inputs_of_the_text(place: Place, static: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", [name for name in FORMATS if name != "w8a8_static"])
+@pytest.mark.parametrize("scheme", ["w8a8_dynamic", "w4a16", "fp8_dynamic"])
 def test_every_scheme_is_written_and_verified(place: Place, tmp_path: Path, scheme: str) -> None:
     out = converted(place, tmp_path, scheme, place.sharded)
     ended = surgery_command("verify", out, "--against", place.sharded)
@@ -254,6 +254,10 @@ def test_other_layers_than_linear_ones_are_refused(place: Place, tmp_path: Path)
 def test_the_library_is_asked_for_by_name(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     assert "pip install 'checkpoint-surgery[quantised]'" in refused(place, tmp_path, "{}")
+
+
+def test_what_no_engine_here_runs_is_refused(place: Place, tmp_path: Path) -> None:
+    assert "write fp8_dynamic" in refused(place, tmp_path, "{scheme: fp8_static}")
 
 
 def test_nothing_is_fitted_to_rounded_weights(place: Place, tmp_path: Path) -> None:
