@@ -67,16 +67,17 @@ def in_vllm(python: Path, directory: Path, ids: torch.Tensor, advance: Advance) 
         # vLLM asks no hub, and writes what it says into a file: a full pipe would stop it.
         settings = {**os.environ, "HF_HUB_OFFLINE": "1"}
         with log.open("w") as said:
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=settings, cwd=folder)
-            try:
-                assert child.stdout is not None
-                for line in child.stdout:
-                    if line.strip() == DONE:
-                        advance(1, "")
-                code = child.wait()
-            finally:
-                child.kill()
-                child.wait()
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=said, text=True, env=settings, cwd=folder
+            ) as child:
+                try:
+                    assert child.stdout is not None
+                    for line in child.stdout:
+                        if line.strip() == DONE:
+                            advance(1, "")
+                    code = child.wait()
+                finally:
+                    child.kill()
         if code or not result.is_file():
             raise UnsupportedModel(f"vLLM stopped: {_last_words(log, code)}.")
         return load_file(result)["logs"]
