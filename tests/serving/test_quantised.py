@@ -1,4 +1,4 @@
-"""Quantised checkpoints in vLLM's own kernels: integers, float8, four bits; beside the rounding that transformers has."""
+"""Quantised checkpoints in vLLM's own kernels: integers, float8, four bits."""
 
 from __future__ import annotations
 
