@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +17,10 @@ if TYPE_CHECKING:
     from ..operations.base import Operation
     from .again import Again
 
-SCALES = ("weight_scale", "input_scale")
-
 
 def same_quantised(described: Described, manifest: Manifest, again: Again, directory: Path) -> Found:
     """What the recipe quantises is what the manifest says is quantised, each weight is the source's, rounded as the
-    recipe says, to the bit, and scales are positive numbers.
+    recipe says, to the bit.
 
     What an operation that cannot be repeated may have changed before it was rounded is not looked at: that is said.
     `directory` holds the source as plain files.
@@ -37,8 +34,6 @@ def same_quantised(described: Described, manifest: Manifest, again: Again, direc
     same, left = 0, again.open | set(again.tensors)
     for operation in again.plan.recipe.changes:
         for stored, instead in again.plan.by_operation[operation.name].replaced.items():
-            if wrong := _bad_scale(layout, instead):
-                return False, wrong
             if stored in left:
                 continue
             if wrong := _differs(operation, again, layout, stored, read_tensor(original, stored), set(instead)):
@@ -63,13 +58,4 @@ def _differs(
             continue
         if not torch.equal(read_tensor(layout, name), wanted[name]):
             return name
-    return None
-
-
-def _bad_scale(layout: Layout, names: Mapping[str, object]) -> str | None:
-    for name in names:
-        if name.endswith(SCALES):
-            scale = read_tensor(layout, name)
-            if not bool((scale.isfinite() & (scale > 0)).all()):
-                return f"{name} holds what is no positive number"
     return None

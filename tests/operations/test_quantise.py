@@ -196,8 +196,8 @@ def tampered(static: Path, tmp_path: Path, part: str, data: bytes) -> Path:
     [
         ("weight", b"\x01\x02", "up_proj.weight is not what quantise makes"),
         ("weight_scale", b"\x01", "up_proj.weight_scale is not what quantise makes"),
-        ("input_scale", b"\0\0\xc0\xff", "no positive number"),
-        ("input_scale", b"\0\0\0\0", "no positive number"),
+        ("input_scale", b"\0\0\xc0\xff", "input_scale holds what is no positive number"),
+        ("weight_scale", b"\0\0\0\0", "weight_scale holds what is no positive number"),
     ],
 )
 def test_an_edited_weight_or_scale_is_found(place: Place, static: Path, tmp_path: Path, part, data, said) -> None:
