@@ -13,19 +13,22 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
 
-from ..anatomy.linears import linears
+from ..anatomy.linears import linears, means
+from ..anatomy.sites import Anatomy
 from ..anatomy.stored import stored_name
 from ..checkpoint.compressed import FORMATS, INSTALL, Format, config_entry, packed, require_library
 from ..checkpoint.layout import Stored
 from ..checkpoint.quantised import KEY
 from ..checkpoint.values import dtype_code
 from ..converted.card import Section
-from ..errors import UnsupportedModel
+from ..errors import SourceError, UnsupportedModel
 from ..live.model import Live
 from ..live.quantised import activation_ranges, loaded_linears
+from ..recipe.fields import AsTuple
+from ..words import listing
 from .base import Changes, Exact, Fitting, Operation, Stand, Target
 
 CALLED = {
@@ -59,6 +62,12 @@ class Quantise(Operation):
         int, Field(ge=16, multiple_of=16, description="of w4a16: input channels of a weight that share a scale")
     ] = 128
 
+    per_token: Annotated[
+        tuple[str, ...],
+        AsTuple,
+        Field(description="of w8a8_static: layers, such as down_proj, whose inputs have a scale per token instead"),
+    ] = ()
+
     @field_validator("scheme")
     @classmethod
     def _that_engines_run(cls, value: str) -> str:
@@ -67,6 +76,16 @@ class Quantise(Operation):
                 "is fp8_static, which nothing has run here: vLLM 0.32 stops on it on CPUs; write fp8_dynamic"
             )
         return value
+
+    @field_validator("per_token")
+    @classmethod
+    def _of_stored_scales(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if value and not FORMATS[info.data.get("scheme", "w8a8_static")].calibrated:
+            raise ValueError(f"is for a scheme with stored scales, and {info.data['scheme']} has none; leave it out")
+        return value
+
+    def _is_per_token(self, name: str) -> bool:
+        return any(means(target, name) for target in self.per_token)
 
     @property
     def _format(self) -> Format:
@@ -88,6 +107,7 @@ class Quantise(Operation):
         """UnsupportedModel where layers are not stored as the model has them, or are none that the format knows."""
         require_library()
         anatomy = target.anatomy
+        self._require_known(anatomy)
         replaced: dict[str, dict[str, Stored]] = {}
         for name, module in linears(anatomy.blank, anatomy).items():
             if not isinstance(module, nn.Linear):
@@ -101,13 +121,24 @@ class Quantise(Operation):
                     "not divide; give quantise another group."
                 )
             stored = stored_name(target.layout, anatomy, f"{anatomy.lead}{name}.weight")
-            blank = packed(torch.empty(module.weight.shape, device="meta"), None, self.scheme, self.group)
+            blank = self._packed(name, torch.empty(module.weight.shape, device="meta"), None)
             base = stored.removesuffix("weight")
             replaced[stored] = {f"{base}{part}": _as_stored(tensor) for part, tensor in blank.items()}
-        entry = config_entry(self.scheme, self.group, self._ignored(target))
+        entry = config_entry(self.scheme, self.group, self._ignored(target), self.per_token)
         return Changes(
             replaced=replaced, config={KEY: entry}, told={self.name: {"scheme": self.scheme, "layers": len(replaced)}}
         )
+
+    def _require_known(self, anatomy: Anatomy) -> None:
+        names = list(linears(anatomy.blank, anatomy))
+        for target in self.per_token:
+            if not any(means(target, name) for name in names):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+                raise SourceError(f"quantise.per_token: {target!r} is no linear layer of this model; it has {known}.")
+
+    def _packed(self, name: str, weight: torch.Tensor, peak: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
+        """What is stored in place of the weight of the layer `name` in the trunk."""
+        return packed(weight, peak, self.scheme, self.group, self._is_per_token(name))
 
     def _ignored(self, target: Target) -> list[str]:
         """Names of the linear layers that stay as they are: those outside of the blocks."""
@@ -126,7 +157,8 @@ class Quantise(Operation):
         text.reporter.step("set the scales of inputs")
         with text.reporter.bar("quantise", len(text.chunks)) as advance:
             ranges = activation_ranges(live, text.chunks, advance)
-        return Rounded({name: ranges[name].cpu() if name in ranges else None for name in names})
+        stored = [name for name in ranges if not self._is_per_token(name)]
+        return Rounded({name: ranges[name].cpu() if name in stored else None for name in names})
 
     def graft(self, live: Live, parts: Rounded) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()  # the last one: rounded is what is written
@@ -139,8 +171,8 @@ class Quantise(Operation):
     ) -> Mapping[str, torch.Tensor]:
         """Without `parts` the scale of inputs means nothing, and the rest is the same."""
         base = stored.removesuffix("weight")
-        peak = None if parts is None else parts.peaks[base.removesuffix(".").removeprefix(target.anatomy.lead)]
-        written = packed(weight, peak, self.scheme, self.group)
+        name = base.removesuffix(".").removeprefix(target.anatomy.lead)
+        written = self._packed(name, weight, None if parts is None else parts.peaks[name])
         return {f"{base}{part}": tensor for part, tensor in written.items()}
 
     def found(self, parts: Rounded, tokenizer: Any) -> dict[str, Any]:
@@ -148,10 +180,11 @@ class Quantise(Operation):
 
     def says(self, parts: Rounded, target: Target, recipe: Stand) -> Section:
         grouped = f", a scale for {self.group} input channels" if self._format.grouped else ""
+        apart = f"; inputs of {listing(self.per_token)} have a scale for each token" if self.per_token else ""
         return Section(
             text=f"The {len(parts.peaks):,} linear layers of the blocks are stored quantised: {CALLED[self.scheme]}"
-            f"{grouped} (compressed-tensors, {self._format.format}). Loading it needs that package: {INSTALL}, or "
-            "`pip install compressed-tensors`."
+            f"{grouped}{apart} (compressed-tensors, {self._format.format}). Loading it needs that package: "
+            f"{INSTALL}, or `pip install compressed-tensors`."
         )
 
 

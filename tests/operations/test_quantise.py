@@ -152,6 +152,33 @@ def test_every_scheme_is_written_and_verified(place: Place, tmp_path: Path, sche
     assert "14 weights rounded as computed again" in " ".join(ended.out.split())
 
 
+@pytest.mark.slow
+def test_named_layers_have_a_scale_per_token(place: Place, tmp_path: Path) -> None:
+    """The stored scale of all others is kept; loaded, only the named ones follow their input."""
+    path = recipe(tmp_path, "{scheme: w8a8_static, per_token: [down_proj]}")
+    out = tmp_path / "out"
+    ended = surgery_command("run", path, place.source, out, "--text", place.text, *MEASURED)
+    assert ended.code == 0, ended.err
+    ended = surgery_command("verify", out, "--against", place.source)
+    assert ended.code == 0 and "14 weights rounded as computed again" in " ".join(ended.out.split()), ended.err
+    scales = {name for name in read_layout(out).tensors if name.endswith("input_scale")}
+    assert len(scales) == 12 and not any("down_proj" in name for name in scales)
+    model = load_converted(out)
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            dynamic = module.quantization_scheme.input_activations.dynamic
+            assert dynamic == name.endswith("down_proj"), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [("{per_token: [up]}", "no linear layer of this model; it has down_proj, gate_proj"),
+     ("{scheme: w4a16, per_token: [down_proj]}", "is for a scheme with stored scales")],
+)  # fmt: skip
+def test_per_token_names_layers_of_static_schemes(place: Place, tmp_path: Path, settings: str, said: str) -> None:
+    assert said in refused(place, tmp_path, settings)
+
+
 def test_what_is_not_rounded_stays_byte_for_byte(place: Place, static: Path) -> None:
     before, after = (read_layout(root) for root in (place.source, static))
     source = load_file(place.source / "model.safetensors")

@@ -10,7 +10,9 @@ from helpers.serving import make, vllm_python
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["w8a8_static", "w8a8_dynamic", "fp8_dynamic", "w4a16"])
+@pytest.mark.parametrize(
+    "scheme", ["w8a8_static", "w8a8_static, per_token: [down_proj]", "w8a8_dynamic", "fp8_dynamic", "w4a16"]
+)
 def test_a_scheme_is_the_same_in_vllm(scheme: str, tmp_path: Path) -> None:
     """Random weights make much noise of rounding; another function would be off by a nat and more."""
     group = ", group: 64" if scheme == "w4a16" else ""
