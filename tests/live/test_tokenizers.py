@@ -141,11 +141,12 @@ def test_what_a_hostile_decoder_writes_is_bounded(source: Path, monkeypatch: pyt
 
 
 def test_no_token_is_decoded_outside_of_a_child() -> None:
-    """What decodes is a stranger's program: `live.text` is the only place that calls it."""
+    """What decodes is a stranger's program: few places call it, each in a function that a child runs."""
     calls = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in sorted((ROOT / "surgery").rglob("*.py"))
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search(r"tokenizer\.(batch_)?decode\(|emitted\.decode\(|tokenizer\(\w+, add_special", line)
     ]
-    assert {call.partition(":")[0] for call in calls} == {"surgery/live/loading.py", "surgery/live/text.py"}
+    inside = {"surgery/live/loading.py", "surgery/live/text.py", "surgery/delivery/vllm_tokenizer.py"}
+    assert {call.partition(":")[0] for call in calls} == inside  # in what they have a child do

@@ -72,7 +72,7 @@ class Quantised(Gate):
 
     @model_validator(mode="after")
     def _of_a_static_scheme(self) -> Self:
-        if "calibrations" in self.model_fields_set and not self.calibrates:
+        if self.calibrations > 1 and not self.calibrates:
             raise ValueError("sets calibrations, which only static scales have; name w8a8_static or w4a4_static too")
         return self
 
