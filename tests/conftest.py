@@ -33,6 +33,28 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _tokenizers_are_tried_once():
+    """The same files are not tried in a child again: most tests have one tokenizer, and forks of this process are slow.
+
+    What failed is tried again, and whatever is changed is tried.
+    """
+    from surgery.live import loading
+
+    tried, bounded = set(), loading.bounded
+
+    def once(function, directory, **limits):
+        files = sorted(path for path in Path(directory).iterdir() if path.is_file() and path.stat().st_size < 2**20)
+        content = tuple((path.name, path.read_bytes()) for path in files if not path.name.endswith(".safetensors"))
+        if (key := hash(content)) not in tried:
+            bounded(function, directory, **limits)
+            tried.add(key)
+
+    loading.bounded = once
+    yield
+    loading.bounded = bounded
+
+
 def _material_root() -> Path:
     root = Path(__file__).resolve().parents[1]
     return Path(os.environ.get("SURGERY_MATERIAL") or root / ".material").resolve()

@@ -264,6 +264,7 @@ def test_gates_on_quantised_models(place: Place, tmp_path: Path) -> None:
     assert failed.code == 1 and "quantised.kv4" in failed.error and not (tmp_path / "failed").exists()
 
 
+@pytest.mark.slow
 def test_scales_that_come_from_no_text_want_none(place: Place, tmp_path: Path) -> None:
     recipe, out = tmp_path / "q.yaml", tmp_path / "out"
     recipe.write_text(place.recipe.read_text().rstrip() + "\n  quantised: {kv4: {max_ratio: 3.0}}\n")

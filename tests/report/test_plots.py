@@ -121,6 +121,7 @@ def test_compare_puts_models_of_different_depth_on_one_axis(style):
     assert plots.compare([short], ["short"]) is None
 
 
+@pytest.mark.slow
 def test_plots_are_png_and_svg_and_leave_matplotlib_alone(tmp_path):
     """Plots are written as PNG and SVG, and leave no trace in matplotlib's settings."""
     survey = make_survey()

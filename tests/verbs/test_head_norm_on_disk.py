@@ -281,6 +281,7 @@ def test_peft_trains_norms_and_gates(gated):
     assert not torch.equal(model(input_ids=tiny_text(1, 9)).logits, before)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_computes_the_same(both):
     model, ids = load_converted(both[0]), tiny_text(2, 17)
     with torch.no_grad():

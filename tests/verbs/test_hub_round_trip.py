@@ -190,6 +190,7 @@ def test_what_did_not_pass_is_not_pushed(hub: Hub, place: Place, tmp_path: Path,
     assert MINE not in hub.repos
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_keeps_the_output_and_says_where(hub: Hub, place: Place, tmp_path: Path) -> None:
     """The result is written all the same, and the push can be made up for."""
     hub.fails["/lfs"] = REFUSED

@@ -78,6 +78,7 @@ def test_manifests_of_older_versions_are_read(place, tmp_path):
     assert ended.code == 3 and '"provenance" is missing or of the wrong type' in ended.error
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_date_are_equal_to_the_byte(place, tmp_path, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     found = []

@@ -108,6 +108,7 @@ def test_a_signature_is_checked_and_an_edit_breaks_it(copy: Path, tmp_path: Path
     assert verified(copy, "--public-key", public)[0] == 0
 
 
+@pytest.mark.slow
 def test_the_manifest_is_sealed_by_digest_and_by_signature(place: Place, copy: Path, tmp_path: Path) -> None:
     private, public = key_pair(tmp_path)
     Signer(private).sign(copy)

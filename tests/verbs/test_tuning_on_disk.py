@@ -172,6 +172,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_files(
         assert (tmp_path / "out" / name).read_bytes() == (tuned / "out" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_that_helps_nothing_is_left_out_and_said(place: Place, tmp_path: Path, monkeypatch) -> None:
     judgements = iter([1.0, 2.0, 3.0])
     monkeypatch.setattr(loop, "held_out_nll", lambda *_: next(judgements))

@@ -87,6 +87,7 @@ def test_no_difference_on_few_tokens_is_not_certainty() -> None:
     assert Agreement(min_share=1).judge(None, converted) == []
 
 
+@pytest.mark.slow
 def test_a_run_is_judged_and_shown(place: Place, tmp_path: Path) -> None:
     """Through the command: in the verdict, on screen, on the card, and again by verify."""
     recipe, verdict = tmp_path / "r.yaml", tmp_path / "v.json"
