@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 
 # Controls, marks that turn the direction of writing, halves of characters, separators of lines: a terminal would obey.
@@ -13,6 +14,13 @@ def shown(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(_escaped(c) if unicodedata.category(c) in _OBEYED else c for c in text)
+
+
+def shown_json(text: str) -> str:
+    """JSON `text` with such characters as escapes of JSON; line breaks between values stay."""
+    if text.isascii():
+        return text
+    return "".join(json.dumps(c)[1:-1] if c != "\n" and unicodedata.category(c) in _OBEYED else c for c in text)
 
 
 def cut(text: str, most: int) -> str:

@@ -165,7 +165,7 @@ class Verdict(TypedDict):
 
     # Of gates that a recipe names, by their names; surgery.verification.gates documents each.
     agreement: NotRequired[dict[str, Any]]  # share (mean, low, high), tokens
-    quantised: NotRequired[dict[str, Any]]  # scheme -> original, converted (Score), delta_nll
+    quantised: NotRequired[dict[str, Any]]  # scheme -> original, converted (Score), delta_nll, calibrations
     streaming: NotRequired[dict[str, Any]]  # original, original_kept, converted (Score), delta_nll
     cache_edits: NotRequired[dict[str, Any]]  # edit -> original, original_kept, converted (Score), delta_nll
     tasks: NotRequired[dict[str, Any]]
@@ -198,7 +198,7 @@ class Export(TypedDict):
 
     passed: bool | None
     engine: str
-    gates: list[Gate]  # log_probability: the largest |delta| of a token of the text to the checkpoint, in nats
+    gates: list[Gate]  # log_probability: the largest |delta| of a token to the checkpoint, in nats; or the mean
     integrity: Integrity  # of the converted checkpoint
     proof: str  # what was found of the files without text, in one sentence
     files: dict[str, Any]  # name -> sha256, bytes

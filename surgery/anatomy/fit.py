@@ -12,19 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.allowance import Allowance, within
 from ..checkpoint.config import CONFIG, require_countable
 from ..checkpoint.layout import Layout
 from ..errors import DamagedCheckpoint, SurgeryError, brief
 from ..words import count_of, named
+from .packed import from_headers, require_patterns, require_plain_sites
 from .quiet import quiet
 from .sites import ADDED, Anatomy, examine
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 SPARE_BUFFERS = 2**28  # elements of tables that a model makes for itself, beside those that it stores
@@ -78,7 +80,10 @@ def original_tensors(layout: Layout) -> Layout:
 def fit(anatomy: Anatomy, layout: Layout) -> Fit:
     """How the tensors of `layout` fit the model of `anatomy`; DamagedCheckpoint where they do not."""
     _require_buffers(anatomy.blank, layout)
-    model, report = _loaded(anatomy, layout)
+    require_patterns(anatomy.config, anatomy.blank)
+    layout, config = from_headers(layout, anatomy.blank, anatomy.config)
+    model, report = _loaded(anatomy, layout, config)
+    require_plain_sites(model, (f"{anatomy.lead}{site.name}" for site in anatomy.sites))
     unexpected = set(report["unexpected_keys"])
     wrong = belonging(model, unexpected, layout.tensors.keys() - unexpected)
     if unexpected >= layout.tensors.keys():
@@ -99,7 +104,7 @@ def fit(anatomy: Anatomy, layout: Layout) -> Fit:
     return Fit(tuple(sorted({*unexpected, *ignored})), _tied(model, layout))
 
 
-def _loaded(anatomy: Anatomy, layout: Layout) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+def _loaded(anatomy: Anatomy, layout: Layout, config: PreTrainedConfig) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """The model as transformers loads it from these names and shapes, on the meta device, and its report."""
     kind: Any = anatomy.model_class
     empty = {
@@ -109,7 +114,7 @@ def _loaded(anatomy: Anatomy, layout: Layout) -> tuple[PreTrainedModel, Mapping[
     try:
         with quiet(), within(Allowance.of(len(empty))):
             return kind.from_pretrained(
-                None, config=anatomy.config, state_dict=empty, dtype=torch.bfloat16, device_map="meta",
+                None, config=config, state_dict=empty, dtype=torch.bfloat16, device_map="meta",
                 output_loading_info=True, ignore_mismatched_sizes=True, attn_implementation="eager",
             )  # fmt: skip
     except SurgeryError:

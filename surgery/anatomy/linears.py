@@ -26,6 +26,11 @@ def as_rows(module: Any) -> torch.Tensor:
     return weight.transpose(0, row_dim(module))
 
 
+def means(target: str, name: str) -> bool:
+    """Whether `target`, as recipes name layers ("down_proj"), means the layer `name`: its name, or the end of it."""
+    return name == target or name.endswith(f".{target}")
+
+
 def widths(module: nn.Module) -> tuple[int, int | None]:
     """What a linear layer of any kind maps from and to; (0, None) for any other module."""
     if isinstance(module, Conv1D):

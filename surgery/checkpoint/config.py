@@ -1,4 +1,4 @@
-"""config.json of a stranger, before model code sees it: what in it chooses code, what says quantised, what is too much.
+"""config.json of a stranger, before model code sees it: what in it chooses code, and what is too much.
 
 Whatever is asked of the whole file holds of the dicts inside as well: transformers makes configs of those too.
 """
@@ -12,8 +12,6 @@ from typing import Any
 
 from ..errors import DamagedCheckpoint, SourceError
 from ..words import named
-from .header import TensorInfo
-from .layout import Layout
 from .regular import read_json
 
 CONFIG = "config.json"
@@ -25,22 +23,6 @@ _IMPLEMENTATION = re.compile(r"_?\w*implementation(_internal)?|_?flash_attn_\w+"
 _CHOICES = {"fusion_config", "kernel_config", "use_kernels", "use_kernel", "distributed_config"}
 # What makes transformers read other weights than those that lie here.
 _ELSEWHERE = {"transformers_weights", "backbone", "use_pretrained_backbone"}
-_QUANTISED = ("quantization_config", "compression_config")
-_MLX = "quantization"
-# Files in which older tools say what newer ones write into config.json.
-QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
-# Endings of the tensors of packed weights, and who writes them.
-_PACKED = {
-    "GPTQ or AWQ": (".qweight", ".qzeros", ".g_idx"),
-    "bitsandbytes": (".absmax", ".quant_map", ".SCB", ".weight_format", ".quant_state.bitsandbytes__nf4"),
-    "compressed-tensors": (".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx"),
-    "fp8": (".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".input_scale", ".activation_scale"),
-    "MXFP4": ("_proj_blocks", "_proj_scales"),
-    "HQQ": (".W_q",),
-    "quanto": (".weight._data", ".weight._scale"),
-    "AQLM": (".codebooks",),
-}
-_WHOLE_NUMBERS = ("U8", "I8", "U16", "I16", "U32", "I32")
 LARGEST = 2**63  # beyond it a number fits no integer of torch
 # What transformers counts up to in Python while it reads a config or builds a model. Layers are bounded by the headers.
 _COUNT = re.compile(r"_?(num|n)_(?!\w*(vocab|embd|embed|position|ctx|token|pixel|param))\w+")
@@ -54,7 +36,7 @@ def read_config(root: Path) -> dict[str, Any]:
     """config.json of the directory `root` as it stands; DamagedCheckpoint where it is no sane JSON object."""
     path = root / CONFIG
     config = read_json(path, MAX_CONFIG)
-    for count, (key, value) in enumerate(_entries(config), 1):
+    for count, (key, value) in enumerate(entries(config), 1):
         if count > MOST_VALUES:
             raise DamagedCheckpoint(f"{path} holds more than {MOST_VALUES:,} values, which no config does; correct it.")
         if type(value) is int and abs(value) >= LARGEST:
@@ -62,17 +44,17 @@ def read_config(root: Path) -> dict[str, Any]:
     return config
 
 
-def _entries(value: object, within: str = "") -> Iterator[tuple[str, Any]]:
+def entries(value: object, within: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything in a config, at any depth; items of lists have the key of the list."""
     if isinstance(value, dict):
         for key, item in value.items():
             dotted = f"{within}.{key}" if within else str(key)
             yield dotted, item
-            yield from _entries(item, dotted)
+            yield from entries(item, dotted)
     elif isinstance(value, list):
         for item in value:
             if isinstance(item, (dict, list)):
-                yield from _entries(item, within)
+                yield from entries(item, within)
             else:
                 yield within, item
 
@@ -82,13 +64,9 @@ def _last(dotted: str) -> str:
 
 
 def code_choices(config: Mapping[str, Any]) -> list[str]:
-    """Dotted keys by which `config` chooses kernels, quantisers, code or weights from elsewhere; the `auto_map` at its
-    top is not among them."""
-    return [
-        key
-        for key, value in _entries(dict(config))
-        if _chooses(key, value) or _says_quantised(_last(key), value) or key.endswith(".auto_map")
-    ]
+    """Dotted keys by which `config` chooses kernels, code or weights from elsewhere; the `auto_map` at its top is not
+    among them."""
+    return [key for key, value in entries(dict(config)) if _chooses(key, value) or key.endswith(".auto_map")]
 
 
 def _chooses(dotted: str, value: object) -> bool:
@@ -99,7 +77,7 @@ def _chooses(dotted: str, value: object) -> bool:
 
 def without_choices(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """`config` without what chooses code; SourceError for what would have transformers read other weights."""
-    for key, value in _entries(dict(config)):
+    for key, value in entries(dict(config)):
         if _last(key) in _ELSEWHERE and _chooses(key, value):
             raise SourceError(
                 f"{where}: {named(key)} makes transformers load {named(value)}, which is no part of this checkpoint; "
@@ -112,47 +90,6 @@ def _cleaned(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _cleaned(v) for k, v in value.items() if k != "auto_map" and not _chooses(str(k), v)}
     return [_cleaned(item) for item in value] if isinstance(value, list) else value
-
-
-# ---- quantised
-
-
-def refuse_quantised(root: Path, config: Mapping[str, Any], layout: Layout | None = None) -> None:
-    """SourceError where config.json, a file beside it or the tensors of `layout` say that weights are packed."""
-    for key, value in _entries(dict(config)):
-        if _says_quantised(_last(key), value):
-            method = value.get("quant_method", "unknown") if isinstance(value, dict) else "unknown"
-            raise _quantised(f'{root / CONFIG} has a "{named(key)}" (method {named(method, 40)})')
-    if beside := next((name for name in QUANTISED_FILES if (root / name).exists()), None):
-        raise _quantised(f"{root / beside} says that the weights are quantised")
-    tensors = {} if layout is None else layout.tensors
-    for info in tensors.values():
-        if (method := _packing(info, tensors)) is not None:
-            raise _quantised(
-                f'{root / info.shard} holds "{named(info.name)}" ({info.dtype}), of quantised weights ({method})'
-            )
-
-
-def _says_quantised(key: str, value: object) -> bool:
-    return value is not None and key in _QUANTISED or isinstance(value, dict) and key == _MLX
-
-
-def _packing(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Who packs weights so that there is such a tensor; None where it is a plain one."""
-    for method, endings in _PACKED.items():
-        if info.name.endswith(endings):
-            return method
-    if info.dtype.startswith(("F4", "F6", "F8")):
-        return "fp8 or smaller"
-    if info.name.endswith(".scales") and f"{info.name.removesuffix('.scales')}.biases" in tensors:
-        return "MLX"
-    return "integers" if info.dtype in _WHOLE_NUMBERS and info.name.endswith("weight") and len(info.shape) > 1 else None
-
-
-def _quantised(what: str) -> SourceError:
-    return SourceError(
-        f"{what}: slots cannot be folded exactly from packed weights; give the checkpoint it was quantised from."
-    )
 
 
 # ---- too much
@@ -169,7 +106,7 @@ def require_countable(config: Mapping[str, Any], names: Iterable[str], where: Pa
     names could fill, so that reading it, or building its model, would not end. Whether the two fit exactly is another
     question."""
     stack = stack_size(names)
-    for dotted, value in _entries(dict(config)):
+    for dotted, value in entries(dict(config)):
         key = _last(dotted)
         if type(value) is not int:
             continue

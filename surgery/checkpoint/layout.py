@@ -7,12 +7,16 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import DamagedCheckpoint, SourceError
 from ..words import named
 from .elsewhere import NOWHERE, Elsewhere
 from .header import TensorInfo, read_header
 from .regular import AGAIN, is_plain_name, read_json
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,6 +36,10 @@ class Layout:
     @property
     def total_bytes(self) -> int:
         return sum(self.sizes.values())
+
+    def of_shard(self, shard: str) -> list[TensorInfo]:
+        """The tensors of one file, in the order in which they lie there."""
+        return sorted((t for t in self.tensors.values() if t.shard == shard), key=lambda t: (t.start, t.stop))
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,15 @@ def _no_weights(root: Path) -> SourceError:
     if ggufs:
         return SourceError(f"{root} holds GGUF files and no safetensors weights; name the file: {root / ggufs[0]}.")
     return SourceError(f"{root} holds no weights ({SINGLE} or {INDEX}); give a complete checkpoint directory.")
+
+
+def read_tensor(layout: Layout, name: str) -> torch.Tensor:
+    """One tensor as it is stored."""
+    from safetensors import safe_open
+
+    with safe_open(layout.root / layout.tensors[name].shard, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
 
 
 def read_tensor_bytes(layout: Layout, name: str) -> memoryview:

@@ -13,7 +13,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
 )
 from pydantic_core import ErrorDetails
 
@@ -49,12 +51,17 @@ class _Entry(BaseModel):
 
 
 class TensorEntry(_Entry):
-    """What became of one tensor, and where it lies."""
+    """What became of one tensor, and where it lies. `of`: the tensor of the source that a quantised one replaces."""
 
-    status: Literal["kept", "changed", "added"]
+    status: Literal["kept", "changed", "added", "quantised"]
     shard: str
     dtype: str
     shape: Shape
+    of: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value is not None}
 
 
 class FileEntry(_Entry):
@@ -69,7 +76,8 @@ class Manifest(_Entry):
 
     `source`: spec, kind, revision, dtype and hashes; `recipe`: as parsed; `versions`: package name to version;
     `files`: every file in the directory, surgery.json itself left out; `verdict`: what verification found. The status
-    is "verified" only where a verdict says it passed. `provenance`: of the run; older manifests have none.
+    is "verified" only where a verdict says it passed. `provenance`: of the run; older manifests have none. `quantised`:
+    SHA-256 of what config.json says of quantised weights, None where they are plain.
     """
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
@@ -81,6 +89,7 @@ class Manifest(_Entry):
     files: dict[FileName, FileEntry]
     verdict: dict[str, Any] | None
     provenance: Provenance | None = None
+    quantised: str | None = None
 
     @property
     def failed(self) -> bool:
@@ -109,10 +118,11 @@ def build_manifest(
     files: Mapping[str, Mapping[str, Any]],
     verdict: dict[str, Any] | None,
     provenance: Provenance | None = None,
+    quantised: str | None = None,
 ) -> Manifest:
     """The manifest of these parts, tensors and files sorted by name.
 
-    tensors: {name: {"status": kept|changed|added, "shard", "dtype", "shape"}}; files: {name: {"sha256", "bytes"}}.
+    tensors: name -> what a TensorEntry holds; files: name -> what a FileEntry holds.
     Raises ValueError for a tensor or file described otherwise: that is a bug of the caller.
     """
     return Manifest(
@@ -125,6 +135,7 @@ def build_manifest(
         files={name: FileEntry.model_validate(files[name]) for name in sorted(files) if name != MANIFEST},
         verdict=verdict,
         provenance=provenance,
+        quantised=quantised,
     )
 
 

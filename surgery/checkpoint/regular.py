@@ -62,6 +62,24 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def parse_any(raw: bytes | str, where: str) -> Any:
+    """The JSON value `raw`, None where it is none; DamagedCheckpoint for one that is nested too deep to be looked into.
+
+    How deep Python reads depends on how deep the program is that asks, so another one may read what we cannot.
+    """
+    try:
+        value = json.loads(raw)
+    except ValueError:
+        return None
+    except RecursionError:
+        raise DamagedCheckpoint(f"{where} is nested deeper than any such file is; {AGAIN}.") from None
+    try:
+        _require_shallow(value)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{where} is nested deeper than any such file is; {AGAIN}.") from error
+    return value
+
+
 def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result: dict[str, object] = {}
     for key, value in pairs:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..endings.owned import Owned
 from ..errors import OutputError
+from ..plain import shown_json
 from .disk import replacing, require_name
 
 STDOUT = Path("-")  # as a result's path: standard output
@@ -47,7 +48,10 @@ def require_result_file(path: Path | None, option: str, apart_from: Iterable[Pat
                 partial.touch()
             path.unlink()
         else:
+            made = not path.exists()  # the file that a link leads to
             path.open("ab").close()
+            if made:
+                path.resolve().unlink()
     except OSError as error:
         raise _unwritable(path, option, error) from error
 
@@ -106,8 +110,12 @@ def _to_standard_output(text: str) -> None:
 
 
 def json_text(result: Mapping[str, Any]) -> str:
-    """JSON as every reader takes it: `plain_json` has taken NaN and infinities out."""
-    return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """JSON as every reader takes it: `plain_json` has taken NaN and infinities out.
+
+    What a terminal would obey is written as escapes of JSON: it may go to one.
+    """
+    text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
+    return f"{shown_json(text)}\n"
 
 
 def _is_replaced(path: Path) -> bool:

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..endings.temporary import temporary
+from ..endings.temporary import of_temporary, temporary
 from ..errors import DamagedCheckpoint, OutputError, SourceError, brief
 from .contents import NOT_OURS, SIGNATURE
 from .disk import replacing, sha256_of
@@ -65,7 +65,10 @@ class Signer:
         try:
             with temporary() as scratch:  # what is signed must not hold what is being written
                 made = scratch / SIGNATURE
-                self._signing.set_hashing_config(_hashing((SIGNATURE, *NOT_OURS))).sign(root, made)
+                try:
+                    self._signing.set_hashing_config(_hashing((SIGNATURE, *NOT_OURS))).sign(root, made)
+                except OSError as error:
+                    raise of_temporary(error, made) or error from error
                 with replacing(root / SIGNATURE) as partial:
                     partial.write_bytes(made.read_bytes())
         except OSError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DamagedCheckpoint, SourceError
 from ..progress import Advance, unseen
 from ..words import named
-from .config import CONFIG, read_config, refuse_quantised, without_choices
+from .config import CONFIG, read_config, without_choices
 from .disk import sha256_of
 from .elsewhere import NOWHERE, Elsewhere
 from .hub import HubId, Snapshot, download, fetch_some, hub_id, weights_of
@@ -20,6 +20,7 @@ from .layout import INDEX, SINGLE, Layout, read_layout
 from .manifest import MANIFEST, TYPE_PREFIX
 from .own_files import require_own_files
 from .provenance import name_of, plain
+from .quantised import Quantised, quantised
 from .regular import is_lfs_pointer, is_plain_name, lfs_pointer, open_regular, read_json
 from .witness import State, states_in
 
@@ -89,6 +90,7 @@ class Source:
     layout: Layout
     companions: tuple[str, ...]
     plan: Any = field(default=None, repr=False, compare=False)  # a GGUF's GgufPlan, derived once
+    quantised: Quantised | None = None
     seen: Mapping[str, State] = field(default_factory=dict, repr=False, compare=False)  # before anything was read
 
     @property
@@ -172,9 +174,9 @@ def _open_directory(
     config = _read_config(root, spec)
     refuse_adapter(root)
     layout = read_layout(root, weights)
-    refuse_quantised(root, config, layout)
+    packed = quantised(root, config, layout)
     companions, config = _companions(root, config), without_choices(config, root / CONFIG)
-    return Source(spec, kind, root, revision, config, layout, companions, seen=seen)
+    return Source(spec, kind, root, revision, config, layout, companions, seen=seen, quantised=packed)
 
 
 def refuse_adapter(root: Path) -> None:
@@ -200,7 +202,7 @@ def _read_config(root: Path, spec: str) -> dict[str, Any]:
         raise SourceError(
             f"{spec} is already converted (model type {named(model_type)}); start from the original checkpoint."
         )
-    refuse_quantised(root, config)  # before what is wrong with its weights, which is often that they are packed
+    quantised(root, config)  # before what is wrong with its weights, which is often that they are packed
     return config
 
 
@@ -260,7 +262,7 @@ def _open_gguf(spec: str, path: Path, dtype: str) -> Source:
 
     seen = states_in(path)
     plan = plan_gguf(path, dtype)
-    return Source(spec, "gguf", path, None, plan.config, plan.layout, plan.companions, plan, seen)
+    return Source(spec, "gguf", path, None, plan.config, plan.layout, plan.companions, plan, seen=seen)
 
 
 def source_hashes(source: Source, advance: Advance = unseen) -> dict[str, str]:

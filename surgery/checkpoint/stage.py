@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,7 +17,7 @@ from ..endings.signals import caught, has_published, held
 from ..endings.temporary import FULL
 from ..errors import DamagedCheckpoint, OutputError, SourceError
 from .disk import disk_errors, require_space, require_target, sha256_of, translated
-from .layout import CHUNK, Layout
+from .layout import CHUNK, Layout, iter_tensor_chunks
 from .regular import is_plain_name, open_regular
 from .values import as_stored, dtype_code, tensor_bytes
 from .writing import plan_file
@@ -162,6 +162,29 @@ class Stage:
                 write(data)
         self._remember(name, digest.hexdigest())
 
+    def add_rewritten(
+        self, layout: Layout, shard: str, name: str, header: bytes,
+        written: Callable[[str], Mapping[str, torch.Tensor] | None],
+    ) -> None:  # fmt: skip
+        """Write `shard` of a checkpoint as `name`, others in place of some of its tensors, one in memory at a time.
+
+        `header`: of what will be written, in its order. `written`: name of a tensor -> what takes its place, None where
+        it stays as it is.
+        """
+        target, digest = self._new(name), hashlib.sha256(header)
+        with disk_errors(self.out), _create(target) as file:
+            file.write(header)
+            for info in layout.of_shard(shard):
+                instead = written(info.name)
+                if instead is None:
+                    parts: Iterable[bytes | memoryview] = iter_tensor_chunks(layout, info.name)
+                else:
+                    parts = (tensor_bytes(tensor) for tensor in instead.values())
+                for data in parts:
+                    digest.update(data)
+                    file.write(data)
+        self._remember(name, digest.hexdigest())
+
     def add_text(self, name: str, text: str) -> None:
         data, target = text.encode("utf-8"), self._new(name)
         with disk_errors(self.out), _create(target) as file:
@@ -214,7 +237,7 @@ class Stage:
                 if error.errno != errno.EXDEV:
                     raise
                 with Owned(directory.parent, directory.name) as copied:
-                    shutil.copytree(self.path, copied.inside)
+                    _copy_tree(self.path, copied.inside)
                     os.replace(copied.inside, directory)
             has_published(directory)
             self._remove()
@@ -230,6 +253,17 @@ class Stage:
 
     def _remember(self, name: str, sha256: str) -> None:
         self._hashes[name] = (_state(self.path / name), sha256)
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """All files below `source`; the first error ends it, where shutil would go on and make one error of all."""
+    for path in sorted(source.rglob("*")):
+        to = target / path.relative_to(source)
+        if path.is_dir():
+            to.mkdir(parents=True)
+        else:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, to)
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -8,14 +8,14 @@ from rich.console import Console
 
 from ..checkpoint.results import STDOUT
 from ..progress import SILENT, Reporter
-from .show.console import output
+from .show.console import Told, output
 
 
 class Screen:
     """`tables`: where tables and sentences go. `reporter`: who is told of progress."""
 
     def __init__(self, quiet: bool, *results: Path | None) -> None:
-        self._lines = Console(stderr=True, highlight=False) if STDOUT in results else output()
+        self._lines: Console = Told() if STDOUT in results else output()
         self.tables = Console(quiet=True) if quiet else self._lines
         self.reporter: Reporter = SILENT
         if not quiet:

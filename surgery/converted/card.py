@@ -59,13 +59,19 @@ tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=False)  # it
 `surgery.json` holds the source and its hashes, what became of each tensor, the SHA-256 of each file and the whole
 verdict. `surgery verify PATH` checks them.
 """
-_LOADING = """torch and transformers are all it needs. With `import surgery` first, `trust_remote_code` can be left out.
+_LOADING = """{needed} are all it needs. With `import surgery` first, `trust_remote_code` can be left out.
 {inside}"""
 _LIMITS = (
     "* The attention implementation is `sdpa` or `eager`; others are refused, since they would leave the {added} out.",
     "* A class loaded by its own name (`{causal}.from_pretrained`) bypasses all of this, cannot be stopped, and gives "
     "a model without its {added}.",
 )
+_PACKED = (
+    "The weights are the source's, byte for byte: {words}. Slots were computed as transformers runs it on a CPU, "
+    "{rounded}. Kernels that round otherwise leave them as near as they leave the source's own keys and values."
+)
+_ROUNDED = {True: "with values rounded between layers as the format says", False: "with the weights unpacked"}
+_AS_PLAIN = " transformers reads this format with `quantization_config=CompressedTensorsConfig(dequantize=True)` alone."
 _UNPROVED = "Nothing: written with --no-verify."
 
 
@@ -110,13 +116,18 @@ def model_card(
     what += [wrapped(section.text) for section in sections if section.adds is None]
     inside = " ".join(section.loading for section in sections if section.loading)
     limits = [line.format(added=added, causal=causal) for line in _LIMITS]
+    packed = source.quantised
+    if packed is not None:
+        limits.append(f"* {_PACKED.format(words=packed.words, rounded=_ROUNDED[packed.rounds_activations])}")
+    inside += _AS_PLAIN if packed is not None and packed.as_plain else ""
+    needed = listing(["torch", "transformers", *(() if packed is None else packed.needs)])
     limits += [f"* {section.limits}" for section in sections if section.limits]
     title = _title(source, known)
     if adding:
         title += f", with {' and '.join(section.title or '' for section in adding)}"
     return _CARD.format(
         metadata=metadata.to_yaml().rstrip(), title=title, what="\n\n".join(what),
-        loading=wrapped(_LOADING.format(inside=inside)), results=shown.results or _UNPROVED,
+        loading=wrapped(_LOADING.format(needed=needed, inside=inside)), results=shown.results or _UNPROVED,
         limits="\n".join(wrapped(line).replace("\n", "\n  ") for line in limits),
         licence=wrapped(_licence(known)), made=shown.made,
         recipe=json.dumps(recipe, indent=2, ensure_ascii=False),

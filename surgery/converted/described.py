@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from ..anatomy.fit import fit, original_tensors
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, examine
+from ..anatomy.stored import NO_LIMIT
 from ..checkpoint.config import CONFIG, code_choices, read_config, require_countable
 from ..checkpoint.layout import read_layout
-from ..errors import DamagedCheckpoint
+from ..checkpoint.quantised import Quantised, quantised
+from ..errors import DamagedCheckpoint, SourceError
 from ..words import named
 from .entries import FORMAT, EabEntry, Entry, HeadNormEntry
 from .files import lowered_limits
@@ -39,13 +41,15 @@ AnEntry = TypeVar("AnEntry", bound=Entry)
 
 @dataclass(frozen=True)
 class Described:
-    """The checkpoint in `root`: its config.json, the type it says, and its entries; `head_norm` None without norms."""
+    """The checkpoint in `root`: its config.json, the type it says, and its entries; `head_norm` None without norms,
+    `packed` None where its weights are plain."""
 
     root: Path
     config: dict
     converted: Converted
     eab: EabEntry
     head_norm: HeadNormEntry | None
+    packed: Quantised | None = None
 
     @functools.cached_property
     def anatomy(self) -> Anatomy:
@@ -82,6 +86,7 @@ class Described:
         eab, ids = self.config["eab"], list(self.eab.prefix_ids)
         expected = {"format": FORMAT, "prefix_ids": ids, **anatomy.eab(self.eab.n_slots, self.eab.slots_visible)}
         wrong = [f"eab.{key}" for key in sorted(eab.keys() ^ expected)]
+        wrong += ["eab.prefix_ids"] if max(ids, default=0) >= (anatomy.vocab_size or NO_LIMIT) else []
         wrong += [f"eab.{key}" for key in sorted(eab.keys() & expected) if eab[key] != expected[key]]
         normed = {site.name: (site.heads, site.value_dim) for site in anatomy.sites}
         sites = {} if self.head_norm is None else self.head_norm.sites
@@ -101,7 +106,11 @@ def read_described(root: Path) -> Described:
         raise DamagedCheckpoint(f"{path} is missing; {AGAIN}.")
     config = read_config(root)
     if chosen := code_choices(config):
-        raise damaged(root, f"{named(chosen[0])} chooses kernels, code or a quantiser, and a run writes no such key")
+        raise damaged(root, f"{named(chosen[0])} chooses kernels or code, and a run writes no such key")
+    try:
+        packed = quantised(root, config)
+    except SourceError as error:
+        raise DamagedCheckpoint(str(error)) from error
     found = converted_from(config.get("model_type"))
     if found is None:
         raise damaged(root, f"model_type {named(repr(config.get('model_type')))} is not a converted type")
@@ -118,7 +127,7 @@ def read_described(root: Path) -> Described:
         head_norm = _entry(root, config, "head_norm", HeadNormEntry, found.base)
         if unknown := [name for name in head_norm.sites if name not in eab.sites]:
             raise damaged(root, f"head_norm.sites.{named(unknown[0])} is not in eab.sites")
-    return Described(root, config, found, eab, head_norm)
+    return Described(root, config, found, eab, head_norm, packed)
 
 
 def _entry(root: Path, config: dict, name: str, kind: type[AnEntry], base: str) -> AnEntry:

@@ -43,6 +43,20 @@ def added_layout(tensors: Mapping[str, Stored], shard: str) -> tuple[int, dict[s
     return len(header) + sum(info.nbytes for info in infos.values()), infos
 
 
+def rewritten_layout(
+    layout: Layout, shard: str, name: str, replaced: Mapping[str, Mapping[str, Stored]]
+) -> tuple[bytes, dict[str, TensorInfo]]:  # fmt: skip
+    """Header of the file `name` that takes the place of `shard`, and where its tensors will lie, in their order.
+
+    `replaced`: name of a tensor -> what is stored in its place.
+    """
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    for info in layout.of_shard(shard):
+        instead = replaced.get(info.name, {info.name: Stored(info.dtype, info.shape)})
+        entries += [(key, stored.dtype, stored.shape) for key, stored in instead.items()]
+    return plan_file(name, entries, {"format": "pt"})
+
+
 def converted_config(config: dict, derived: Derived, entries: Mapping[str, dict], lowered: Mapping[str, int]) -> dict:
     """config.json of the converted checkpoint: the source's, with derived type, its code, and what was added described.
 

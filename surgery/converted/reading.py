@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..anatomy.packed import loadable, unpacked
 from ..anatomy.quiet import quiet
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.regular import read_json
@@ -44,13 +45,15 @@ def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str =
     register()
     try:
         with quiet():
+            config = loadable(AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False))
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                root, dtype=dtype, device_map=None if device == "cpu" else device, local_files_only=True,
-                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+                root, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
+                local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
         require_memory(root, error)
         raise DamagedCheckpoint(f"{root} does not load ({brief(error)}); {AGAIN}.") from error
     model, report = loaded
     require_fit(root, model, report)
-    return model.eval()
+    with quiet():
+        return unpacked(model.eval(), config, dtype)

@@ -77,7 +77,7 @@ class Finished:
         others = ", ".join(name for name in self.operations if name != "attention_bias") or "tune"
         if self.described.head_norm is not None:
             raise UnsupportedModel(f"{self.root} norms its heads (head_norm), and {way_out}.")
-        changed = [name for name, entry in self.manifest.tensors.items() if entry.status == "changed"]
+        changed = [name for name, entry in self.manifest.tensors.items() if entry.status in ("changed", "quantised")]
         if changed:
             raise UnsupportedModel(
                 f"{self.root} changed {count_of(len(changed), 'tensor')} of the original ({others}; first "

@@ -23,7 +23,7 @@ from ..progress import Advance
 from ..words import listing
 from .base import Engine, Finished, carry_tokenizer, windowed
 from .mlx_file import Kind, held_slots, prompt_cache
-from .reading import random_ids, require_close
+from .reading import distance, random_ids, require_close
 
 CACHE = "slots.safetensors"
 INSTALL = "pip install 'checkpoint-surgery[mlx]'"
@@ -134,9 +134,9 @@ class Mlx(Engine):
             raise UnsupportedModel(
                 f"{finished.described.anatomy.model_type} does not run in mlx-lm with the slots ({brief(error)})."
             ) from error
-        delta = (found - expected).abs().max().item()
-        require_close(delta, self, finished)
-        return f"On random token ids in mlx-lm, the largest |delta log-probability| is {delta:.2g}."
+        apart = distance(found, expected, self, finished)
+        require_close(apart, self, finished)
+        return f"On random token ids in mlx-lm, the {apart.called} is {apart.value:.2g}."
 
     def _tries(self, finished: Finished) -> bool:
         """Whether the export can be tried here: mlx-lm and the original's weights are at hand."""

@@ -26,7 +26,7 @@ from ..progress import Advance
 from ..words import count_of
 from .base import Engine, Finished, carry_tokenizer, windowed
 from .original import original_within
-from .reading import random_ids, require_close, text_log_probabilities
+from .reading import Distance, distance, random_ids, require_close, text_log_probabilities
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PADDING = 5
@@ -104,10 +104,10 @@ class Peft(Engine):
         ways: dict[str, dict[str, torch.Tensor]] = {"": {}, " under left padding": _padding(ids)}
         expected = {how: _answers(model, ids, **given) for how, given in ways.items()}
         adapted = _adapted(original_within(model, anatomy), directory, anatomy.model_type)
-        found: dict[str, float] = {}
+        found: dict[str, Distance] = {}
         for how, given in ways.items():
             try:
-                found[how] = (_answers(adapted, ids, **given) - expected[how]).abs().max().item()
+                found[how] = distance(_answers(adapted, ids, **given), expected[how], self, finished)
             except Exception as error:  # code of PEFT and of models: whatever it raises, there is no such adapter
                 if out_of_memory(error):
                     raise
@@ -116,9 +116,9 @@ class Peft(Engine):
                 ) from error
         plain, padded = found.values()
         require_close(plain, self, finished)
-        said = f"On random token ids, the largest |delta log-probability| is {plain:.2g}"
-        if padded <= self.limit and not windowed(anatomy):
-            return f"{said}, and {padded:.2g} under left padding."
+        said = f"On random token ids, the {plain.called} is {plain.value:.2g}"
+        if padded.close and not windowed(anatomy):
+            return f"{said}, and {padded.value:.2g} under left padding."
         return (
             f"{said}. Left padding is another function: PEFT puts the slots in front of the padding, and windows and "
             "ALiBi count the places between. Give rows of one length, or pad on the right."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from ..progress import Advance
 from .base import Engine, Finished
 
 ROWS, TOKENS = 2, 48
+# Nats. SmolLM2 in int8, vLLM's kernels against the simulation, has 0.13 on text; random weights had 0.4. Without its
+# slots the same SmolLM2 is worse by 0.63 on average.
+ROUNDED = 0.5
 
 
 def random_ids(finished: Finished) -> torch.Tensor:
@@ -22,13 +27,40 @@ def random_ids(finished: Finished) -> torch.Tensor:
     return torch.randint(0, anatomy.vocab_size or 1, (ROWS, length), generator=generator)
 
 
-def require_close(delta: float, engine: Engine, finished: Finished) -> None:
+@dataclass(frozen=True)
+class Distance:
+    """How far log-probabilities of an export are from the checkpoint's: what is judged of them, and what is allowed.
+
+    Of a quantised model the largest difference says nothing: integer kernels and the rounding that transformers
+    simulates sum in another order, a value at an edge falls to the other side, and what follows is another draw of the
+    same noise. Kernels of 4 bit weights compute in bfloat16. There the mean is judged.
+    """
+
+    name: str
+    called: str
+    value: float
+    limit: float
+
+    @property
+    def close(self) -> bool:
+        return math.isfinite(self.value) and self.value <= self.limit
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor, engine: Engine, finished: Finished) -> Distance:
+    """Of log-probabilities of the same tokens, in any shape."""
+    delta = (found.double() - expected.double()).abs()
+    if finished.described.packed is not None:
+        return Distance("mean_log_probability", "mean |delta log-probability|", delta.mean().item(), ROUNDED)
+    return Distance("log_probability", "largest |delta log-probability|", delta.max().item(), engine.limit)
+
+
+def require_close(found: Distance, engine: Engine, finished: Finished) -> None:
     """UnsupportedModel where log-probabilities of random ids differ by more than rounding explains."""
-    if not delta <= engine.limit:
+    if not found.close:
         raise UnsupportedModel(
-            f"{finished.described.anatomy.model_type}: on random token ids the original in {engine.title} differs from "
-            f"{finished.name} by {delta:.3g} in log-probability (rounding explains {engine.limit:g}), so what "
-            f"{engine.title} computes is not the same function."
+            f"{finished.described.anatomy.model_type}: on random ids {engine.title} differs from {finished.name}: "
+            f"the {found.called} is {found.value:.3g}, and rounding explains {found.limit:g}, so what {engine.title} "
+            "computes is not the same function."
         )
 
 

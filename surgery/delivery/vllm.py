@@ -29,7 +29,7 @@ from ..progress import Advance
 from ..serving.names import ENTRY, FORMAT, PREFIX, VLLM, layer_of
 from ..words import count_of
 from .base import Engine, Finished, carry, windowed
-from .reading import random_ids, require_close, text_log_probabilities
+from .reading import distance, random_ids, require_close, text_log_probabilities
 from .vllm_models import PROVED, REFUSED
 from .vllm_running import in_vllm, lacking, own_python
 from .vllm_tokenizer import CLASS, Placeholders, choose, require_same, with_chats, with_placeholders
@@ -134,9 +134,9 @@ class Vllm(Engine):
         model, ids = load_converted(finished.root, device=device), random_ids(finished)
         expected = text_log_probabilities(model, ids, lambda done, what: None)
         del model
-        delta = (in_vllm(self.python, directory, ids, lambda done, what: None) - expected).abs().max().item()
-        require_close(delta, self, finished)
-        return f"{said} On random token ids in vLLM, the largest |delta log-probability| is {delta:.2g}."
+        found = distance(in_vllm(self.python, directory, ids, lambda done, what: None), expected, self, finished)
+        require_close(found, self, finished)
+        return f"{said} On random token ids in vLLM, the {found.called} is {found.value:.2g}."
 
     def absent(self) -> str | None:
         return lacking(self.python)

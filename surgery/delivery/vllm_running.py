@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,16 +67,17 @@ def in_vllm(python: Path, directory: Path, ids: torch.Tensor, advance: Advance) 
         # vLLM asks no hub, and writes what it says into a file: a full pipe would stop it.
         settings = {**os.environ, "HF_HUB_OFFLINE": "1"}
         with log.open("w") as said:
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=settings, cwd=folder)
-            try:
-                assert child.stdout is not None
-                for line in child.stdout:
-                    if line.strip() == DONE:
-                        advance(1, "")
-                code = child.wait()
-            finally:
-                child.kill()
-                child.wait()
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=said, text=True, env=settings, cwd=folder
+            ) as child:
+                try:
+                    assert child.stdout is not None
+                    for line in child.stdout:
+                        if line.strip() == DONE:
+                            advance(1, "")
+                    code = child.wait()
+                finally:
+                    child.kill()
         if code or not result.is_file():
             raise UnsupportedModel(f"vLLM stopped: {_last_words(log, code)}.")
         return load_file(result)["logs"]
@@ -83,6 +85,7 @@ def in_vllm(python: Path, directory: Path, ids: torch.Tensor, advance: Advance) 
 
 def _last_words(log: Path, code: int) -> str:
     """What an error says in the last line that names one, else how the process ended."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in text.splitlines()]
     named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
     return named[-1][:300].rstrip(" .") if named else f"exit code {code}"

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..bounded import GIB, Unbounded, bounded
 from ..errors import UnsupportedModel
 from ..live.templates import CONVERSATIONS, REFUSALS, templates_of
+from ..live.text import token_texts
 from ..words import named
 
 CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is; others write their own post-processor over it
@@ -68,7 +69,7 @@ def choose(
         raise UnsupportedModel(
             "the tokenizer has no special token to spare, which vLLM's requests would begin with; add one to it."
         )
-    return Placeholders(tuple(prefix), tuple(str(tokenizer.decode([number])) for number in prefix))
+    return Placeholders(tuple(prefix), tuple(token_texts(tokenizer, prefix)))
 
 
 def with_placeholders(tokenizer: PreTrainedTokenizerBase, chosen: Placeholders) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..anatomy.fit import belonging
+from ..anatomy.packed import loadable, unpacked
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import parse_config
 from ..bounded import GIB, Unbounded, bounded
@@ -30,7 +31,7 @@ from ..errors import DamagedCheckpoint, NoSpace, SourceError, brief, out_of_memo
 from .templates import require_templates
 
 GENERATION = "generation_config.json"
-LOADING_SECONDS, LOADING_MEMORY = 60, 4 * GIB  # a vocabulary of 256,000 tokens takes some seconds and one GiB
+LOADING_SECONDS, LOADING_MEMORY = 30, 4 * GIB  # a vocabulary of 256,000 tokens takes some seconds and one GiB
 # What a tokenizer is tried on: what this program has it read besides texts, and a bit of everything.
 TRIED = (
     "\n",
@@ -77,7 +78,7 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
     """
     try:
         with quiet():
-            config = parse_config(without_choices(read_config(directory), directory / CONFIG))
+            config = loadable(parse_config(without_choices(read_config(directory), directory / CONFIG)))
             config._attn_implementation = None
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
@@ -90,7 +91,8 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
         ) from error
     model, report = loaded
     require_fit(directory, model, report)
-    return model.eval()
+    with quiet():
+        return unpacked(model.eval(), config, dtype)
 
 
 def require_in_memory(model: PreTrainedModel, what: str) -> None:
@@ -175,7 +177,10 @@ def _know_type(directory: Path) -> None:
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     with quiet():
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        found: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise TypeError(f"{type(found).__name__} is none")
+    return found
 
 
 def _try_tokenizer(directory: Path) -> None:

@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..bounded import GIB, Unbounded, bounded
 from ..checkpoint.regular import read_json
-from ..errors import SourceError, brief
+from ..errors import SourceError, brief, shortened
+from ..words import listing
 
 PROCESSORS = ("chat_template.json", "processor_config.json")  # where processors look for chat templates
 SECONDS, MEMORY = 10, GIB  # a template renders in milliseconds
+MOST = 100  # templates; the largest number that is known is 3
 LARGEST = 1_000_000  # characters of a template; the largest that are known have a tenth of it
 # What a template is tried on: each line is a system message or none, then turns of user and assistant.
 CONVERSATIONS = [
@@ -45,18 +47,30 @@ def require_templates(directory: Path, name: str, tokenizer: PreTrainedTokenizer
 
     Looked at are the tokenizer's, and those that processors find in the files beside it. `name` is for errors.
     """
-    for key, template in {**templates_of(tokenizer), **_of_processors(directory)}.items():
-        which = f"{name}: its chat template" + (f" {key!r}" if key != "default" else "")
+    templates = {**templates_of(tokenizer), **_of_processors(directory)}
+    for key, template in templates.items():
         if not isinstance(template, str):
-            raise SourceError(f"{which} is no text but {type(template).__name__}; mend or remove it.")
-        if len(template) > LARGEST:
-            raise SourceError(f"{which} has more than {LARGEST:,} characters, as none has; mend or remove it.")
-        try:
-            fault = bounded(_fault, tokenizer, template, seconds=SECONDS, memory=MEMORY)
-        except Unbounded as error:
-            fault = str(error)
-        if fault is not None:
-            raise SourceError(f"{which} cannot be rendered ({fault}); mend or remove it.")
+            raise SourceError(f"{_which(name, key)} is no text but {type(template).__name__}; mend or remove it.")
+    if len(templates) > MOST:
+        raise SourceError(f"{name} has {len(templates):,} chat templates, as none has; remove some.")
+    if sum(map(len, templates.values())) > LARGEST:
+        raise SourceError(
+            f"{_which(name, *templates)} has more than {LARGEST:,} characters, as none has; mend or remove it."
+        )
+    if not templates:
+        return
+    try:  # all of them in one child: each may be small, and they may be thousands
+        key, fault = bounded(_first_fault, tokenizer, templates, seconds=SECONDS, memory=MEMORY)
+    except Unbounded as error:
+        raise SourceError(f"{_which(name, *templates)} cannot be rendered ({error}); mend or remove it.") from error
+    if fault is not None:
+        raise SourceError(f"{_which(name, key)} cannot be rendered ({fault}); mend or remove it.")
+
+
+def _which(name: str, *keys: str) -> str:
+    if len(keys) > 1:
+        return f"{name}: one of its chat templates ({listing([repr(key) for key in keys], 4)})"
+    return f"{name}: its chat template" + (f" {shortened(repr(keys[0]))}" if keys[0] != "default" else "")
 
 
 def equals_less(candidate: str, template: str, leading: str, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -77,6 +91,14 @@ def _equals_less(candidate: str, template: str, leading: str, tokenizer: PreTrai
     expected, found = _written(template, tokenizer), _written(candidate, tokenizer)
     pairs = [(text, other) for text, other in zip(expected, found, strict=True) if isinstance(text, str)]
     return bool(pairs) and all(other == text.removeprefix(leading) for text, other in pairs)
+
+
+def _first_fault(tokenizer: PreTrainedTokenizerBase, templates: dict[str, str]) -> tuple[str, str | None]:
+    """The first of `templates` that nobody can use, by name, and why."""
+    for key, template in templates.items():
+        if (fault := _fault(tokenizer, template)) is not None:
+            return key, fault
+    return "", None
 
 
 def _fault(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:

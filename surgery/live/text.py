@@ -36,11 +36,17 @@ def files(given: Files | None) -> tuple[Path, ...]:
 CHUNKS = Chunking()
 READING_SECONDS, SLOWEST = 30, 20_000  # the slowest tokenizers, in Python, read 100,000 characters a second
 READING_MEMORY, PER_CHARACTER = 2 * GIB, 400  # bytes
+LONGEST_TOKEN = 1000  # characters that are told of one; the longest that are known have some hundred
 FEW_CHUNKS = Chunking(8)  # enough to see massive activations, not to measure perplexity
 
 
 def read_texts(paths: Sequence[Path]) -> str:
     """The files' contents, joined by blank lines. SourceError for a file that is missing, empty or not UTF-8."""
+    return "\n\n".join(read_each(paths))
+
+
+def read_each(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The content of each file; errors as `read_texts`."""
     parts = []
     for path in paths:
         try:
@@ -55,7 +61,7 @@ def read_texts(paths: Sequence[Path]) -> str:
         if not text.strip():
             raise SourceError(f"{path}: holds no text; give a file with some.")
         parts.append(text)
-    return "\n\n".join(parts)
+    return tuple(parts)
 
 
 def split_text(text: str) -> tuple[str, str]:
@@ -82,6 +88,45 @@ def tokenize(tokenizer, text: str, *, special: bool = False) -> list[int]:
 def _encode(tokenizer, text: str, special: bool) -> list[int]:
     # A tokenizer warns about texts longer than the model; we cut the text into chunks ourselves.
     return [int(token) for token in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
+
+
+def in_turn(texts: Sequence[Sequence[int]], piece: int) -> list[int]:
+    """Token ids of several texts, `piece` of each in turn, so that any beginning of them holds as much of each.
+
+    One that has come to its end is passed over, and less than a piece at an end is left out. A single text stays whole.
+    """
+    if len(texts) == 1:
+        return list(texts[0])
+    longest = max(map(len, texts))
+    starts = range(0, longest - piece + 1, piece)
+    whole = (text[start : start + piece] for start in starts for text in texts if len(text) >= start + piece)
+    return [token for part in whole for token in part]
+
+
+def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
+    """What each of `ids` is as text, by itself: the same limits, since what decodes is a stranger's program too.
+
+    SourceError where it does not end well.
+    """
+    return _texts(tokenizer, [[token] for token in ids])
+
+
+def decoded(tokenizer, ids: Sequence[int]) -> str:
+    """`ids` as one text; as `token_texts`."""
+    return _texts(tokenizer, [list(ids)])[0]
+
+
+def _texts(tokenizer, sequences: list[list[int]]) -> list[str]:
+    if not sequences:
+        return []
+    try:
+        return list(bounded(_decode, tokenizer, sequences, seconds=READING_SECONDS, memory=READING_MEMORY))
+    except Unbounded as error:
+        raise SourceError(f"the tokenizer cannot write tokens as text ({error}); mend its decoder.") from error
+
+
+def _decode(tokenizer, sequences: list[list[int]]) -> list[str]:
+    return [tokenizer.decode(ids)[: LONGEST_TOKEN * len(ids)] for ids in sequences]
 
 
 def chunk(ids: Sequence[int], chunking: Chunking, name: str) -> torch.Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from .attention_bias import AttentionBias
 from .base import Operation
 from .head_norm import HeadNorm
+from .quantise import Quantise
 from .rotation import Rotation
 from .smoothing import Smoothing
 
 # Each is fitted to what those before it leave.
-OPERATIONS: tuple[type[Operation], ...] = (AttentionBias, Rotation, Smoothing, HeadNorm)
+OPERATIONS: tuple[type[Operation], ...] = (AttentionBias, Rotation, Smoothing, HeadNorm, Quantise)

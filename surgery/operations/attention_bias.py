@@ -24,7 +24,7 @@ from ..converted.described import Described, damaged
 from ..errors import SourceError
 from ..live.graft import Fold, eab_config, fold, grafted
 from ..live.model import Live
-from ..live.text import tokenize
+from ..live.text import token_texts, tokenize
 from ..recipe.fields import Prefix
 from ..words import count_of, listing, quoted
 from .base import Changes, Exact, Fitting, NothingToDo, Operation, Stand, Target, Trained
@@ -199,7 +199,7 @@ class AttentionBias(Operation):
 
     def found(self, parts: Folded, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
         ids = parts.fold.prefix
-        tokens = None if tokenizer is None else [tokenizer.decode([token]) for token in ids]
+        tokens = None if tokenizer is None else token_texts(tokenizer, ids)
         search = {} if parts.search is None else {"prefix_search": parts.search}
         return {"prefix": {"ids": list(ids), "tokens": tokens}, **search}
 
@@ -218,7 +218,7 @@ class AttentionBias(Operation):
         ids, n, tokenizer = parts.fold.prefix, len(parts.fold.prefix), target.tokenizer
         named = f"with ids {list(ids)}"
         if tokenizer is not None:
-            named = ", ".join(f"`{json.dumps(tokenizer.decode([token]))}`" for token in ids)
+            named = ", ".join(f"`{json.dumps(text)}`" for text in token_texts(tokenizer, ids))
         visible = VISIBLE[self.slots_visible]
         if not recipe.exact and self.slots_visible == "as_prefix":
             visible = "Without what follows, the model would compute what the original computes after that prefix."

@@ -60,14 +60,15 @@ class Changes:
     """What operations do to a checkpoint, known before weights are read.
 
     `added`: tensor name -> what is stored, in the order of the file. `changed`: stored name -> "changed", or "may
-    change" where the text decides. `config`: entries of config.json, plain JSON. `parts`: what sites hold at run time
-    (`converted.derived.PARTS`). `prefix`: the tokens in front of the text to which the original is compared; None while
-    they are searched. `positions`: how many of the longest text's places it takes, at the most. `told`: keys of the
-    plan's JSON; `words`: what is added, as phrases.
+    change" where the text decides. `replaced`: stored name -> name -> what is stored in its place. `config`: entries of
+    config.json, plain JSON. `parts`: what sites hold at run time (`converted.derived.PARTS`). `prefix`: the tokens in
+    front of the text to which the original is compared; None while they are searched. `positions`: how many of the
+    longest text's places it takes, at the most. `told`: keys of the plan's JSON; `words`: what is added, as phrases.
     """
 
     added: Mapping[str, Stored] = field(default_factory=dict)
     changed: Mapping[str, str] = field(default_factory=dict)
+    replaced: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     parts: frozenset[str] = frozenset()
     prefix: tuple[int, ...] | None = ()
@@ -80,7 +81,8 @@ class Changes:
         """Both, one after the other. Of an entry of config.json that both make, the first counts."""
         prefix = None if self.prefix is None or other.prefix is None else self.prefix + other.prefix
         return Changes(
-            {**self.added, **other.added}, {**self.changed, **other.changed}, {**other.config, **self.config},
+            {**self.added, **other.added}, {**self.changed, **other.changed}, {**self.replaced, **other.replaced},
+            {**other.config, **self.config},
             self.parts | other.parts, prefix, self.positions + other.positions, {**self.told, **other.told},
             self.words + other.words, self.trains + other.trains,
         )  # fmt: skip
@@ -132,12 +134,13 @@ class Operation(Named):
 
     `example`: its settings, as a recipe writes them. `rests`: grafted, it leaves the function as it is, whatever is
     emitted later (head norms at gate 0). `adds`: it adds something to a site, which a converted checkpoint needs.
-    `key`: of its table in a report, where that is not its name.
+    `last`: it comes after tuning too. `key`: of its table in a report, where that is not its name.
     """
 
     example: ClassVar[str] = "{}"
     rests: ClassVar[bool] = False
     adds: ClassVar[bool] = False
+    last: ClassVar[bool] = False
     key: ClassVar[str | None] = None
 
     @property
@@ -229,6 +232,10 @@ class Operation(Named):
     @abc.abstractmethod
     def tensors(self, live: Live, parts: Parts) -> Mapping[str, torch.Tensor]:
         """What it adds and what it changes, by name in the causal language model, with it in place."""
+
+    def rewrite(self, parts: Parts, target: Target, stored: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """What is stored in place of a tensor that it `replaced`, given the value that those before it leave."""
+        raise NotImplementedError
 
     def remembered(self, parts: Parts) -> Parts:
         """What `found` and `says` need of its parts, once the tensors are collected: nothing large."""

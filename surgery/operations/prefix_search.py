@@ -23,6 +23,7 @@ from ..live.likelihood import Likelihood
 from ..live.model import Live
 from ..live.score import Score
 from ..live.stream import Observer, stream
+from ..live.text import token_texts, tokenize
 from ..progress import Advance, unseen
 from ..survey.across import AutoMassive
 from ..survey.massive import MassiveActivations
@@ -132,10 +133,15 @@ class PrefixSearch:
         tokenizer = self.tokenizer
         named = [tokenizer.bos_token_id, tokenizer.eos_token_id]
         for text in ("\n", " ", ".", " the"):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = tokenize(tokenizer, text)
             named += ids if len(ids) == 1 else []
         pool = [token for token in named if token is not None] + [token for token, _ in later.most_common(FROM_SURVEY)]
         return list(dict.fromkeys(pool))
+
+    @functools.cached_property
+    def texts(self) -> dict[int, str]:
+        """Each token of the pool as text."""
+        return dict(zip(self.pool, token_texts(self.tokenizer, self.pool), strict=True))
 
     @functools.cached_property
     def openings(self) -> torch.Tensor:
@@ -177,7 +183,7 @@ class PrefixSearch:
             stream(self.live, rows, observers)
 
     def shown(self, prefix: Sequence[int]) -> str:
-        return " ".join(repr(self.tokenizer.decode([token])) for token in prefix)
+        return " ".join(repr(self.texts[token]) for token in prefix)
 
     def to_dict(self) -> dict[str, Any]:
         """What was tried, best first among those scored on the most text: `prefix_search` of the verdict."""
@@ -187,7 +193,7 @@ class PrefixSearch:
             "tried": [
                 {
                     "prefix_ids": list(trial.prefix),
-                    "tokens": [self.tokenizer.decode([token]) for token in trial.prefix],
+                    "tokens": [self.texts[token] for token in trial.prefix],
                     "massive_activations": {
                         "openings": trial.on_openings,
                         "chunks": trial.on_chunks if trial.chunks else None,

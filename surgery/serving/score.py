@@ -37,10 +37,13 @@ def scored(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     """(N, T - 1) log-probabilities, float32, of `ids` (N, T) behind the placeholders, in vLLM without compilation."""
     from vllm import LLM, SamplingParams
 
-    placeholders = json.loads((directory / "config.json").read_text(encoding="utf-8"))[ENTRY]["placeholder_ids"]
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    placeholders = config[ENTRY]["placeholder_ids"]
+    packed = (config.get("quantization_config") or {}).get("format") == "pack-quantized"
+    dtype = "bfloat16" if packed else "float32"  # the only one that vLLM's kernels of 4 bit weights have on CPUs
     length = len(placeholders) + ids.shape[1] + 1
     engine = LLM(
-        str(directory), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False,
+        str(directory), dtype=dtype, enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False,
         max_model_len=length, max_num_batched_tokens=max(2048, length), max_num_seqs=8,
     )  # fmt: skip
     # One token is generated, since vLLM gives none without; it is not looked at.

@@ -10,42 +10,37 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from ..anatomy.stored import stored_values
-from ..checkpoint.contents import SETTINGS, SIGNATURE, all_files, is_document
 from ..checkpoint.layout import Layout, read_layout
-from ..checkpoint.manifest import MANIFEST, Manifest
-from ..checkpoint.provenance import versions
-from ..checkpoint.regular import read_json
+from ..checkpoint.manifest import Manifest
 from ..checkpoint.source import Source
-from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored
-from ..checkpoint.writing import plan_file
 from ..converted.described import Described
 from ..converted.files import added_layout
 from ..converted.reading import load_converted
-from ..endings.temporary import temporary
-from ..errors import DamagedCheckpoint, NoSpace, SurgeryError
+from ..errors import DamagedCheckpoint, NoSpace, NoTemporary, SurgeryError
 from ..live.loading import load_original, load_tokenizer
 from ..live.model import Live
+from ..live.roundings import rounds_values, steady
 from ..operations.base import Changes, Fitting, Operation, Parts
 from ..progress import Reporter
 from ..verification.checks import Check, Found, check
 from ..verification.equivalence import Control, compare_random_ids, take_control
 from ..words import listing
-from .emit import emit_beside
-from .operate import collect, comparable
+from .again_files import other_versions, same_files_again
+from .again_quantised import same_quantised
+from .operate import collect, comparable, fitting_dtype
 from .plan import Plan, plan_on
 from .recipe import Recipe
 
-FILES, TENSORS, FUNCTION = "files again", "tensors again", "function again"
+FILES, TENSORS, QUANTISED, FUNCTION = "files again", "tensors again", "quantised again", "function again"
 # By how much of the largest entry of its row an entry may differ: what float32 makes of another order of summation in
 # a deep model, on another machine. SmolLM2's slots differ from those in float64 by up to 2^-13.5, at the median 2^-19.
 ROUNDING = 2.0**-10
@@ -86,15 +81,17 @@ def check_again(
     """
     try:
         again = fit_again(described, recipe, source, directory, device, reporter)
-    except NoSpace:
+    except (NoSpace, NoTemporary):
         raise
     except SurgeryError as error:  # the recipe or config.json of the checkpoint says what cannot be done
         return [Check(FILES, False, str(error))]
     reporter.step("compare what was written with what a run would write")
-    files = check(FILES, lambda: _same_files(described.root, again, directory))
-    if not files.passed and (others := _other_versions(manifest)):
+    files = check(FILES, lambda: same_files_again(described.root, again, directory))
+    if not files.passed and (others := other_versions(manifest)):
         files = replace(files, detail=f"{files.detail}; {others}")
     found = [files, check(TENSORS, lambda: _same_tensors(described.root, manifest, again, directory))]
+    if again.changes.replaced or any(entry.status == "quantised" for entry in manifest.tensors.values()):
+        found.append(check(QUANTISED, lambda: same_quantised(described, manifest, again, directory)))
     if again.control is not None:
         found.append(check(FUNCTION, functools.partial(_same_function, described, again.control, device)))
     return found
@@ -116,10 +113,12 @@ def fit_again(
     # Of what is trained there is nothing left to compare.
     if asked or repeated and (recipe.tune is None or recipe.changes_weights):
         reporter.step("fit the operations again, from the source")
-        live = Live(load_original(directory, device=device), plan.anatomy)
+        live = Live(load_original(directory, fitting_dtype(plan), device), plan.anatomy)
+        asked = asked and not rounds_values(live.model)  # slots as they are stored are not exact enough to tell
         if asked:
             control = take_control(live, described.eab.prefix_ids, comparable(live, changes))
         with contextlib.ExitStack() as grafts:
+            grafts.enter_context(steady(live.model))
             for change in changes[:repeated]:
                 planned = plan.by_operation[change.name]
                 fitting = Fitting(plan.target, planned, None, reporter, {**parts}, None, 0.0, directory)
@@ -136,93 +135,13 @@ def fit_again(
     return Again(plan, final, {**added, **stored}, changes[repeated:], control)
 
 
-# ---- files
-
-
-def _same_files(root: Path, again: Again, directory: Path) -> Found:
-    """Every file beside the weights is, byte for byte, what a run writes. Generation settings may be others."""
-    with _emitted(again, directory) as stage:
-        wanted = {path.name: path.read_bytes() for path in stage.iterdir()}
-    plan = again.plan
-    found = {name: path for name, path in all_files(root).items() if path.is_file()}
-    weights = {*plan.shards.values(), plan.added_shard}
-    ours = {name for name in found if not is_document(name)} - weights - {MANIFEST, SIGNATURE}
-    if missing := sorted(wanted.keys() - found.keys()):
-        return False, f"{missing[0]} is missing: a run writes it from {plan.source.spec}"
-    notes: list[str] = []
-    for name in sorted(ours):
-        if name not in wanted and name != SETTINGS:
-            return False, f"{name} is there, and a run writes no such file from {plan.source.spec}"
-        if name not in wanted or found[name].read_bytes() != wanted[name]:
-            if name != SETTINGS:
-                return (
-                    False,
-                    f"{name} is not what a run writes from {plan.source.spec}{_where(found[name], wanted[name])}",
-                )
-            notes.append(f"{name} is not the source's: generation settings were changed")
-    for name, header in _headers(again, directory).items():
-        with (root / name).open("rb") as file:
-            if file.read(len(header)) != header:
-                return False, f"the header of {name} is not what a run writes"
-    told = f"{len(wanted) - len(notes)} files byte for byte as a run writes them from {plan.source.spec}"
-    return True, "; ".join([told, *notes]), tuple(notes)
-
-
-def _headers(again: Again, directory: Path) -> dict[str, bytes]:
-    """How each file of weights begins: those of the source as they are there, then that of what was added."""
-    headers = {}
-    for old, new in again.plan.shards.items():
-        with (directory / old).open("rb") as file:
-            size = file.read(8)
-            headers[new] = size + file.read(int.from_bytes(size, "little"))
-    entries = [(name, stored.dtype, stored.shape) for name, stored in again.changes.added.items()]
-    headers[again.plan.added_shard], _ = plan_file(again.plan.added_shard, entries, {"format": "pt"})
-    return headers
-
-
-def _other_versions(manifest: Manifest) -> str:
-    """Which packages are of another version than those that the checkpoint was written with, in words."""
-    said = [f"{name} {manifest.versions[name]}, and this is {version}" for name, version in versions().items()
-            if str(manifest.versions.get(name, version)) != version]  # fmt: skip
-    return f"it was written with {'; '.join(said)}"[:200] if said else ""
-
-
-@contextlib.contextmanager
-def _emitted(again: Again, directory: Path) -> Iterator[Path]:
-    """A directory with all that a run writes beside the weights and the card; there for the time of the block."""
-    with temporary() as scratch, Stage(scratch / "out") as stage:
-        emit_beside(again.plan, stage, directory, again.changes)
-        yield stage.path
-
-
-def _where(path: Path, wanted: bytes) -> str:
-    """At which key a JSON file first differs, as the end of a sentence."""
-    if path.suffix != ".json":
-        return ""
-    with temporary() as scratch:
-        other = scratch / path.name
-        other.write_bytes(wanted)
-        key = _first_difference(read_json(path), read_json(other))
-    return f" (at {key[:100]})" if key else " (the same content, written otherwise)"
-
-
-def _first_difference(a: Any, b: Any) -> str:
-    """The path to the first value in which two JSON values differ; empty where there is none."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted(a.keys() | b.keys()):
-            if key not in a or key not in b:
-                return key
-            if a[key] != b[key] or type(a[key]) is not type(b[key]):
-                return ".".join(filter(None, (key, _first_difference(a[key], b[key]))))
-    return ""
-
-
 # ---- tensors
 
 
 def _same_tensors(root: Path, manifest: Manifest, again: Again, directory: Path) -> Found:
     """What was fitted again is what is stored, but for rounding; and what was not is said."""
     layout, spec, left = read_layout(root), again.plan.source.spec, again.open
+    left |= set(again.changes.replaced)  # which are looked at by themselves
     compared = {name: tensor for name, tensor in again.tensors.items() if name not in left}
     entries = differing = to_the_bit = 0
     furthest, where = 0.0, ""

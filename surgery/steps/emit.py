@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..anatomy.stored import stored_values
+from ..anatomy.stored import stored_name
 from ..checkpoint.contents import names_code, without_code
 from ..checkpoint.header import TensorInfo
-from ..checkpoint.layout import INDEX, Layout
+from ..checkpoint.layout import INDEX, Layout, read_tensor
 from ..checkpoint.manifest import Manifest, build_manifest
 from ..checkpoint.provenance import Provenance
+from ..checkpoint.quantised import sealed
+from ..checkpoint.regular import parse_any
 from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored, differs
 from ..checkpoint.writing import index_json
-from ..converted.files import added_layout, converted_config, converted_tokenizer, lowered_limits
+from ..converted.files import (
+    added_layout,
+    converted_config,
+    converted_tokenizer,
+    lowered_limits,
+    rewritten_layout,
+)
 from ..operations.base import Changes
 from .operate import Operated
 from .plan import Plan, carried
@@ -36,14 +44,19 @@ def emit(
     changes, layout = operated.changes, replace(plan.source.layout, root=directory)
     _, infos = added_layout(changes.added, plan.added_shard)
     added = {name: as_stored(infos[name], operated.tensors[name]) for name in changes.added}
-    weights = {name: tensor for name, tensor in operated.tensors.items() if name not in added}
+    weights = {
+        stored_name(layout, plan.anatomy, name): tensor
+        for name, tensor in operated.tensors.items()
+        if name not in added
+    }
     # Training may keep its start, and half precision rounds small changes away.
     changed = {
-        name: weight
-        for name, weight in stored_values(layout, plan.anatomy, weights).items()
-        if differs(layout, name, weight)
+        name: as_stored(layout.tensors[name], weight)
+        for name, weight in weights.items()
+        if name not in changes.replaced and differs(layout, name, weight)
     }
-    _emit_shards(plan, layout, stage, changed, link)
+    rewriting = _Rewriting(plan, changes, operated, layout, weights, changed)
+    _emit_shards(plan, layout, stage, changed, rewriting, link)
     stage.add_tensors(plan.added_shard, added, {"format": "pt"})
     emit_beside(plan, stage, directory, changes)
     return build_manifest(
@@ -54,17 +67,17 @@ def emit(
         files={},
         verdict=None,
         provenance=provenance,
+        quantised=sealed(emitted_config(plan, changes)),
     )
 
 
 def emit_beside(plan: Plan, stage: Stage, directory: Path, changes: Changes) -> None:
     """Write everything beside the weights but the card: index, config.json, tokenizer files, licences, code."""
     _, infos = added_layout(changes.added, plan.added_shard)
-    kept = {
-        t.name: TensorInfo(t.name, t.dtype, t.shape, plan.shards[t.shard], t.start, t.stop)
-        for t in plan.source.layout.tensors.values()
-    }
-    stage.add_json(INDEX, index_json({**kept, **infos}))
+    own: dict[str, TensorInfo] = {}
+    for old, new in plan.shards.items():
+        own |= rewritten_layout(plan.source.layout, old, new, changes.replaced)[1]
+    stage.add_json(INDEX, index_json({**own, **infos}))
     stage.add_json("config.json", emitted_config(plan, changes))
     _emit_companions(plan, stage, directory, changes)
     for name, content in plan.derived.files().items():
@@ -82,16 +95,45 @@ def _became(plan: Plan, changes: Changes, changed: Mapping[str, torch.Tensor]) -
     tensors = {
         t.name: {**plan.tensors[t.name], "status": "changed" if t.name in changed else "kept"}
         for t in plan.source.layout.tensors.values()
+        if t.name not in changes.replaced
     }
+    tensors |= plan.quantised(changes)
     for name, stored in changes.added.items():
         tensors[name] = {"status": "added", "shard": plan.added_shard, "dtype": stored.dtype, "shape": [*stored.shape]}
     return tensors
 
 
-def _emit_shards(plan: Plan, layout: Layout, stage: Stage, changed: Mapping[str, torch.Tensor], link: bool) -> None:
+@dataclass(frozen=True)
+class _Rewriting:
+    """What is written in place of the tensors of shards that are written anew.
+
+    `weights`: what operations made of tensors, by stored name, as wide as they computed it; `changed`: as it is stored.
+    """
+
+    plan: Plan
+    changes: Changes
+    operated: Operated
+    layout: Layout
+    weights: Mapping[str, torch.Tensor]
+    changed: Mapping[str, torch.Tensor]
+
+    def __call__(self, name: str) -> Mapping[str, torch.Tensor] | None:
+        if name not in self.changes.replaced:
+            return {name: self.changed[name]} if name in self.changed else None
+        weight = self.weights[name] if name in self.weights else read_tensor(self.layout, name)
+        operation = next(one for one in self.plan.recipe.changes if name in self.plan.by_operation[one.name].replaced)
+        return operation.rewrite(self.operated.parts[operation.name], self.plan.target, name, weight)
+
+
+def _emit_shards(
+    plan: Plan, layout: Layout, stage: Stage, changed: Mapping[str, torch.Tensor], rewriting: _Rewriting, link: bool
+) -> None:  # fmt: skip
     for old, new in plan.shards.items():
         others = {name: tensor for name, tensor in changed.items() if layout.tensors[name].shard == old}
-        if others:
+        if any(layout.tensors[name].shard == old for name in rewriting.changes.replaced):
+            header, _ = rewritten_layout(layout, old, new, rewriting.changes.replaced)
+            stage.add_rewritten(layout, old, new, header, rewriting)
+        elif others:
             stage.add_changed(layout, old, new, others)
         elif plan.source.kind == "gguf":
             stage.adopt(layout.root / old, new)
@@ -108,7 +150,7 @@ def _emit_companions(plan: Plan, stage: Stage, directory: Path, changes: Changes
         changed = converted_tokenizer(directory, files, tokenizer, changes.positions, folded_bos)
     for name in files:
         text = changed.get(name) or (directory / name).read_bytes() if name.endswith(".json") else ""
-        if (settings := _naming_code(text)) is not None:
+        if (settings := _naming_code(text, name)) is not None:
             changed[name] = json.dumps(without_code(settings), ensure_ascii=False, indent=2) + "\n"
     for name in files:
         if name not in changed:
@@ -117,12 +159,9 @@ def _emit_companions(plan: Plan, stage: Stage, directory: Path, changes: Changes
         stage.add_text(name, content)
 
 
-def _naming_code(text: str | bytes) -> Any:
+def _naming_code(text: str | bytes, name: str) -> Any:
     """A JSON file that names code; None for others. It loads without that code, which is not carried."""
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError):
-        return None  # whoever reads it says so
+    settings = parse_any(text, name)  # None is no JSON: whoever reads it says so
     return settings if names_code(settings) else None
 
 

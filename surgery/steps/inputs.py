@@ -12,7 +12,7 @@ import torch
 from ..anatomy.sites import Anatomy
 from ..checkpoint.provenance import TextFiles, described
 from ..errors import SourceError
-from ..live.text import Chunking, chunk, read_texts, split_text, tokenize
+from ..live.text import Chunking, chunk, in_turn, read_each, read_texts, split_text, tokenize
 from ..progress import Reporter
 from ..verification.gates import GATES, Gate
 from ..verification.gates.base import Inputs
@@ -22,9 +22,12 @@ CALIBRATION_CHUNKS = 32
 
 @dataclass(frozen=True)
 class Texts:
-    """Text to search, scale and tune on, and other text to evaluate on; None where none was given. `files`: its own."""
+    """Texts to search, scale and tune on, of each alike much, and other text to evaluate on; None where none was given.
 
-    calibration: str | None
+    `files`: their own.
+    """
+
+    calibration: tuple[str, ...] | None
     evaluation: str | None
     files: TextFiles = TextFiles()
 
@@ -34,12 +37,13 @@ def gather_texts(text: Sequence[Path], calibration: Sequence[Path], reporter: Re
     if both := {Path(path).resolve() for path in text} & {Path(path).resolve() for path in calibration}:
         reporter.note(f"{min(both)} is both --text and --calibration: figures are then on text that was fitted to")
     evaluation = read_texts(text) if text else None
-    fitted = read_texts(calibration) if calibration else None
+    fitted = read_each(calibration) if calibration else None
     split = fitted is None and evaluation is not None
     files = TextFiles(evaluation=described(text), calibration=described(calibration), split=split)
     if evaluation is None or fitted is not None:
         return Texts(fitted, evaluation, files)
-    return Texts(*split_text(evaluation), files)
+    first, second = split_text(evaluation)
+    return Texts((first,), second, files)
 
 
 def whole_texts(text: Sequence[Path]) -> Texts:
@@ -84,10 +88,16 @@ class Reader:
         self.require_known(chunks.flatten().tolist())
         return chunks
 
-    def cut_calibration(self, text: str, chunking: Chunking) -> torch.Tensor:
-        """Chunks (M, T) to search, scale and tune on: as long as those of the evaluation, and no more than 32."""
-        wanted = Chunking(min(CALIBRATION_CHUNKS, chunking.count), chunking.length)
-        return self.cut(text, wanted, "the calibration text")
+    def cut_calibration(self, texts: Sequence[str], chunking: Chunking, sets: int = 1) -> torch.Tensor:
+        """Chunks (M, T) to search, scale and tune on: as long as those of the evaluation, and no more than 32.
+
+        Several texts take turns. `sets`: so many times as much, for gates that calibrate several times.
+        """
+        wanted = Chunking(sets * min(CALIBRATION_CHUNKS, chunking.count), chunking.length)
+        ids = in_turn([tokenize(self.tokenizer, text) for text in texts], chunking.length)
+        chunks = chunk(ids, wanted, "the calibration text")
+        self.require_known(chunks.flatten().tolist())
+        return chunks
 
     def require_known(self, ids: Sequence[int]) -> None:
         """SourceError unless the model has embeddings for all of `ids`, and for BOS, after which a baseline is

@@ -15,6 +15,7 @@ from ..errors import DamagedCheckpoint
 from ..live.loading import load_original
 from ..live.model import Live
 from ..live.quantised import loaded_linears
+from ..live.roundings import rounds_values, steady
 from ..operations.base import Changes, Fitting, Operation, Parts
 from ..progress import Reporter
 from ..verification.equivalence import Equivalence, compare_random_ids, take_control
@@ -49,7 +50,7 @@ def operate(
     operations in place is not the original after the same prefix: nothing is written then.
     """
     reporter.step("load the original")
-    live = Live(load_original(directory, device=device), plan.anatomy)
+    live = Live(load_original(directory, fitting_dtype(plan), device), plan.anatomy)
     _require_finite(live)
     changes = plan.recipe.changes
     if plan.recipe.rounds_linears:
@@ -60,7 +61,10 @@ def operate(
     random_ids: Equivalence | None = None
     gate = max(change.opens for change in changes)
     with contextlib.ExitStack() as grafts:
+        grafts.enter_context(steady(live.model))
         for change in changes:
+            if change is plan.recipe.tune:
+                parts = _in_float32(live, changes, parts)
             planned = plan.by_operation[change.name]
             fitting = Fitting(plan.target, planned, chunks, reporter, {**parts}, training, gate, directory)
             part = parts[change.name] = change.fit(live, fitting)
@@ -77,6 +81,23 @@ def operate(
     del live
     gc.collect()
     return Operated(parts, plan.final(parts), tensors, random_ids)
+
+
+def fitting_dtype(plan: Plan) -> torch.dtype:
+    """What operations are fitted in. Where layers round what enters them, a difference as small as float32's becomes a
+    step, and steps in one layer become others in the next: only float64 shows whether two models are one function."""
+    packed = plan.source.quantised
+    return torch.float64 if packed is not None and packed.rounds_activations else torch.float32
+
+
+def _in_float32(live: Live, changes: Sequence[Operation], parts: Mapping[str, Parts]) -> dict[str, Parts]:
+    """The model, with all that is in it, in float32, which training takes; and the parts that are in it."""
+    if not rounds_values(live.model):
+        return {**parts}
+    for tensor in (*live.model.parameters(), *live.model.buffers()):
+        if tensor.dtype == torch.float64:
+            tensor.data = tensor.data.float()
+    return {change.name: change.held(live, parts[change.name]) for change in changes if change.name in parts}
 
 
 def _last_exact(changes: Sequence[Operation]) -> Operation:

@@ -20,7 +20,7 @@ from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import Source, has_tokenizer, open_source, without_tokenizer
 from ..converted.derived import Derived, derive
-from ..converted.files import added_layout, lowered_limits, may_rewrite, shard_names
+from ..converted.files import added_layout, lowered_limits, may_rewrite, rewritten_layout, shard_names
 from ..endings.temporary import temporary
 from ..errors import SourceError, UnsupportedModel
 from ..live.graft import eab_config
@@ -87,9 +87,19 @@ class Plan:
         kept = {
             t.name: _entry(status.get(t.name, "kept"), self.shards[t.shard], t.dtype, t.shape)
             for t in self.source.layout.tensors.values()
+            if t.name not in self.changes.replaced
         }
         added = {name: _entry("added", self.added_shard, t.dtype, t.shape) for name, t in self.changes.added.items()}
-        return {**kept, **added}
+        return {**kept, **self.quantised(self.changes), **added}
+
+    def quantised(self, changes: Changes) -> dict[str, dict]:
+        """The tensors that `changes` puts in the place of others, as entries of the manifest."""
+        layout = self.source.layout
+        return {
+            name: {**_entry("quantised", self.shards[layout.tensors[of].shard], t.dtype, t.shape), "of": of}
+            for of, instead in changes.replaced.items()
+            for name, t in instead.items()
+        }
 
     def final(self, parts: Mapping[str, Parts]) -> Changes:
         """What is done, now that everything is fitted; of what is not, the most there can be."""
@@ -106,6 +116,7 @@ class Plan:
             "model_type": {"from": self.anatomy.model_type, "to": self.derived.model_type},
             "prefix_ids": list(changes.prefix) if changes.prefix is not None else None,
             "sites": len(self.anatomy.sites),
+            "quantised": None if self.source.quantised is None else self.source.quantised.told(self.source.layout),
             **told,
             "adds": list(changes.words),
             "tune": tune,
@@ -136,6 +147,7 @@ def prepare(
 def plan_on(source: Source, recipe: Recipe, out: Path | None, *, needs_tokenizer: bool, link: bool = False) -> Plan:
     """The same for a source that is open."""
     # Before the tokenizer, which would complain in its own words.
+    _require_plain(source, recipe)
     anatomy, fits = examine_source(source)
     if source.kind != "gguf":
         require_generation(source.root)
@@ -160,7 +172,7 @@ def plan_on(source: Source, recipe: Recipe, out: Path | None, *, needs_tokenizer
     bos = None if tokenizer is None else tokenizer.bos_token_id
     folds_bos = bos is not None and (changes.prefix is None or bos in changes.prefix)
     weights = "rewrite" if recipe.changes_weights else "link" if link and source.kind != "gguf" else "copy"
-    files = (*_weights(source, shards, weights), FilePlan(added_shard, "add", added_bytes),
+    files = (*_weights(source, shards, weights, changes), FilePlan(added_shard, "add", added_bytes),
              *_others(source, derived, folds_bos))  # fmt: skip
     needed = SMALL_FILES + added_bytes + sum(REWRITTEN.get(file.action, 0) * (file.bytes or 0) for file in files)
     if source.kind == "gguf" and recipe.changes_weights:
@@ -177,8 +189,29 @@ def plan_on(source: Source, recipe: Recipe, out: Path | None, *, needs_tokenizer
     )  # fmt: skip
 
 
+def _require_plain(source: Source, recipe: Recipe) -> None:
+    """SourceError for a recipe that changes or rounds weights, where those of the source are packed."""
+    if source.quantised is None:
+        return
+    asks = next((change.name for change in recipe.changes if change.changes_weights), None)
+    does = "changes weights"
+    rounds = "tune" if recipe.tune is not None and recipe.tune.reads_linears else "verify"
+    if asks is None and (recipe.rounds_linears or rounds == "tune"):
+        asks, does = rounds, "simulates quantisation"
+    if asks is not None:
+        raise SourceError(
+            f"{source.spec} is quantised ({source.quantised.words}), and the recipe's {asks} {does}; leave that out, "
+            "or give the checkpoint it was quantised from."
+        )
+
+
 def examine_source(source: Source) -> tuple[Anatomy, Fit]:
-    """What the source is, and how its tensors fit that; those of a GGUF were named after its model."""
+    """What the source is, and how its tensors fit that; those of a GGUF were named after its model.
+
+    SourceError where a package is missing that reads its format.
+    """
+    if source.quantised is not None:
+        source.quantised.require_loader(source.root)
     if source.blank is not None:
         return examine(source.config, source.blank), Fit()
     return examine_stored(source.config, source.layout)
@@ -231,8 +264,15 @@ def _entry(status: str, shard: str, dtype: str, shape) -> dict[str, Any]:
     return {"status": status, "shard": shard, "dtype": dtype, "shape": list(shape)}
 
 
-def _weights(source: Source, shards: Mapping[str, str], action: str) -> list[FilePlan]:
-    return [FilePlan(new, action, source.layout.sizes[old], old) for old, new in shards.items()]
+def _weights(source: Source, shards: Mapping[str, str], action: str, changes: Changes) -> list[FilePlan]:
+    files = []
+    for old, new in shards.items():
+        size = source.layout.sizes[old]
+        if any(source.layout.tensors[name].shard == old for name in changes.replaced):
+            header, infos = rewritten_layout(source.layout, old, new, changes.replaced)
+            size = len(header) + sum(info.nbytes for info in infos.values())
+        files.append(FilePlan(new, action, size, old))
+    return files
 
 
 def _others(source: Source, derived: Derived, folds_bos: bool) -> list[FilePlan]:

@@ -47,7 +47,8 @@ def make_ready(plan: Plan, texts: Texts, options: RunOptions, reporter: Reporter
     _require_calibration(recipe, texts, reader.tokenizer)
     if recipe.searches or recipe.reads is not None or any(gate.calibrates for gate in gates):
         assert texts.calibration is not None  # half of the evaluation text, if no other was given
-        calibrating = reader.cut_calibration(texts.calibration, chunking)
+        sets = max((gate.calibration_sets for gate in gates), default=1)
+        calibrating = reader.cut_calibration(texts.calibration, chunking, sets)
     return Ready(chunking, evaluation, calibrating, ready)
 
 

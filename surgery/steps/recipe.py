@@ -64,6 +64,12 @@ class Recipe(Document):
     def _only_gates_that_apply(cls, value: Verify, info: ValidationInfo) -> Verify:
         asked = [gate.name for gate in value.gates() if gate.same_function and gate.name in value.model_fields_set]
         tune = info.data.get("tune")
+        rounding = next((gate.name for gate in value.gates() if gate.reads_linears), None)
+        if rounding and (written := next((one.name for one in info.data.get("operations", ()) if one.last), None)):
+            raise ValueError(
+                f"asks for {rounding}, which simulates what {written} writes, and perplexity judges that; remove "
+                f"{rounding}"
+            )
         inexact = _inexact([*info.data.get("operations", ()), *([] if tune is None else [tune])])
         if asked and inexact:
             raise ValueError(
@@ -74,8 +80,10 @@ class Recipe(Document):
 
     @property
     def changes(self) -> tuple[Operation, ...]:
-        """Everything that changes the model, in order: the operations, and tuning at last."""
-        return self.operations if self.tune is None else (*self.operations, self.tune)
+        """Everything that changes the model, in order: the operations, tuning, and what comes after it."""
+        before = [operation for operation in self.operations if not operation.last]
+        after = [operation for operation in self.operations if operation.last]
+        return (*before, *([] if self.tune is None else [self.tune]), *after)
 
     @property
     def searches(self) -> bool:

@@ -18,7 +18,7 @@ from ..checkpoint.results import require_apart, require_result_folder
 from ..errors import SourceError
 from ..live.loading import load_original
 from ..live.model import Live
-from ..live.text import Chunking, tokenize
+from ..live.text import Chunking, in_turn, tokenize
 from ..tuning.corpus import Corpus, make_corpus
 from ..tuning.dataset import dataset_text
 from ..tuning.operation import Tune
@@ -48,9 +48,10 @@ def prepare_training(
     if processes > 1 and options.device == "auto":
         raise SourceError("each of several processes holds the whole model, on its device; give --device cuda or cpu.")
     _require_room(plan, settings)
-    text = texts.calibration if settings.dataset is None else dataset_text(settings.dataset)
-    assert text is not None  # where it is not given, calibration text has been refused
-    ids = tokenize(plan.target.tokenizer, text)
+    read = texts.calibration if settings.dataset is None else (dataset_text(settings.dataset),)
+    assert read is not None  # where it is not given, calibration text has been refused
+    pieces = max(settings.length, chunking.length)
+    ids = in_turn([tokenize(plan.target.tokenizer, text) for text in read], pieces)
     plan.reader.require_known(ids)
     corpus = make_corpus(ids, settings, chunking.length)
     accelerator = make_accelerator(options.device)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..live.likelihood import Likelihood
 from ..live.model import Live
 from ..live.stream import Observer, normed_sites, slot_count, stream
+from ..live.text import token_texts
 from ..progress import Advance, unseen
 from .across import AutoMassive, across
 from .attention import AttentionStatistics, Selection, ValueVariance
@@ -107,12 +108,15 @@ def _merged(observers: list[Observer], tokenizer: Any) -> list[dict]:
             if repeated := sorted(entry.keys() & row.keys()):
                 raise ValueError(f"two observers report {repeated[0]!r} for layer {layer}")
             entry.update(row)
+    ids = {found["token"] for entry in layers.values() for found in entry["massive"]}
+    ids |= {token for entry in layers.values() for token, _ in entry["tokens"]}
+    texts_of = dict(zip(sorted(ids), token_texts(tokenizer, sorted(ids)), strict=True))
     for entry in layers.values():
         for found in entry["massive"]:
-            found["token"] = tokenizer.decode([found["token"]])
+            found["token"] = texts_of[found["token"]]
         texts: Counter[str] = Counter()  # several ids may be the same text
         for token, count in entry["tokens"]:
-            texts[tokenizer.decode([token])] += count
+            texts[texts_of[token]] += count
         entry["tokens"] = [list(counted) for counted in texts.most_common()]
     keys = dict.fromkeys(key for entry in layers.values() for key in entry)
     return [{key: layers[layer].get(key) for key in keys} for layer in sorted(layers)]
@@ -120,4 +124,4 @@ def _merged(observers: list[Observer], tokenizer: Any) -> list[dict]:
 
 def _named(shown: dict, tokenizer) -> dict:
     """Token ids as text."""
-    return {**shown, "tokens": [tokenizer.decode([token]) for token in shown["tokens"]]}
+    return {**shown, "tokens": token_texts(tokenizer, shown["tokens"])}

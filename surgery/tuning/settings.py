@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
+from ..anatomy.linears import means
 from ..checkpoint.provenance import name_of
 from ..errors import SourceError
 from ..recipe.fields import Positive, Strict, Targets, Weight
@@ -47,14 +48,10 @@ class Lora(Strict):
         if self.targets == "all":
             return list(names)
         for target in self.targets:
-            if not any(_means(target, name) for name in names):
+            if not any(means(target, name) for name in names):
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
                 raise SourceError(f"tune.lora.targets: {target!r} is no linear layer of this model; it has {known}.")
-        return [name for name in names if any(_means(target, name) for target in self.targets)]
-
-
-def _means(target: str, name: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+        return [name for name in names if any(means(target, name) for target in self.targets)]
 
 
 class Dataset(Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..checkpoint.disk import replacing
+from ..endings.temporary import as_os_error
 from ..errors import OutputError, SourceError
 
 NAME = "tuning.safetensors"
@@ -42,14 +44,20 @@ class Store:
         for index, state in snapshot.optimiser["state"].items():
             tensors |= {f"optimiser.{index}.{key}": tensor for key, tensor in state.items()}
         words = {"identity": self.identity, "step": snapshot.step, "groups": groups, "record": snapshot.record}
+        made = not self.path.parent.exists()
         try:
             self.path.parent.mkdir(exist_ok=True)
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             with replacing(self.path) as partial:
                 save_file(on_cpu, partial, metadata={"surgery": json.dumps(words)})
         except (OSError, SafetensorError) as error:
+            if made:
+                with contextlib.suppress(OSError):
+                    self.path.parent.rmdir()
+            found = as_os_error(error)
+            why = error if found is None else found.strerror
             raise OutputError(
-                f"{self.path} cannot be written ({error}); free some space, or give another --tuning DIR."
+                f"{self.path} cannot be written ({why}); free some space, or give another --tuning DIR."
             ) from error
 
     def load(self) -> Snapshot | None:

@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from ..errors import SourceError
 from ..live.loading import require_in_memory
 from ..live.model import Live
+from ..live.roundings import straight_through
 from ..operations.base import Fitting
 from ..progress import Advance, unseen
 from .adapted import Adapted, Stored, as_is
@@ -129,7 +130,8 @@ def tune(live: Live, settings: Settings, training: Training, gate: float = 0.0, 
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     adapted = Adapted(live, settings, gate, training.stored)
     try:
-        record = Loop(live, adapted, settings, training.corpus, accelerator, training.store, advance).run()
+        with straight_through(model):
+            record = Loop(live, adapted, settings, training.corpus, accelerator, training.store, advance).run()
         weights = {name: weight.cpu() for name, weight in adapted.weights()}
         if training.adapter is not None and accelerator.is_main_process:
             adapted.save(training.adapter, training.base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from pathlib import Path
 from typing import Any, Unpack, cast
 
@@ -25,7 +24,7 @@ from ..converted.origin import said_in
 from ..converted.reading import load_converted
 from ..delivery import ENGINES, Engine, Finished
 from ..delivery.card import EXPORT, Shown, card, export_json
-from ..delivery.reading import text_log_probabilities
+from ..delivery.reading import distance, text_log_probabilities
 from ..endings.leftovers import clear_for
 from ..errors import DamagedCheckpoint, OutputError, SourceError
 from ..live.loading import load_tokenizer, require_device
@@ -72,7 +71,8 @@ def _exported(
     for left in clear_for(out):
         reporter.note(f"removed {left.path} ({human(left.bytes)}), which a run that was killed had left")
     finished, integrity = _finished(engine, checkpoint, options, reporter)
-    require_target(out, finished.root)
+    for root in (finished.root, *([] if finished.original is None else [finished.original.root])):
+        require_target(out, root if root.is_dir() else None)
     chunks = _chunks(finished, texts, options)
     engine.refuse(finished)
     act = provenance(
@@ -87,11 +87,11 @@ def _exported(
         proof = engine.prove(finished, stage.path, options.device)
         # 3. Measure both on text.
         measured = {} if chunks is None else _measured(engine, finished, stage.path, chunks, options, reporter)
+        gates = measured.pop("gates", [])
         # 4. Card and manifest; then publish, or not.
         shown = Shown(proof, measured, act)
         stage.add_text("README.md", card(engine, finished, said_in(finished.root), name_of(out), shown))
         stage.add_json(EXPORT, export_json(engine, finished, shown, stage.hashes()))
-        gates = _judged(engine, measured)
         passed = all(gate["passed"] for gate in gates) if gates else None
         found = {
             "passed": passed, "engine": engine.name, "gates": gates, "integrity": integrity, "proof": proof,
@@ -225,21 +225,15 @@ def _measured(
             exported = engine.log_probabilities(finished, directory, original, chunks, options.device, advance)
     if exported.shape != converted.shape:
         raise RuntimeError(f"{engine.title} gave {tuple(exported.shape)} log-probabilities, not {converted.shape}")
-    delta = (exported.double() - converted.double()).abs().max().item()
+    apart = distance(exported, converted, engine, finished)
+    gate = {"name": apart.name, "passed": apart.close, "value": apart.value, "limit": apart.limit}
     return {
-        "perplexity": {"converted": _score(converted), "exported": _score(exported)},
-        "delta_log_probability": delta, "chunks": chunks.shape[0], "chunk_length": chunks.shape[1],
+        "gates": [gate], "perplexity": {"converted": _score(converted), "exported": _score(exported)},
+        "delta_log_probability": (exported.double() - converted.double()).abs().max().item(),
+        "chunks": chunks.shape[0], "chunk_length": chunks.shape[1],
     }  # fmt: skip
 
 
 def _score(found: torch.Tensor) -> dict[str, Any]:
     """The score of log-probabilities (N, T - 1)."""
     return Score(tuple((-found.double()).sum(dim=1).tolist()), found.shape[1]).to_dict()
-
-
-def _judged(engine: Engine, measured: dict[str, Any]) -> list[dict[str, Any]]:
-    if not measured:
-        return []
-    delta = measured["delta_log_probability"]
-    passed = math.isfinite(delta) and delta <= engine.limit
-    return [{"name": "log_probability", "passed": passed, "value": delta, "limit": engine.limit}]

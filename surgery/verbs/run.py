@@ -237,7 +237,13 @@ def _finish(
     manifest = manifest.with_files(stage.hashes())
     stage.add_json(MANIFEST, manifest.to_dict())
     checks = check_integrity(
-        stage.path, manifest, read_config(stage.path), OPERATIONS, plan.changes.changed.keys(), source, beside
+        stage.path,
+        manifest,
+        read_config(stage.path),
+        OPERATIONS,
+        {*plan.changes.changed, *plan.changes.replaced},
+        source,
+        beside,
     )
     return replace(findings, checks=[*checks, check_reading(reading), *findings.checks]), manifest
 

@@ -132,6 +132,8 @@ def _converted(root: Path, at: HubId | None = None) -> _Opened:
     """A converted checkpoint in the directory `root`, which holds that of the hub where `at` is given."""
     found = read_described(root)
     refuse_adapter(root)
+    if found.packed is not None:
+        found.packed.require_loader(root)
     vocab_size = vocabulary_size(read_layout(root), found.anatomy)
     return _Opened(
         {

@@ -21,7 +21,7 @@ from ..converted.described import Described
 from ..converted.reading import load_converted
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
-from ..live.text import CHUNKS, Chunking
+from ..live.text import CHUNKS, Chunking, token_texts
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
 from ..results import Verdict
@@ -171,6 +171,8 @@ def _integrity(
         said = f"the recipe in {MANIFEST} does not parse (at {where or 'its top'}), so there are no gates"
         checks.append(Check("recipe", False, f"{said}; convert the source again"))
     described = read_config(root)
+    if isinstance(described, Described) and described.packed is not None:
+        described.packed.require_loader(root)
     may_change = None if recipe is None or recipe.changes_weights else ()  # what cannot be read is told, once
     with reporter.bar("hash", sum(entry.bytes for entry in manifest.files.values()), of_bytes=True) as advance:
         checks += check_integrity(root, manifest, described, OPERATIONS, may_change, source, directory, advance)
@@ -205,7 +207,8 @@ def _ready(
     ready = require_inputs(gates, Inputs(chunking, options.device, room_after(anatomy, taken), options.tasks))
     calibrating = None
     if any(gate.calibrates for gate in gates):
-        calibrating = reader.cut_calibration(texts.calibration, chunking)
+        sets = max(gate.calibration_sets for gate in gates)
+        calibrating = reader.cut_calibration(texts.calibration, chunking, sets)
     return _Ready(tokenizer, chunks, calibrating, gates, ready)
 
 
@@ -225,5 +228,5 @@ def _measured(
         converted=lambda: (load_converted(root, device=options.device), tokenizer),
         reporter=reporter,
     )
-    tokens = {"ids": list(prefix), "tokens": [tokenizer.decode([token]) for token in prefix]}
+    tokens = {"ids": list(prefix), "tokens": token_texts(tokenizer, prefix)}
     return Findings([], found.judgements, found.measured, said={"prefix": tokens} if prefix else {})

@@ -26,7 +26,11 @@ def same_source(source: Source, manifest: Manifest) -> Found:
 def kept_tensors(
     layout: Layout, manifest: Manifest, original: Layout, hashed: bool, changeable: Collection[str] | None
 ) -> Found:
-    """Every tensor of the source is there: as it was, or changed where an operation of the recipe changes tensors."""
+    """Every tensor of the source is there: as it was, or changed where an operation of the recipe changes tensors.
+
+    Of one that is stored quantised it is only said that others stand in its place: `steps.again` computes them.
+    """
+    quantised = {entry.of for entry in manifest.tensors.values() if entry.status == "quantised"}
 
     def identical(a: TensorInfo, b: TensorInfo) -> bool:
         same_file = hashed and manifest.files[a.shard].sha256 == manifest.source["sha256"][b.shard]
@@ -39,7 +43,10 @@ def kept_tensors(
         )
 
     for name, b in sorted(original.tensors.items()):
-        statuses = ("kept", "changed") if changeable is None or name in changeable else ("kept",)
+        may_change = changeable is None or name in changeable
+        if name in quantised and may_change:
+            continue
+        statuses = ("kept", "changed") if may_change else ("kept",)
         a, status = layout.tensors.get(name), getattr(manifest.tensors.get(name), "status", None)
         if a is None or status not in statuses:
             return False, f"{name} of the source is not kept in the checkpoint"
@@ -49,9 +56,11 @@ def kept_tensors(
             return False, f"{name} is {a.dtype} of shape {a.shape}, in the source it is {b.dtype} of shape {b.shape}"
         if status == "changed" and identical(a, b):
             return False, f"{name} is said to be changed, but it is byte-identical to the source"
-    claimed = {name for name, entry in manifest.tensors.items() if entry.status != "added"}
+    claimed = {entry.of or name for name, entry in manifest.tensors.items() if entry.status != "added"}
     if invented := sorted(claimed - set(original.tensors)):
         return False, f"{invented[0]} is said to be of the source, but the source has no such tensor"
     changed = sum(entry.status == "changed" for entry in manifest.tensors.values())
-    kept = f"{len(original.tensors) - changed} tensors byte-identical to the source"
-    return True, f"{kept}, {changed} changed in place" if changed else kept
+    told = [f"{len(original.tensors) - changed - len(quantised)} tensors byte-identical to the source"]
+    told += [f"{changed} changed in place"] if changed else []
+    told += [f"{len(quantised)} stored quantised"] if quantised else []
+    return True, ", ".join(told)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import NoSpace, SourceError, SurgeryError, shortened
+from ..errors import NoSpace, NoTemporary, SourceError, SurgeryError, shortened
 
 Found = tuple[bool, str] | tuple[bool, str, tuple[str, ...]]
 
@@ -31,10 +31,13 @@ class Check:
 
 
 def check(name: str, look: Callable[[], Found]) -> Check:
-    """What `look` finds; an error of ours, or one of reading files, is a check that failed. NoSpace is none."""
+    """What `look` finds; an error of ours, or one of reading files, is a check that failed.
+
+    What is missing here, room on disks or in memory, says nothing of the checkpoint: that is raised.
+    """
     try:
         return Check(name, *look())
-    except NoSpace:
+    except (NoSpace, NoTemporary):
         raise
     except SurgeryError as error:
         return Check(name, False, str(error))

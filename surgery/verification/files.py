@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ..checkpoint.disk import sha256_of
 from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.own_files import in_hub_cache
-from ..checkpoint.regular import MAX_JSON, MAX_PARTS, open_regular
+from ..checkpoint.regular import MAX_JSON, MAX_PARTS, open_regular, parse_any
 from ..checkpoint.source import ADAPTER
 from ..converted.derived import derive
 from ..converted.described import Described
@@ -81,18 +80,16 @@ def same_code(root: Path, described: Described) -> Found:
         derived = derive(*described.converted)
     except KeyError:
         return False, f"config.json: model_type {config['model_type']!r} is not of the installed transformers"
-    if config.get("auto_map") != derived.auto_map:
-        return False, f"config.json: auto_map is not what this version of surgery writes; {_OTHER_VERSION}"
+    for chooses, wanted in (("auto_map", derived.auto_map), ("architectures", [derived.causal_class])):
+        if config.get(chooses) != wanted:
+            return False, f"config.json: {chooses} is not what this version of surgery writes; {_OTHER_VERSION}"
     for name, path in all_files(root).items():
         if path.is_file() and name.lower().endswith(".json") and name not in (MANIFEST, INDEX):
             with open_regular(path) as file:
                 raw = file.read(MAX_JSON + 1)
             if len(raw) > MAX_JSON or raw.count(b"{") + raw.count(b"[") > MAX_PARTS:
                 return False, f"{name} is larger than any such file is"
-            try:
-                content = json.loads(raw)
-            except (ValueError, RecursionError):
-                content = None  # nothing that loads, so nothing that names code
+            content = parse_any(raw, name)  # None: nothing that loads, so nothing that names code
             if name == SETTINGS and not isinstance(content, dict):
                 return False, f"{name} is not a JSON object"
             if name == CONFIG and isinstance(content, dict):

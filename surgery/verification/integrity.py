@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from ..checkpoint.layout import Layout, Stored, read_layout
-from ..checkpoint.manifest import Manifest
+from ..checkpoint.layout import Layout, Stored, read_layout, read_tensor
+from ..checkpoint.manifest import MANIFEST, Manifest
+from ..checkpoint.quantised import KEY, sealed
 from ..checkpoint.source import Source
 from ..converted.described import Described, read_described
 from ..errors import SurgeryError
@@ -23,6 +24,8 @@ from ..words import count_of
 from .against import kept_tensors, same_source
 from .checks import Check, Found, check
 from .files import known_kinds, same_code, same_files
+
+SCALES = ("weight_scale", "input_scale")  # what names of scales end in, of weights that a run quantised
 
 if TYPE_CHECKING:
     from ..operations.base import Operation
@@ -52,10 +55,12 @@ def check_integrity(
         shards = {entry.shard for entry in manifest.tensors.values()}
         contents = check("contents", lambda: known_kinds(root, shards))
         return [*checks, code, contents, Check("tensors", False, str(error))]
-    checks += [check("config", lambda: _config(_said(described))), code]
+    checks += [check("config", lambda: _config(_said(described), manifest)), code]
     checks.append(check("contents", lambda: known_kinds(root, layout.shards)))
     checks.append(check("tensors", lambda: _tensors(layout, manifest)))
     checks += _added(layout, manifest, described, operations)
+    if quantised := [name for name, entry in manifest.tensors.items() if entry.status == "quantised"]:
+        checks.append(check("scales", lambda: _scales(layout, quantised)))
     if source is not None and source_dir is not None:
         checks.append(check("source", lambda: same_source(source, manifest)))
         # Where both sides' files have just been hashed, equal hashes are equal files, and need not be read once more.
@@ -80,8 +85,10 @@ def _said(described: Described | SurgeryError) -> Described:
     return described
 
 
-def _config(described: Described) -> Found:
+def _config(described: Described, manifest: Manifest) -> Found:
     slots, norms = described.eab, described.head_norm
+    if sealed(described.config) != manifest.quantised:  # before anything is loaded as it says
+        return False, f"config.json: {KEY} is not the one that the run wrote, as {MANIFEST} says"
     described.anatomy  # noqa: B018  raises where config.json is not such as a run writes for this model
     found = f"config.json describes {count_of(slots.n_slots, 'slot')} in each of {count_of(len(slots.sites), 'site')}"
     return True, found if norms is None else f"{found}, and norms in {len(norms.sites)} of them"
@@ -94,6 +101,15 @@ def _tensors(layout: Layout, manifest: Manifest) -> Found:
         if found.get(name) != planned.get(name):
             return False, f"{name} is {found.get(name, 'missing')}, planned was {planned.get(name, 'nothing')}"
     return True, f"{len(found)} tensors as planned, each in one shard"
+
+
+def _scales(layout: Layout, quantised: Sequence[str]) -> Found:
+    """What the numbers of quantised weights are multiplied by, and their inputs divided by, are positive numbers."""
+    scales = [name for name in quantised if name.endswith(SCALES)]
+    for name in scales:
+        if not bool(((found := read_tensor(layout, name)).isfinite() & (found > 0)).all()):
+            return False, f"{name} holds what is no positive number"
+    return True, f"{len(scales)} scales of quantised weights and their inputs, all positive"
 
 
 def _added(

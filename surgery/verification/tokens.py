@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import NoTemporary, SurgeryError
 from ..live.loading import load_tokenizer
-from ..live.text import tokenize
+from ..live.text import decoded, tokenize
 from .checks import Check
 
 SAMPLE = 200_000  # characters; tokenizers differ in the first few hundred if they differ
@@ -33,7 +33,7 @@ def _compared(root: Path, original, prefix: Sequence[int], text: str | None) -> 
     found = tokenize(emitted, sample, special=True)
     begins = tokenize(emitted, sample)[:1]
     if found[:1] != begins and found[0] in prefix:
-        shown = emitted.decode(found[:1])
+        shown = decoded(emitted, found[:1])
         return Check(
             "tokenizer", False, f"its files put {shown!r} before a text, and that is folded into the slots already"
         )

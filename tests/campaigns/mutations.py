@@ -77,6 +77,11 @@ def _at(value: Any, path: tuple) -> Any:
     return value
 
 
+def hostile(rng: random.Random) -> Any:
+    """One of HOSTILE that a later change may change in turn: a try must not depend on those before it."""
+    return copy.deepcopy(rng.choice(HOSTILE))
+
+
 def json_edit(rng: random.Random, original: Any) -> Any:
     """`original` with one to three changes: a node replaced, removed, renamed, moved, repeated, or a key added."""
     value = copy.deepcopy(original)
@@ -84,16 +89,16 @@ def json_edit(rng: random.Random, original: Any) -> Any:
         path = rng.choice(list(places(value)))
         if not path:
             if rng.random() < 0.05:
-                return rng.choice(HOSTILE)
+                return hostile(rng)
             if isinstance(value, dict):
-                value[rng.choice(KEYS)] = rng.choice(HOSTILE)
+                value[rng.choice(KEYS)] = hostile(rng)
             continue
         rng.choice(_JSON_EDITS)(rng, value, _at(value, path[:-1]), path[-1])
     return value
 
 
 def _replace(rng: random.Random, root: Any, parent: Any, key: Any) -> None:
-    parent[key] = rng.choice(HOSTILE)
+    parent[key] = hostile(rng)
 
 
 def _remove(rng: random.Random, root: Any, parent: Any, key: Any) -> None:
@@ -102,13 +107,13 @@ def _remove(rng: random.Random, root: Any, parent: Any, key: Any) -> None:
 
 def _rename(rng: random.Random, root: Any, parent: Any, key: Any) -> None:
     if isinstance(parent, dict):
-        strings = [hostile for hostile in HOSTILE if isinstance(hostile, str)]
+        strings = [value for value in HOSTILE if isinstance(value, str)]
         parent[rng.choice([*KEYS, *strings])] = parent.pop(key)
 
 
 def _add(rng: random.Random, root: Any, parent: Any, key: Any) -> None:
     if isinstance(parent, dict):
-        parent[rng.choice(KEYS)] = rng.choice(HOSTILE)
+        parent[rng.choice(KEYS)] = hostile(rng)
 
 
 def _copy_another(rng: random.Random, root: Any, parent: Any, key: Any) -> None:

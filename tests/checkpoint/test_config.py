@@ -55,53 +55,6 @@ def test_weights_from_elsewhere_are_refused(key: str, tmp_path: Path) -> None:
             open_source(str(written(tmp_path, config)))
 
 
-SAYS = {
-    "empty": {"quantization_config": {}},
-    "gptq": {"quantization_config": {"quant_method": "gptq"}},
-    "nested": {"vision_config": {"quantization_config": {"quant_method": "gptq"}}},
-    "in a list": {"parts": [{"quantization_config": {}}]},
-    "mlx": {"quantization": {"group_size": 64, "bits": 4}},
-    "older": {"compression_config": {"format": "pack-quantized"}},
-}
-PACKED = {
-    "GPTQ": ("model.layers.0.q_proj.qweight", "I32"),
-    "AWQ": ("model.layers.0.q_proj.qzeros", "I32"),
-    "bitsandbytes": ("model.layers.0.q_proj.weight.absmax", "U8"),
-    "int8": ("model.layers.0.q_proj.SCB", "F32"),
-    "MLX": ("model.layers.0.q_proj.weight", "U32"),
-    "fp8": ("model.layers.0.q_proj.weight_scale_inv", "F32"),
-    "fp8 weights": ("model.layers.0.q_proj.weight", "F8_E4M3"),
-    "compressed-tensors": ("model.layers.0.q_proj.weight_packed", "I32"),
-    "MXFP4": ("model.layers.0.experts.gate_up_proj_blocks", "U8"),
-    "HQQ": ("model.layers.0.q_proj.W_q", "U8"),
-}
-
-
-@pytest.mark.parametrize("case", SAYS)
-def test_a_config_that_says_quantised_is_named_so(case: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="quantised from"):
-        open_source(str(written(tmp_path, SAYS[case])))
-
-
-@pytest.mark.parametrize("case", PACKED)
-def test_packed_tensors_are_named_where_no_config_says_so(case: str, tmp_path: Path) -> None:
-    name, dtype = PACKED[case]
-    with pytest.raises(SourceError, match="quantised") as caught:
-        open_source(str(written(tmp_path, {}, [("a.weight", "F32", (2, 2)), (name, dtype, (2, 2))])))
-    assert name in str(caught.value)
-
-
-def test_older_tools_say_quantised_in_a_file_beside(tmp_path: Path) -> None:
-    (written(tmp_path, {}) / "quantize_config.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"quantize_config\.json"):
-        open_source(str(tmp_path))
-
-
-def test_null_and_whole_numbers_in_buffers_say_nothing(tmp_path: Path) -> None:
-    root = written(tmp_path, {"quantization_config": None}, [("h.0.attn.bias", "U8", (2, 2)), ("ids", "I64", (1, 2))])
-    assert list(open_source(str(root)).layout.tensors) == ["h.0.attn.bias", "ids"]
-
-
 def test_numbers_and_files_beyond_reason_are_damage(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpoint, match="rope_parameters.factor is a number of 401 digits"):
         read_config(written(tmp_path, {"rope_parameters": {"factor": 10**400}}))

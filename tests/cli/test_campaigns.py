@@ -63,9 +63,9 @@ def test_changed_json_is_what_was_asked_for() -> None:
     """Raw parts stand unquoted, all else is as JSON has it, and no change touches the original."""
     assert written({"a": Raw("1e999"), "b": [Raw("["), "x"]}) == '{"a": 1e999, "b": [[, "x"]}'
     original = {"a": [1, {"b": "c"}], "d": 2.5}
-    kept, rng = json.dumps(original), random.Random(0)
-    edits = [json_edit(rng, original) for _ in range(300)]
-    assert json.dumps(original) == kept
+    kept, known, rng = json.dumps(original), repr(HOSTILE), random.Random(0)
+    edits = [json_edit(rng, original) for _ in range(3000)]
+    assert json.dumps(original) == kept and repr(HOSTILE) == known
     assert len({written(edit) for edit in edits}) > 200
     assert all(written(value) is not None for value in HOSTILE)
 

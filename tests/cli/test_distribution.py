@@ -39,7 +39,11 @@ def test_the_wheel_holds_package_recipes_and_types(wheel: Path) -> None:
 def test_its_names_are_our_own(wheel: Path) -> None:
     found = next(metadata.distributions(path=[str(wheel)]))
     assert found.metadata["Name"] == "checkpoint-surgery" and found.version == surgery.__version__
-    assert [(entry.name, entry.value) for entry in found.entry_points] == [("surgery", "surgery.cli:main")]
+    entries = {(entry.group, entry.name): entry.value for entry in found.entry_points}
+    assert entries == {
+        ("console_scripts", "surgery"): "surgery.cli:main",
+        ("vllm.general_plugins", "surgery_eab"): "surgery.serving.plugin:register",
+    }
     assert not [asked for asked in found.requires or () if asked.startswith("surgery")]  # another project of that name
 
 

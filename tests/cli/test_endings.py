@@ -223,6 +223,8 @@ def test_nothing_that_a_terminal_obeys_is_shown(bench: Bench, monkeypatch: pytes
     source = bench.source().rename(bench.root / NASTY)
     ended = surgery_command("plan", bench.place.recipe, source)
     assert ended.code == 0 and SHOWN in ended.out and not obeyed(ended.out + ended.err)
+    ended = surgery_command("plan", bench.place.recipe, source, "--json", "-")
+    assert ended.code == 0 and SHOWN in ended.err and not obeyed(ended.out + ended.err)
     ended = surgery_command("scan", source / "nowhere", "--text", bench.place.text)
     assert ended.code == 2 and SHOWN in ended.error and not obeyed(ended.err)  # and one line: see `error`
     for arguments in (["plan", f"--{NASTY}"], [NASTY], ["verify", bench.root / f"{NASTY}2"]):

@@ -175,7 +175,7 @@ def test_an_adapter_of_another_function_is_never_written(bench: Bench, monkeypat
         stage.Stage, "add_tensors",
         lambda self, name, tensors, metadata: write(self, name, {k: -v for k, v in tensors.items()}, metadata),
     )  # fmt: skip
-    refused(bench, exporting(bench), INPUT, "on random token ids", "not the same function")
+    refused(bench, exporting(bench), INPUT, "on random ids", "not the same function")
 
 
 # ---- from Python

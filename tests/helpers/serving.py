@@ -98,16 +98,22 @@ class Served:
         return row[len(PREFIX) + len(ids) :]
 
 
-def make(kind: str, root: Path, *export: object) -> Served:
-    """A model of `kind` with its tokenizer, converted and exported with the options `export`."""
+def make(kind: str, root: Path, *export: object, further: str = "") -> Served:
+    """A model of `kind` with its tokenizer, converted and exported with the options `export`.
+
+    `further`: operations after the fold, as lines of a recipe.
+    """
     made = Served(root)
     made.source.mkdir(parents=True)
     wide_model(kind).save_pretrained(made.source)
-    save_tokenizer(made.source, write_text(root / "text.txt", 1500, seed=1))
+    text = write_text(root / "text.txt", 1500, seed=1)
+    save_tokenizer(made.source, text)
     recipe = root / "recipe.yaml"
-    recipe.write_text(f"surgery: 1\noperations:\n  - attention_bias: {{prefix: {PREFIX}}}\n", encoding="utf-8")
+    fold = f"surgery: 1\noperations:\n  - attention_bias: {{prefix: {PREFIX}}}\n"
+    recipe.write_text(fold + further, encoding="utf-8")
+    reading = ("--calibration", text, "--chunks", 8, "--chunk-length", 32) if further else ()
     for command in (
-        ("run", recipe, made.source, made.converted, "--no-verify"),
+        ("run", recipe, made.source, made.converted, "--no-verify", *reading),
         ("export", "vllm", made.converted, made.directory, *export),
     ):
         ended = surgery_command(*command)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from helpers.tiny_checkpoint import edit_json
 from helpers.tiny_tokenizer import ONCE, byte_level, write
 
@@ -14,7 +16,7 @@ from surgery.errors import SourceError
 from surgery.live import loading, templates, text
 from surgery.live.loading import load_tokenizer
 from surgery.live.templates import equals_less
-from surgery.live.text import tokenize
+from surgery.live.text import decoded, token_texts, tokenize
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 # Every letter becomes 60, again and again: 60^5 of them.
@@ -52,14 +54,15 @@ def refused(source: Path, *words: str) -> None:
         ("{% if %}", "TemplateSyntaxError"),
         ("x" * 1_000_001, "has more than 1,000,000 characters"),
         (5, "no text but int"),
-        ([{"name": "default", "template": ONCE}, {"name": "tools", "template": LOOP}], "'tools' cannot be rendered"),
+        ([{"name": "default", "template": ONCE}, {"name": "tools", "template": LOOP}], "('default' and 'tools')"),
+        ([{"name": f"t{i}", "template": ONCE} for i in range(1000)], "has 1,000 chat templates"),
         ({"default": ONCE, "tools": [1]}, "'tools' is no text but list"),
     ],
-    ids=["loop", "memory", "zero", "recursion", "syntax", "huge", "number", "listed", "mapped"],
+    ids=["loop", "memory", "zero", "recursion", "syntax", "huge", "number", "listed", "many", "mapped"],
 )
 def test_a_template_that_nobody_can_use_is_refused(source: Path, template: object, words: str) -> None:
     edit_json(source / "tokenizer_config.json", chat_template=template)
-    refused(source, "chat template", words, "mend or remove it")
+    refused(source, "chat template", words, "remove")
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "processor_config.json"])
@@ -99,11 +102,12 @@ def beside(**changes: object) -> Callable[[Path], None]:
         beside(model_max_length="x"),
         beside(bos_token=5),
         beside(tokenizer_class=5),
+        beside(tokenizer_class="RagTokenizer"),
         beside(added_tokens_decoder={"x": 5}),
         lambda source: (source / "special_tokens_map.json").write_text("[1]"),
         lambda source: (source / "chat_template.jinja").write_bytes(b"\xff"),
     ],
-    ids=["growing", "panic", "deep", "limit", "bos", "class", "added", "map", "bytes"],
+    ids=["growing", "panic", "deep", "limit", "bos", "class", "no tokenizer", "added", "map", "bytes"],
 )
 def test_a_tokenizer_that_does_not_load_is_refused(source: Path, damage: Callable[[Path], None]) -> None:
     damage(source)
@@ -120,3 +124,29 @@ def test_a_text_on_which_a_tokenizer_hangs(source: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(text, "SLOWEST", 10**9)
     with pytest.raises(SourceError, match="cannot read the text"):
         tokenize(tokenizer, "x" * 200_000)
+
+
+def test_what_a_hostile_decoder_writes_is_bounded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It grows what it is not tried on: each Z becomes ten, again and again."""
+    steps = [{"type": "Replace", "pattern": {"String": "Z"}, "content": "Z" * 10}] * 10
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    edit_json(source / "tokenizer.json", decoder={"type": "Sequence", "decoders": [*steps, last]})
+    tokenizer = load_tokenizer(source)
+    ids = tokenize(tokenizer, "aZ")
+    assert token_texts(tokenizer, ids[:1]) == ["a"] and decoded(tokenizer, ids[:1]) == "a"
+    monkeypatch.setattr(text, "READING_MEMORY", 2**30)
+    for writes in (token_texts, decoded):
+        with pytest.raises(SourceError, match="cannot write tokens as text"):
+            writes(tokenizer, ids)
+
+
+def test_no_token_is_decoded_outside_of_a_child() -> None:
+    """What decodes is a stranger's program: few places call it, each in a function that a child runs."""
+    calls = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in sorted((ROOT / "surgery").rglob("*.py"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"tokenizer\.(batch_)?decode\(|emitted\.decode\(|tokenizer\(\w+, add_special", line)
+    ]
+    inside = {"surgery/live/loading.py", "surgery/live/text.py", "surgery/delivery/vllm_tokenizer.py"}
+    assert {call.partition(":")[0] for call in calls} == inside  # in what they have a child do

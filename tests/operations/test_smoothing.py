@@ -415,7 +415,7 @@ def test_planted_outliers_cost_nothing_once_smoothed() -> None:
 
         def cost() -> float:
             subject = Subject(live, None, True, text, calibrating, Reporter())
-            score = Quantised(w8a8_static={"max_ratio": 2.0}).measure(subject, None).simulated["w8a8_static"]
+            score = Quantised(w8a8_static={"max_ratio": 2.0}).measure(subject, None).simulated["w8a8_static"][0]
             return score.ppl / exact.score.ppl - 1
 
         before = cost()

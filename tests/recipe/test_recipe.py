@@ -74,7 +74,16 @@ def test_shipped_recipes_load():
     )
     pretrained = load(RECIPES / "gpt2-from-scratch.yaml", FromScratch)
     assert pretrained.pretrain == Pretrain(steps=1000)  # it spells the defaults out
-    loaded = {"eab", "eab-newline", "w8a8-static", "streaming", "head-norm", "eab-tuned", "gpt2-from-scratch"}
+    loaded = {
+        "eab",
+        "eab-newline",
+        "w8a8-static",
+        "streaming",
+        "head-norm",
+        "eab-tuned",
+        "gpt2-from-scratch",
+        "w8a8-vllm",
+    }
     assert {path.stem for path in RECIPES.glob("*.yaml")} == loaded
 
 

@@ -12,7 +12,8 @@ from helpers.tampering import ADDED, KEPT, KEY, TENSOR, at_bit, inside, keys, on
 from helpers.tiny_checkpoint import MEASURED, RECIPE, Place, rehash, surgery_command
 
 from surgery.operations.smoothing import Smoothing
-from surgery.steps.again import ROUNDING, _distance, _first_difference
+from surgery.steps.again import ROUNDING, _distance
+from surgery.steps.again_files import _first_difference
 
 ALL = RECIPE
 SMOOTHED = ALL.replace("verify:", "  - smoothing: {}\nverify:")

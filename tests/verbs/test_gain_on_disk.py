@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from helpers.tiny_checkpoint import MEASURED, Place, surgery_command
+from helpers.tiny_checkpoint import MEASURED, Ended, Place, surgery_command, write_text
 
 import surgery
+from surgery.live.text import in_turn
 from surgery.tuning.operation import Tune
 from surgery.tuning.settings import Lora
 from surgery.tuning.words import tuned
@@ -118,3 +120,34 @@ def test_the_report_of_a_run_shows_its_verdict(made: Path) -> None:
         assert f">{entry['original']['ppl']:.4f}<" in page and f">{entry['converted']['ppl']:.4f}<" in page
     checks = verdict["integrity"]["checks"]
     assert page.count("✓ passed") == len(verdict["gates"]) + len(checks) and "✗" not in page
+
+
+def test_static_scales_are_judged_by_the_worst_text(place: Place, tmp_path: Path) -> None:
+    """Two texts take turns, so each of two sets of scales has half of its chunks from either."""
+    other = write_text(tmp_path / "other.txt", 1500, seed=7)
+    recipe = RECIPE.partition("  - head_norm")[0] + "verify:\n  perplexity: {max_ratio: 9.0}\n"
+    recipe += "  massive_activations: {max: 1000000}\n  quantised: {calibrations: 2, w8a8_static: {max_ratio: LIMIT}}\n"
+
+    def run(limit: float) -> Ended:
+        (tmp_path / "r.yaml").write_text(recipe.replace("LIMIT", str(limit)), encoding="utf-8")
+        return surgery_command(
+            "run", tmp_path / "r.yaml", place.source, tmp_path / "out", "--text", place.text, "--calibration", other,
+            "--calibration", place.text, *MEASURED, "--json", tmp_path / "v.json",
+        )  # fmt: skip
+
+    assert run(9.0).code == 0
+    verdict = json.loads((tmp_path / "v.json").read_text())
+    entry = verdict["quantised"]["w8a8_static"]
+    sets = entry["calibrations"]["converted"]
+    assert len(sets) == 2 and sets[0] != sets[1] and entry["converted"]["ppl"] in sets
+    assert verdict["provenance"]["chunks"]["calibration"]["count"] == 2 * 4
+    judged = next(gate["value"] for gate in verdict["gates"] if gate["name"] == "quantised.w8a8_static")
+    assert judged > max(sets) / verdict["perplexity"]["bare"]["ppl"]  # the upper end of the interval of either
+    shutil.rmtree(tmp_path / "out")
+    assert run(judged * 0.9999).code == 1
+
+
+def test_texts_take_turns() -> None:
+    a, b = list(range(10)), list(range(100, 105))
+    assert in_turn([a], 4) == a
+    assert in_turn([a, b], 2) == [0, 1, 100, 101, 2, 3, 102, 103, 4, 5, 6, 7, 8, 9]

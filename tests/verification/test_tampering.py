@@ -232,12 +232,29 @@ REHASHED: dict[str, tuple[Tamper, str, str]] = {
     "the code": (lambda root: (root / "eab_kernel.py").write_text("# nothing\n"), "code", "eab_kernel.py"),
     "code deleted": (lambda root: (root / "eab_kernel.py").unlink(), "code", "eab_kernel.py"),
     "code added": (lambda root: (root / "sitecustomize.py").write_text("pass\n"), "code", "sitecustomize.py"),
+    "a class that leaves slots out": (configured(architectures=["LlamaForCausalLM"]), "code", "architectures"),
+    "a prefix beyond the vocabulary": (
+        lambda root: edit_json(root / "config.json", eab={**described(root), "prefix_ids": [0, 320]}),
+        "config",
+        "eab.prefix_ids",
+    ),
+    "code for images, behind what is deep": (
+        lambda root: (root / "preprocessor_config.json").write_text(
+            '{"auto_map": {"AutoImageProcessor": "a/b--t.T"}, "deep": ' + "[" * 982 + "]" * 982 + "}"
+        ),
+        "code",
+        "preprocessor_config.json",
+    ),
     "code for the tokenizer": (
         lambda root: edit_json(root / "tokenizer_config.json", auto_map={"AutoTokenizer": ["a/b--t.T", None]}),
         "code",
         "tokenizer_config.json",
     ),
 }  # fmt: skip
+
+
+def described(root: Path) -> dict:
+    return json.loads((root / "config.json").read_text())["eab"]
 
 
 def failed(ended: Ended, check: str, culprit: str) -> None:

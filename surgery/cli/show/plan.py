@@ -19,6 +19,8 @@ def show_plan(console: Console, plan: dict) -> None:
     kind = plan["model_type"]
     console.print(f"[bold]{escape(plan['source']['spec'])}[/]")
     console.print(f"{kind['from']} to {kind['to']}, {', '.join(plan['adds'])}")
+    if (packed := plan["quantised"]) is not None:
+        console.print(escape(f"{packed['format']}; {human(packed['bytes'])} packed, kept byte for byte"))
     if plan["tune"] is not None:
         console.print(_trained(plan["tune"], plan["trains"]))
     console.print()

@@ -134,6 +134,11 @@ class Gate(Named):
         return False
 
     @property
+    def calibration_sets(self) -> int:
+        """How many disjoint sets of calibration text are read."""
+        return 1
+
+    @property
     def reads_linears(self) -> bool:
         """Whether the weights of linear layers have to be in reach."""
         return False

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field
 
 from ...live.stream import Observer
+from ...live.text import token_texts
 from ...survey.massive import MassiveActivations as Counted
 from ...table import Table
 from ...words import listing, number, quoted, ranges
@@ -41,7 +42,7 @@ class MassiveActivations(Gate):
             found = seen.summary()
             if tokenizer is None:
                 return found
-            return {**found, "tokens": [tokenizer.decode([token]) for token in found["token_ids"]]}
+            return {**found, "tokens": token_texts(tokenizer, found["token_ids"])}
 
         before = None if original is None else summary(self._seen(original, "bare"))
         return {self.name: {"before": before, "after": summary(self._seen(converted, "converted"))}}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...live.executed import executing, require_int8
 from ...live.likelihood import scored
@@ -44,16 +44,17 @@ class Int8(Simulated):
 
 @dataclass(frozen=True)
 class Scores:
-    """Score by scheme: simulated, and executed in int8."""
+    """Scores by scheme, one for each set of calibration text that gave scales: simulated, and executed in int8."""
 
-    simulated: dict[str, Score] = field(default_factory=dict)
-    executed: dict[str, Score] = field(default_factory=dict)
+    simulated: dict[str, list[Score]] = field(default_factory=dict)
+    executed: dict[str, list[Score]] = field(default_factory=dict)
 
 
 class Quantised(Gate):
     """Perplexity as if quantised, over the bare original's in float; a gate for each scheme that is named.
 
-    `live.quantised.SCHEMES` says what the schemes are.
+    `live.quantised.SCHEMES` says what the schemes are. A static scheme is judged by the worst of `calibrations` sets of
+    scales, each of other text: one set says as much of its text as of the model.
     """
 
     name: ClassVar[str] = "quantised"
@@ -65,11 +66,20 @@ class Quantised(Gate):
     w4: Simulated | None = None
     kv4: Simulated | None = None
     kv2: Simulated | None = None
+    calibrations: Annotated[
+        int, Field(ge=1, le=16, description="disjoint calibration texts that set static scales; the worst counts")
+    ] = 1
+
+    @model_validator(mode="after")
+    def _of_a_static_scheme(self) -> Self:
+        if self.calibrations > 1 and not self.calibrates:
+            raise ValueError("sets calibrations, which only static scales have; name w8a8_static or w4a4_static too")
+        return self
 
     def gates(self) -> dict[str, Simulated]:
         """Scheme -> its settings, of those that are named."""
         found = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: gate for name, gate in found.items() if gate is not None}
+        return {name: gate for name, gate in found.items() if isinstance(gate, Simulated)}
 
     def executed(self) -> tuple[str, ...]:
         return tuple(name for name, gate in self.gates().items() if getattr(gate, "executed", False))
@@ -83,6 +93,10 @@ class Quantised(Gate):
         return any(SCHEMES[name].calibrated for name in self.gates())
 
     @property
+    def calibration_sets(self) -> int:
+        return self.calibrations if self.calibrates else 1
+
+    @property
     def reads_linears(self) -> bool:
         return any(SCHEMES[name].in_layers for name in self.gates())
 
@@ -94,18 +108,23 @@ class Quantised(Gate):
         """Static scales are those of the calibration text, for what is simulated and for what is executed."""
         live, chunks, scores = subject.live, subject.chunks, Scores()
         calibrating = subject.calibrating if self.calibrates else None
-        total = (len(self.gates()) + len(self.executed())) * len(chunks)
-        with subject.bar("quantised", total + (0 if calibrating is None else len(calibrating))) as advance:
-            ranges = None if calibrating is None else activation_ranges(live, calibrating, advance)
+        sets = [] if calibrating is None else calibrating.tensor_split(self.calibrations)
+        passes = {name: max(1, len(sets) if SCHEMES[name].calibrated else 1) for name in self.gates()}
+        total = sum(count * (2 if name in self.executed() else 1) for name, count in passes.items()) * len(chunks)
+        with subject.bar("quantised", total + sum(map(len, sets))) as advance:
+            ranges = [activation_ranges(live, part, advance) for part in sets]
 
             def score(quantising: contextlib.AbstractContextManager[Any], what: str) -> Score:
                 with quantising:
                     return scored(live, chunks, advance=advance, what=what)
 
             for name in self.gates():
-                scores.simulated[name] = score(quantised(live, SCHEMES[name], ranges), name)
+                scheme = SCHEMES[name]
+                given = ranges if scheme.calibrated else [None]
+                scores.simulated[name] = [score(quantised(live, scheme, found), name) for found in given]
                 if name in self.executed():
-                    scores.executed[name] = score(executing(live, SCHEMES[name], ranges), f"{name}, executed")
+                    what = f"{name}, executed"
+                    scores.executed[name] = [score(executing(live, scheme, found), what) for found in given]
         return scores
 
     def judge(self, original: Measured | None, converted: Measured) -> list[Judgement]:
@@ -116,7 +135,8 @@ class Quantised(Gate):
             scores = {f"{self.name}.{name}": found.simulated[name]}
             if name in found.executed:
                 scores[f"{self.name}.{name}.executed"] = found.executed[name]
-            judgements += [at_most(key, factor(paired(s, bare).high), gate.max_ratio) for key, s in scores.items()]
+            for key, all_sets in scores.items():
+                judgements.append(at_most(key, factor(paired(_worst(all_sets, bare), bare).high), gate.max_ratio))
         return judgements
 
     def found(self, original: Measured | None, converted: Measured, tokenizer: Any) -> dict[str, Any]:
@@ -127,12 +147,13 @@ class Quantised(Gate):
         if original is None:
             return {}
         before, after, bare = original.further[self.name], converted.further[self.name], original.scores["bare"]
-        found = {name: _beside(before.simulated[name], score, bare) for name, score in after.simulated.items()}
-        for name, score in after.executed.items():
-            found[name]["executed"] = entry = _beside(before.executed[name], score, bare)
+        found = {name: _beside(before.simulated[name], sets, bare) for name, sets in after.simulated.items()}
+        for name, sets in after.executed.items():
+            found[name]["executed"] = entry = _beside(before.executed[name], sets, bare)
             for whose, scores in (("original", before), ("converted", after)):
-                difference = paired(scores.executed[name], scores.simulated[name])
-                entry["delta_nll"][f"{whose}_vs_simulated"] = difference.to_dict()
+                worst = _worst(scores.executed[name], bare)
+                simulated = scores.simulated[name][scores.executed[name].index(worst)]
+                entry["delta_nll"][f"{whose}_vs_simulated"] = paired(worst, simulated).to_dict()
         return {self.name: found}
 
     @classmethod
@@ -148,7 +169,7 @@ class Quantised(Gate):
         against = "times the bare original"
         return Table(
             "Quantised", ("", "original", against, "converted", against), rows,
-            note="Simulated, unless it says run.",
+            note=f"Simulated, unless it says run.{_of_sets(verdict)}",
             text="With numbers stored in few bits, as small and fast hardware wants them: weights and activations, or "
             "weights only, or the key/value cache only. A static scale is set once, on other text, and one huge "
             "activation makes it too coarse for all the others; a scale per token costs more to run.",
@@ -179,15 +200,34 @@ class Quantised(Gate):
         return f"quantised, {_name(scheme)}{', run in int8' if any(executed) else ''}, times the bare original's"
 
 
-def _beside(original: Score, converted: Score, bare: Score) -> dict[str, Any]:
-    return {
-        "original": original.to_dict(),
-        "converted": converted.to_dict(),
-        "delta_nll": {
-            "original": paired(original, bare).to_dict(),
-            "converted": paired(converted, bare).to_dict(),
-        },
+def _worst(sets: Sequence[Score], bare: Score) -> Score:
+    """Of the scores with scales from several texts, the one that is judged."""
+    return max(sets, key=lambda score: _rank(paired(score, bare).high))
+
+
+def _of_sets(verdict: Mapping[str, Any]) -> str:
+    sets = max((len(entry["calibrations"]["converted"]) for entry in (verdict.get("quantised") or {}).values()
+                if entry.get("calibrations")), default=1)  # fmt: skip
+    return f" Static scales: the worst of {sets} calibration texts." if sets > 1 else ""
+
+
+def _rank(high: float) -> float:
+    return high if finite(high) else float("inf")  # what overflows is the worst
+
+
+def _beside(original: Sequence[Score], converted: Sequence[Score], bare: Score) -> dict[str, Any]:
+    """Of both models the worst score, its difference to the bare original, and where there are several, all of them."""
+    worst = {"original": _worst(original, bare), "converted": _worst(converted, bare)}
+    found: dict[str, Any] = {
+        **{whose: score.to_dict() for whose, score in worst.items()},
+        "delta_nll": {whose: paired(score, bare).to_dict() for whose, score in worst.items()},
     }
+    if len(converted) > 1:
+        found["calibrations"] = {
+            "original": [score.ppl for score in original],
+            "converted": [score.ppl for score in converted],
+        }
+    return found
 
 
 def _name(scheme: str) -> str:
