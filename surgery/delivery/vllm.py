@@ -43,6 +43,8 @@ pip install --no-deps checkpoint-surgery  # into the Python that has vLLM {vllm}
 vllm serve {name}
 ```
 
+(Of vLLM for CPUs the command is `python -m vllm.entrypoints.openai.api_server --model {name}`.)
+
 Every request begins with {placeholders}, which tokenizer and chat template put there, as they would a BOS. At their
 positions each attention layer has the slots. They count as tokens of the prompt. A request of token ids has to begin
 with them too (`config.json`, `served_slots`), and is refused otherwise. vLLM without the plugin does not know the

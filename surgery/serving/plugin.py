@@ -11,6 +11,7 @@ def register() -> None:
 
     Imports none of them. Safe to call twice.
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.v1.engine.input_processor import InputProcessor
@@ -20,4 +21,4 @@ def register() -> None:
         ModelRegistry.register_model(PREFIX + name, f"{__package__}.models:{PREFIX}{name}")
         if name in MODELS_CONFIG_MAP:  # what vLLM settles for that architecture, it settles by name
             MODELS_CONFIG_MAP[PREFIX + name] = MODELS_CONFIG_MAP[name]
-    guard(InputProcessor)
+    guard(InputProcessor, VLLMValidationError)

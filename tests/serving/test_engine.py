@@ -96,7 +96,7 @@ def test_texts_get_placeholders_from_the_tokenizer(served: Served, found: dict) 
 
 
 def test_requests_without_placeholders_are_refused(found: dict) -> None:
-    assert "ValueError: prompts of this model begin with the token ids [0, 5, 7]" in found["stray"]["error"]
+    assert "VLLMValidationError: prompts of this model begin with the token ids [0, 5, 7]" in found["stray"]["error"]
     assert "prompt is empty" in found["empty"]["error"]
 
 

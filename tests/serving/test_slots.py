@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgery.serving.requests import guard, require_placeholders
+from surgery.serving.requests import fault, guard
 from surgery.serving.slots import LOUD, TEXT, fill_keys, fill_values, local_heads, replaced, rows_of
 
 PLACEHOLDERS = torch.tensor([7, 8])
@@ -77,12 +77,10 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_requests_begin_with_placeholders() -> None:
-    require_placeholders([7, 8, 5], [7, 8])
+    assert fault([7, 8, 5], [7, 8]) is None
     for ids in ([5, 7, 8], [7, 5, 8], [7], [], None):
-        with pytest.raises(ValueError, match=r"begin with the token ids \[7, 8\]"):
-            require_placeholders(ids, [7, 8])
-    with pytest.raises(ValueError, match="prompt is empty"):
-        require_placeholders([7, 8], [7, 8])
+        assert "begin with the token ids [7, 8]" in str(fault(ids, [7, 8]))
+    assert "prompt is empty" in str(fault([7, 8], [7, 8]))
 
 
 def test_other_models_are_let_through() -> None:
@@ -98,13 +96,13 @@ def test_other_models_are_let_through() -> None:
         def process_inputs(self, request_id: str) -> type[Request]:
             return Request
 
-    guard(Processor)
+    guard(Processor, LookupError)
     wrapped = Processor.process_inputs
-    guard(Processor)
+    guard(Processor, LookupError)
     assert Processor.process_inputs is wrapped, "wrapped once"
     assert Processor().process_inputs("a") is Request
     Config.hf_config = type("Served", (), {"served_slots": {"placeholder_ids": [1]}})
     assert Processor().process_inputs("a") is Request
     Request.prompt_token_ids = (2, 1)
-    with pytest.raises(ValueError, match="begin with"):
+    with pytest.raises(LookupError, match="begin with"):
         Processor().process_inputs("a")
