@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..endings.temporary import temporary, temporary_errors
 from ..errors import UnsupportedModel
 from ..progress import Advance
 from ..serving.names import PLUGIN, VLLM
-from ..serving.score import DONE
+from ..serving.score import DONE, STOPPED
 
 MAKE = "bin/setup --vllm makes one"
 # What a Python has of vLLM and of the plugin, without importing either.
@@ -54,7 +53,11 @@ def lacking(python: Path | None) -> str | None:
         return f"{python} has no vLLM; name a Python that has {VLLM}: --engine-python ({MAKE})"
     if not found.startswith(f"{VLLM}."):
         return f"{python} has vLLM {found}, and the plugin is made for {VLLM}; install that"
-    return None if plugin == "True" else f"{python} has vLLM without the plugin; pip install --no-deps surgery into it"
+    return (
+        None
+        if plugin == "True"
+        else f"{python} has vLLM without the plugin; pip install --no-deps checkpoint-surgery into it"
+    )
 
 
 def in_vllm(python: Path, directory: Path, ids: torch.Tensor, advance: Advance) -> torch.Tensor:
@@ -84,8 +87,7 @@ def in_vllm(python: Path, directory: Path, ids: torch.Tensor, advance: Advance) 
 
 
 def _last_words(log: Path, code: int) -> str:
-    """What an error says in the last line that names one, else how the process ended."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in text.splitlines()]
-    named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
-    return named[-1][:300].rstrip(" .") if named else f"exit code {code}"
+    """What the error was that stopped it, else how the process ended."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    stopped = [line.removeprefix(STOPPED) for line in lines if line.startswith(STOPPED)]
+    return stopped[-1][:300].rstrip(" .:") if stopped else f"exit code {code}"

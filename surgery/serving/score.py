@@ -1,7 +1,8 @@
 """Log-probabilities of token ids in vLLM: `python -m surgery.serving.score DIRECTORY REQUEST RESULT`.
 
 REQUEST is a safetensors file with `ids` (N, T), RESULT one with `logs` (N, T - 1): of each token after those before it.
-Run by the Python that vLLM is installed in. Each sequence done is a line on standard output.
+Run by the Python that vLLM is installed in. Each sequence done is a line on standard output, and
+what stopped it the last one on standard error.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from .names import ENTRY
 
-DONE = "scored"
+DONE, STOPPED = "scored", "stopped by "  # how lines begin: on standard output, and the last on standard error
 # In one process, quiet, in a cache that any machine has (GiB); what is set already stays.
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -30,7 +32,11 @@ def main(arguments: list[str]) -> None:
     directory, request, result = map(Path, arguments)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    save_file({"logs": scored(directory, load_file(request)["ids"])}, result)
+    try:
+        save_file({"logs": scored(directory, load_file(request)["ids"])}, result)
+    except Exception as error:  # of any class: each of vLLM's models refuses in its own way
+        traceback.print_exc()
+        sys.exit(f"{STOPPED}{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def scored(directory: Path, ids: torch.Tensor) -> torch.Tensor:
