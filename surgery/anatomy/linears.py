@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UnsupportedModel
+from ..errors import SourceError, UnsupportedModel
 from .sites import ADDED, Anatomy
 
 LINEAR = (nn.Linear, Conv1D)  # the latter is GPT-2's, whose weight is (in, out)
@@ -29,6 +30,14 @@ def as_rows(module: Any) -> torch.Tensor:
 def means(target: str, name: str) -> bool:
     """Whether `target`, as recipes name layers ("down_proj"), means the layer `name`: its name, or the end of it."""
     return name == target or name.endswith(f".{target}")
+
+
+def require_known(targets: Sequence[str], names: Sequence[str], key: str) -> None:
+    """SourceError for one of `targets` that means none of the linear layers `names`; `key`: of the recipe."""
+    for target in targets:
+        if not any(means(target, name) for name in names):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise SourceError(f"{key}: {target!r} is no linear layer of this model; it has {known}.")
 
 
 def widths(module: nn.Module) -> tuple[int, int | None]:

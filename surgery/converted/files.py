@@ -43,6 +43,11 @@ def added_layout(tensors: Mapping[str, Stored], shard: str) -> tuple[int, dict[s
     return len(header) + sum(info.nbytes for info in infos.values()), infos
 
 
+def is_rewritten(layout: Layout, shard: str, replaced: Mapping[str, Mapping[str, Stored]]) -> bool:
+    """Whether other tensors take the place of some in `shard`, so that the file is written anew."""
+    return any(layout.tensors[name].shard == shard for name in replaced)
+
+
 def rewritten_layout(
     layout: Layout, shard: str, name: str, replaced: Mapping[str, Mapping[str, Stored]]
 ) -> tuple[bytes, dict[str, TensorInfo]]:  # fmt: skip

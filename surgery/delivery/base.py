@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
 
 from ..anatomy.sites import Anatomy
 from ..checkpoint.contents import SETTINGS
 from ..checkpoint.disk import require_space
-from ..checkpoint.layout import read_layout
+from ..checkpoint.layout import read_layout, read_tensor
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.source import COMPANION_PATTERNS, REFUSED_SUFFIXES, Source
 from ..checkpoint.stage import Stage
@@ -56,12 +55,8 @@ class Finished:
             raise UnsupportedModel(f"{self.root} has no slots, so there is nothing to export; fold a prefix first.")
         layout, slots = read_layout(self.root), {}
         for site in anatomy.sites:
-            parts = []
-            for part in ("key", "value"):
-                name = f"{anatomy.lead}{site.name}.attention_bias.{part}"
-                with safe_open(layout.root / layout.tensors[name].shard, framework="pt") as file:
-                    parts.append(file.get_tensor(name))
-            slots[site.name] = (parts[0], parts[1])
+            name = f"{anatomy.lead}{site.name}.attention_bias"
+            slots[site.name] = (read_tensor(layout, f"{name}.key"), read_tensor(layout, f"{name}.value"))
         return slots
 
     @property

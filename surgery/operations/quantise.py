@@ -16,15 +16,14 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
 
-from ..anatomy.linears import linears, means
-from ..anatomy.sites import Anatomy
+from ..anatomy.linears import linears, means, require_known
 from ..anatomy.stored import stored_name
 from ..checkpoint.compressed import FORMATS, INSTALL, Format, config_entry, packed, require_library
 from ..checkpoint.layout import Stored
 from ..checkpoint.quantised import KEY
 from ..checkpoint.values import dtype_code
 from ..converted.card import Section
-from ..errors import SourceError, UnsupportedModel
+from ..errors import UnsupportedModel
 from ..live.model import Live
 from ..live.quantised import activation_ranges, loaded_linears
 from ..recipe.fields import AsTuple
@@ -107,7 +106,7 @@ class Quantise(Operation):
         """UnsupportedModel where layers are not stored as the model has them, or are none that the format knows."""
         require_library()
         anatomy = target.anatomy
-        self._require_known(anatomy)
+        require_known(self.per_token, list(linears(anatomy.blank, anatomy)), "quantise.per_token")
         replaced: dict[str, dict[str, Stored]] = {}
         for name, module in linears(anatomy.blank, anatomy).items():
             if not isinstance(module, nn.Linear):
@@ -128,13 +127,6 @@ class Quantise(Operation):
         return Changes(
             replaced=replaced, config={KEY: entry}, told={self.name: {"scheme": self.scheme, "layers": len(replaced)}}
         )
-
-    def _require_known(self, anatomy: Anatomy) -> None:
-        names = list(linears(anatomy.blank, anatomy))
-        for target in self.per_token:
-            if not any(means(target, name) for name in names):
-                known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-                raise SourceError(f"quantise.per_token: {target!r} is no linear layer of this model; it has {known}.")
 
     def _packed(self, name: str, weight: torch.Tensor, peak: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
         """What is stored in place of the weight of the layer `name` in the trunk."""

@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ..anatomy.stored import stored_values
-from ..checkpoint.layout import Layout, read_layout
+from ..checkpoint.layout import Layout, read_layout, read_tensor
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.source import Source
 from ..checkpoint.values import as_stored
@@ -205,9 +204,7 @@ def _not_made(
 def _read(layout: Layout, name: str) -> torch.Tensor:
     if name not in layout.tensors:
         raise DamagedCheckpoint(f"{name} is missing, and computed again it is there")
-    with safe_open(layout.root / layout.tensors[name].shard, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-    return tensor
+    return read_tensor(layout, name)
 
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from ..checkpoint.provenance import versions
 from ..checkpoint.regular import read_json
 from ..checkpoint.stage import Stage
 from ..checkpoint.writing import plan_file
-from ..converted.files import rewritten_layout
+from ..converted.files import is_rewritten, rewritten_layout
 from ..endings.temporary import temporary
 from ..verification.checks import Found
 from .emit import emit_beside
@@ -56,7 +56,7 @@ def _headers(again: Again, directory: Path) -> dict[str, bytes]:
     headers = {}
     for old, new in again.plan.shards.items():
         layout = again.plan.source.layout
-        if any(layout.tensors[name].shard == old for name in again.changes.replaced):
+        if is_rewritten(layout, old, again.changes.replaced):
             headers[new], _ = rewritten_layout(layout, old, new, again.changes.replaced)
             continue
         with (directory / old).open("rb") as file:

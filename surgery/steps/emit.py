@@ -25,6 +25,7 @@ from ..converted.files import (
     added_layout,
     converted_config,
     converted_tokenizer,
+    is_rewritten,
     lowered_limits,
     rewritten_layout,
 )
@@ -130,7 +131,7 @@ def _emit_shards(
 ) -> None:  # fmt: skip
     for old, new in plan.shards.items():
         others = {name: tensor for name, tensor in changed.items() if layout.tensors[name].shard == old}
-        if any(layout.tensors[name].shard == old for name in rewriting.changes.replaced):
+        if is_rewritten(layout, old, rewriting.changes.replaced):
             header, _ = rewritten_layout(layout, old, new, rewriting.changes.replaced)
             stage.add_rewritten(layout, old, new, header, rewriting)
         elif others:

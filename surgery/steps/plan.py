@@ -20,7 +20,7 @@ from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import Source, has_tokenizer, open_source, without_tokenizer
 from ..converted.derived import Derived, derive
-from ..converted.files import added_layout, lowered_limits, may_rewrite, rewritten_layout, shard_names
+from ..converted.files import added_layout, is_rewritten, lowered_limits, may_rewrite, rewritten_layout, shard_names
 from ..endings.temporary import temporary
 from ..errors import SourceError, UnsupportedModel
 from ..live.graft import eab_config
@@ -268,7 +268,7 @@ def _weights(source: Source, shards: Mapping[str, str], action: str, changes: Ch
     files = []
     for old, new in shards.items():
         size = source.layout.sizes[old]
-        if any(source.layout.tensors[name].shard == old for name in changes.replaced):
+        if is_rewritten(source.layout, old, changes.replaced):
             header, infos = rewritten_layout(source.layout, old, new, changes.replaced)
             size = len(header) + sum(info.nbytes for info in infos.values())
         files.append(FilePlan(new, action, size, old))

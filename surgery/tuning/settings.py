@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
-from ..anatomy.linears import means
+from ..anatomy.linears import means, require_known
 from ..checkpoint.provenance import name_of
-from ..errors import SourceError
 from ..recipe.fields import Positive, Strict, Targets, Weight
 from ..recipe.training import Training
 
@@ -47,10 +46,7 @@ class Lora(Strict):
         """Of the linear layers `names`, those that `targets` means; SourceError for a target that means none."""
         if self.targets == "all":
             return list(names)
-        for target in self.targets:
-            if not any(means(target, name) for name in names):
-                known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-                raise SourceError(f"tune.lora.targets: {target!r} is no linear layer of this model; it has {known}.")
+        require_known(self.targets, names, "tune.lora.targets")
         return [name for name in names if any(means(target, name) for target in self.targets)]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 
 from ..checkpoint.layout import Layout, Stored, read_layout, read_tensor
 from ..checkpoint.manifest import MANIFEST, Manifest
@@ -153,8 +152,7 @@ def _of_kind(kind: str, tensors: Mapping[str, Stored], layout: Layout, added: li
         if (info.dtype, info.shape) != (stored.dtype, stored.shape):
             asked = f"config.json says {stored.dtype} of shape {stored.shape}"
             return False, f"{name} is {info.dtype} of shape {info.shape}, {asked}"
-        with safe_open(layout.root / info.shard, framework="pt") as file:
-            tensor = file.get_tensor(name)
+        tensor = read_tensor(layout, name)
         if not bool(torch.isfinite(tensor).all()):
             return False, f"{name} holds NaN or Inf"
         if bool((tensor == 0).all()) and not name.endswith(".gate"):  # a gate of 0 leaves a head as it is
