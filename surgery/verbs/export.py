@@ -14,7 +14,7 @@ from ..checkpoint.config import CONFIG
 from ..checkpoint.contents import may_change
 from ..checkpoint.disk import require_target, sha256_of
 from ..checkpoint.layout import read_layout
-from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.provenance import moment, name_of, plain
 from ..checkpoint.signature import manifest_digest
 from ..checkpoint.source import Source, has_tokenizer
@@ -26,7 +26,7 @@ from ..delivery import ENGINES, Engine, Finished
 from ..delivery.card import EXPORT, Shown, card, export_json
 from ..delivery.reading import distance, text_log_probabilities
 from ..endings.leftovers import clear_for
-from ..errors import DamagedCheckpoint, OutputError, SourceError
+from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_tokenizer, require_device
 from ..live.score import Score
 from ..progress import SILENT, Reporter
@@ -38,7 +38,7 @@ from ..steps.options import EXPORTING, ExportKeywords, ExportOptions, with_keywo
 from ..steps.original import open_original, plain_files
 from ..verification.against import kept_tensors, same_source
 from ..words import human
-from .verify import chunking_of, verify
+from .verify import chunking_of, require_sound
 
 # Keys of config.json that say nothing of what is computed from given weights.
 NO_SETTINGS = ("architectures", "_name_or_path", "dtype", "transformers_version")
@@ -120,19 +120,11 @@ def _finished(
     root = fetch_converted(checkpoint, reporter)
     if not (root / MANIFEST).is_file():
         raise SourceError(f"{root} has no {MANIFEST}, so nothing says what it was made of; give the output of a run.")
-    verdict = verify(root, reporter=reporter)
-    for check in verdict["integrity"]["checks"]:
-        if not check["passed"]:
-            raise DamagedCheckpoint(f"{root} was not exported: {check['name']}: {check['detail'].rstrip('.')}.")
-    manifest = read_manifest(root)
-    if manifest.failed:
-        raise OutputError(f"{root} was not exported: it failed its gates when it was written; convert it again.")
-    if manifest.status != "verified":
-        reporter.note(f"{root} is unverified, as {MANIFEST} says: nothing has been measured")
+    manifest, integrity = require_sound(root, "exported", reporter)
     at = on_hub(checkpoint)
     name = plain(name_of(root)) if at is None else str(at)
     original = _original(engine, root, manifest, name, options, reporter)
-    return Finished(root, name, manifest_digest(root), manifest, read_described(root), original), verdict["integrity"]
+    return Finished(root, name, manifest_digest(root), manifest, read_described(root), original), integrity
 
 
 def _original(

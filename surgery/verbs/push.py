@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.manifest import MANIFEST, read_manifest
+from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.pushing import MAIN, push_files, require_push
 from ..converted.reading import require_converted
-from ..errors import DamagedCheckpoint, OutputError, SourceError
+from ..errors import SourceError
 from ..progress import SILENT, Reporter
 from ..report.verdict import sentences
 from ..version import VERSION
-from .verify import verify
+from .verify import require_sound
 
 
 def push(checkpoint: Path | str, to: str, reporter: Reporter = SILENT) -> dict[str, Any]:
@@ -28,15 +28,7 @@ def push(checkpoint: Path | str, to: str, reporter: Reporter = SILENT) -> dict[s
     if not (root / MANIFEST).is_file():
         raise SourceError(f"{root} has no {MANIFEST}, so nobody could verify it; push it by hand: hf upload.")
     destination = require_push(to)
-    verdict = verify(root, reporter=reporter)
-    for check in verdict["integrity"]["checks"]:
-        if not check["passed"]:
-            raise DamagedCheckpoint(f"{root} was not pushed: {check['name']}: {check['detail'].rstrip('.')}.")
-    manifest = read_manifest(root)
-    if manifest.failed:
-        raise OutputError(f"{root} was not pushed: it failed its gates when it was written; convert the source again.")
-    if manifest.status != "verified":
-        reporter.note(f"{root} is unverified, as {MANIFEST} says: nothing has been measured")
+    manifest, _ = require_sound(root, "pushed", reporter)
     # 2. One commit.
     reporter.step(f"push {root} to {destination.id}")
     message = f"surgery {VERSION}: {manifest.status}"

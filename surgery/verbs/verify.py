@@ -19,12 +19,12 @@ from ..checkpoint.signature import PublicKey, parse_digest
 from ..checkpoint.source import Source, has_tokenizer
 from ..converted.described import Described
 from ..converted.reading import load_converted
-from ..errors import DamagedCheckpoint, SourceError
+from ..errors import DamagedCheckpoint, OutputError, SourceError
 from ..live.loading import load_original, load_tokenizer, require_device
 from ..live.text import CHUNKS, Chunking, token_texts
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
-from ..results import Verdict
+from ..results import Integrity, Verdict
 from ..steps.act import provenance, told
 from ..steps.again import check_again
 from ..steps.fetch import fetch_converted
@@ -104,6 +104,23 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
             standing, judgements=found.judgements, measured=found.measured, said={**standing.said, **found.said}
         )
         return _told(found, paths, date, options, texts, manifest, ready)
+
+
+def require_sound(root: Path, done: str, reporter: Reporter) -> tuple[Manifest, Integrity]:
+    """The manifest of a checkpoint that is to be `done` ("pushed"), and what the checks of its files found.
+
+    DamagedCheckpoint where it is not as it was written, OutputError where it failed its gates then.
+    """
+    integrity = verify(root, reporter=reporter)["integrity"]
+    for found in integrity["checks"]:
+        if not found["passed"]:
+            raise DamagedCheckpoint(f"{root} was not {done}: {found['name']}: {found['detail'].rstrip('.')}.")
+    manifest = read_manifest(root)
+    if manifest.failed:
+        raise OutputError(f"{root} was not {done}: it failed its gates when it was written; convert the source again.")
+    if manifest.status != "verified":
+        reporter.note(f"{root} is unverified, as {MANIFEST} says: nothing has been measured")
+    return manifest, integrity
 
 
 def _standing(
