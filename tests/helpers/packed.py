@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.tiny_checkpoint import edit_json, save_model
+from helpers.tiny_checkpoint import edit_json, enlarge, save_model
 
 SINGLE = "model.safetensors"
 GROUP, BLOCK = 16, 16
@@ -168,10 +168,7 @@ def save_four_bits(root: Path, hidden_size: int = 64) -> Path:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
+    enlarge(model)
     model.save_pretrained(root)
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
     AutoModelForCausalLM.from_pretrained(
@@ -191,8 +188,5 @@ def _save_gpt_oss(root: Path) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
     model = GptOssForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
+    enlarge(model)
     model.save_pretrained(root)

@@ -61,6 +61,16 @@ def save_tokenizer(root: Path, text: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS).save_pretrained(root)
 
 
+def enlarge(model) -> None:
+    """Other random weights in place of the model's matrices, large enough that attention matters."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+
+
 def save_model(root: Path, *, shard_size: str = "1GB", seed: int = 0, massive: int | None = None) -> None:
     """Two layers, four heads, two of them for keys; random weights, large enough that attention matters.
 
@@ -76,11 +86,9 @@ def save_model(root: Path, *, shard_size: str = "1GB", seed: int = 0, massive: i
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
-        if massive is not None:
+    enlarge(model)
+    if massive is not None:
+        with torch.no_grad():
             embedding, mlp = model.model.embed_tokens.weight, model.model.layers[0].mlp
             embedding[:, 5], embedding[massive, 5] = 0.0, 30.0
             model.model.layers[0].self_attn.o_proj.weight[5] = 0.0
