@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Turn the real English that ships in the gensim wheel into plain text files for calibration and evaluation.
+"""Turn the real English that ships in packages into plain text files for calibration and evaluation.
 
     extract_text.py wikipedia DUMP.xml.bz2 CALIBRATION.txt EVALUATION.txt
-    extract_text.py lee LEE_BACKGROUND.cor LEE.txt
+    extract_text.py lee LEE_BACKGROUND.cor LEE.txt CALIBRATION.txt EVALUATION.txt
+    extract_text.py docstrings PACKAGE_FOLDER CALIBRATION.txt EVALUATION.txt
 
-Standard library only, so that it runs before anything is installed. Articles go to the two Wikipedia files in turn,
-so the files share no article. A file appears under its name only when it is complete.
+Standard library only, so that it runs before anything is installed. Articles (docstrings: modules) go to the two files
+in turn, so that they share none; LEE.txt has all. A file appears under its name only when it is complete.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import bz2
 import html
 import os
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MIN_ARTICLE = 1000  # characters of prose; what is left of a disambiguation page or a stub is shorter
+MIN_DOCSTRING = 400  # characters; shorter ones say little in many words
 MIN_PARAGRAPH = 40  # characters; shorter lines are captions, labels and what remains of tables
 DROPPED = "\x00"  # stands for something that cannot be read aloud (a formula, code): its line is dropped
 
@@ -193,6 +196,22 @@ def articles(dump: Path) -> Iterator[tuple[str, str]]:
                     yield title, prose
 
 
+def documented(package: Path) -> Iterator[str]:
+    """The docstrings of each module of a package's folder that has long ones, none of them twice."""
+    seen: set[str] = set()
+    for path in sorted(package.rglob("*.py")):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # a template of code
+            continue
+        documents = (ast.AsyncFunctionDef, ast.FunctionDef, ast.ClassDef, ast.Module)
+        texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documents)]
+        texts = [text for text in dict.fromkeys(texts) if len(text) >= MIN_DOCSTRING and text not in seen]
+        seen.update(texts)
+        if texts:
+            yield "\n\n".join(texts) + "\n"
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write UTF-8 `text` so that `path` never holds a part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -203,27 +222,37 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def main() -> int:
-    """Command line of the module docstring; exit 1 with a sentence when the input holds no usable text."""
+def write_halves(parts: list[str], calibration: Path, evaluation: Path) -> None:
+    """Every other part into one file, the rest into the other."""
+    write_whole(calibration, "\n\n".join(parts[0::2]))
+    write_whole(evaluation, "\n\n".join(parts[1::2]))
+
+
+def arguments() -> argparse.Namespace:
+    """Command line of the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    wikipedia = kinds.add_parser("wikipedia")
-    for name in ("dump", "calibration", "evaluation"):
-        wikipedia.add_argument(name, type=Path)
-    lee = kinds.add_parser("lee")
-    lee.add_argument("corpus", type=Path)
-    lee.add_argument("output", type=Path)
-    given = parser.parse_args()
+    for kind, names in (("wikipedia", ()), ("lee", ("whole",)), ("docstrings", ())):
+        command = kinds.add_parser(kind)
+        for name in ("source", *names, "calibration", "evaluation"):
+            command.add_argument(name, type=Path)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Exit 1 with a sentence when the input holds no usable text."""
+    given = arguments()
     if given.kind == "lee":
-        news = [line.strip() for line in given.corpus.read_text(encoding="utf-8").splitlines() if line.strip()]
-        write_whole(given.output, "\n\n".join(news) + "\n")
-        return 0
-    found = [f"{title}\n\n{prose}\n" for title, prose in articles(given.dump)]
-    if len(found) < 2:
-        print(f"{given.dump}: holds fewer than two usable articles; unpack it again from its package.", file=sys.stderr)
+        parts = [line.strip() + "\n" for line in given.source.read_text(encoding="utf-8").splitlines() if line.strip()]
+        write_whole(given.whole, "\n".join(parts))
+    elif given.kind == "docstrings":
+        parts = list(documented(given.source))
+    else:
+        parts = [f"{title}\n\n{prose}\n" for title, prose in articles(given.source)]
+    if len(parts) < 2:
+        print(f"{given.source}: holds fewer than two usable texts; unpack it again from its package.", file=sys.stderr)
         return 1
-    write_whole(given.calibration, "\n\n".join(found[0::2]))
-    write_whole(given.evaluation, "\n\n".join(found[1::2]))
+    write_halves(parts, given.calibration, given.evaluation)
     return 0
 
 

@@ -9,6 +9,7 @@ trust_remote_code) and imported here (loaded after `import surgery`, without).
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -19,6 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -107,6 +110,18 @@ def _models(config: type) -> dict[str, type]:
     autos = (name for name in vars(modeling_auto) if name.startswith("AutoModelFor"))
     models.update({name: _loaded(name, config) for name in sorted(autos)})
     return {name: model for name, model in models.items() if model is not None and _together(model, causal)}
+
+
+def outside_trunk(config: PreTrainedConfig) -> list[str]:
+    """Names of the linear layers outside of the trunk in every model that an Auto class loads for `config`."""
+    names: dict[str, None] = {}
+    for kind in dict.fromkeys(_models(type(config)).values()):
+        with torch.device("meta"):
+            model: Any = kind(copy.deepcopy(config))
+        inside = {id(module) for module in model.base_model.modules()} if model.base_model is not model else set()
+        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        names.update(dict.fromkeys(name for name in linear if inside and id(model.get_submodule(name)) not in inside))
+    return list(names)
 
 
 def _loaded(auto: str, config: type) -> type | None:

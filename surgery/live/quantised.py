@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..anatomy.calls import Call, rewriting
-from ..anatomy.linears import linears, row_dim
+from ..anatomy.linears import linears, means, row_dim
 from ..errors import UnsupportedModel
 from ..progress import Advance, unseen
 from .graft import on_the_seam
@@ -36,7 +36,8 @@ class Scheme:
     """Bits of weights, activations and cache, None where they stay as they are.
 
     `group`: so many input channels of a weight share a scale; None: all of an output channel. `ranges`: the scale of an
-    activation is "static" (one per linear layer, from calibration), "dynamic" (one per batch) or "per_token".
+    activation is "static" (one per linear layer, from calibration), "dynamic" (one per batch) or "per_token". That last
+    also for the layers that `per_token` means, whatever the others have.
     """
 
     weights: int | None = None
@@ -44,6 +45,12 @@ class Scheme:
     cache: int | None = None
     group: int | None = None
     ranges: Ranges = "static"
+    per_token: tuple[str, ...] = ()
+
+    def of(self, layer: str) -> Scheme:
+        """What the linear layer of this name has."""
+        named = any(means(target, layer) for target in self.per_token)
+        return replace(self, ranges="per_token", per_token=()) if named else self
 
     @property
     def in_layers(self) -> bool:
@@ -135,8 +142,9 @@ def quantised(live: Live, scheme: Scheme, ranges: dict[str, torch.Tensor] | None
                 parametrize.register_parametrization(module, "weight", rounded)
                 undo.callback(parametrize.remove_parametrizations, module, "weight", leave_parametrized=False)
             if scheme.activations is not None:
-                peak = ranges.get(name) if scheme.calibrated and ranges is not None else None
-                hook = _rounding(scheme, scheme.activations, peak)
+                own = scheme.of(name)
+                peak = ranges.get(name) if own.calibrated and ranges is not None else None
+                hook = _rounding(own, scheme.activations, peak)
                 undo.callback(module.register_forward_pre_hook(hook).remove)
         if scheme.cache is not None:
             undo.enter_context(on_the_seam(live))

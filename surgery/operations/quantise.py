@@ -23,6 +23,7 @@ from ..checkpoint.layout import Stored
 from ..checkpoint.quantised import KEY
 from ..checkpoint.values import dtype_code
 from ..converted.card import Section
+from ..converted.derived import outside_trunk
 from ..errors import UnsupportedModel
 from ..live.model import Live
 from ..live.quantised import activation_ranges, loaded_linears
@@ -133,11 +134,12 @@ class Quantise(Operation):
         return packed(weight, peak, self.scheme, self.group, self._is_per_token(name))
 
     def _ignored(self, target: Target) -> list[str]:
-        """Names of the linear layers that stay as they are: those outside of the blocks."""
+        """Names of the linear layers that stay as they are: those outside of the blocks, and of all other heads."""
         anatomy = target.anatomy
         inside = {f"{anatomy.lead}{name}" for name in linears(anatomy.blank, anatomy)}
         named = anatomy.blank.named_modules()
-        return [name for name, module in named if isinstance(module, nn.Linear) and name not in inside]
+        outside = [name for name, module in named if isinstance(module, nn.Linear) and name not in inside]
+        return list(dict.fromkeys([*outside, *outside_trunk(anatomy.config)]))
 
     def require(self, live: Live) -> None:
         loaded_linears(live)

@@ -8,7 +8,8 @@ activation down, which is what makes a model easy to quantise. On SmolLM2 the la
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -52,22 +53,25 @@ class _Rounded(torch.autograd.Function):
 
 @contextlib.contextmanager
 def fake_quantised(
-    layers: Iterable[nn.Module], scheme: Scheme, sequences: int | None = None
+    layers: Mapping[str, nn.Module], scheme: Scheme, sequences: int | None = None
 ) -> Iterator[None]:  # fmt: skip
-    """Each of `layers`, linear ones or what an adapter made of them, reads its input through `straight_through`.
+    """Each of `layers`, linear ones by name or what an adapter made of them, reads inputs by `straight_through`.
 
     Some models flatten sequences and tokens into one dimension before a layer: `sequences` tells them apart again.
     Scales are static or of a batch in `scheme`, and here of each sequence, which is what training can see of either.
     """
-    per_token = scheme.ranges == "per_token"
+    bits = scheme.activations
+    if bits is None:
+        raise ValueError("the scheme rounds no activations")
 
-    def hook(module, args):
+    def hook(per_token: bool, module, args):
         values = args[0]
         rows = values.shape[0] if sequences is None or values.shape[0] % sequences else sequences
         by_sequence = values.reshape(rows, -1, values.shape[-1])
-        return (straight_through(by_sequence, scheme.activations, per_token).reshape(values.shape), *args[1:])
+        return (straight_through(by_sequence, bits, per_token).reshape(values.shape), *args[1:])
 
     with contextlib.ExitStack() as undo:
-        for layer in layers:
-            undo.callback(layer.register_forward_pre_hook(hook).remove)
+        for name, layer in layers.items():
+            rounding = functools.partial(hook, scheme.of(name).ranges == "per_token")
+            undo.callback(layer.register_forward_pre_hook(rounding).remove)
         yield

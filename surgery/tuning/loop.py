@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..live.likelihood import scored
 from ..live.model import Live
-from ..live.quantised import SCHEMES, activation_ranges, quantised
+from ..live.quantised import activation_ranges, quantised
 from ..live.stream import on_layer
 from ..progress import Advance, unseen
 from ..recipe.training import Training
@@ -132,9 +132,8 @@ class Loop:
             with torch.no_grad(), self.adapted.peft.disable_adapter():
                 teacher = self._pass(self.adapted.peft, tokens)
         rounding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self.settings.quantised is not None:
-            scheme = SCHEMES[self.settings.quantised]
-            rounding = fake_quantised(self.adapted.layers.values(), scheme, len(tokens))
+        if (scheme := self.settings.scheme) is not None:
+            rounding = fake_quantised(self.adapted.layers, scheme, len(tokens))
         with rounding:
             return self.objective(self._pass(self.trained, tokens), teacher)
 
@@ -206,8 +205,7 @@ def held_out_nll(live: Live, adapted: Adapted, settings: Settings, corpus: Corpu
     """NLL of the held-out text in nats per token, of the model as it would be emitted, quantised if settings say so."""
     with contextlib.ExitStack() as inside:
         inside.enter_context(adapted.merged())
-        if settings.quantised is not None:
-            scheme = SCHEMES[settings.quantised]
+        if (scheme := settings.scheme) is not None:
             ranges = activation_ranges(live, corpus.scaling) if scheme.calibrated else None
             inside.enter_context(quantised(live, scheme, ranges))
         return scored(live, corpus.held_out).nll

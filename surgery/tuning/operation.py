@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..anatomy.linears import linears
+from ..anatomy.linears import linears, require_known
 from ..anatomy.stored import stored_name
 from ..converted.card import Section
 from ..live.loading import require_in_memory
@@ -54,6 +54,7 @@ class Tune(Settings, Operation):
         """UnsupportedModel where LoRA is to change what the checkpoint stores in another form than the model has it."""
         anatomy = target.anatomy
         names = list(linears(anatomy.blank, anatomy)) if self.reads_linears else []
+        require_known(self.per_token, names, "tune.per_token")
         merged = [] if self.lora is None else self.lora.targeted(names)
         stored = [stored_name(target.layout, anatomy, f"{anatomy.lead}{name}.weight") for name in merged]
         lora = None if self.lora is None else {"rank": self.lora.rank, "layers": len(merged)}

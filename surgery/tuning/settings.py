@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from ..anatomy.linears import means, require_known
 from ..checkpoint.provenance import name_of
-from ..recipe.fields import Positive, Strict, Targets, Weight
+from ..live.quantised import SCHEMES, Scheme
+from ..recipe.fields import AsTuple, Positive, Strict, Targets, Weight
 from ..recipe.training import Training
 
 
@@ -77,6 +79,11 @@ class Settings(Training):
     quantised: Literal["w8a8_static", "w8a8_dynamic", "w8a8_per_token", "w4a4_static"] | None = Field(
         None, description="round activations in training as this scheme does, and judge so"
     )
+    per_token: Annotated[
+        tuple[str, ...],
+        AsTuple,
+        Field(description="of quantised: layers, such as down_proj, whose inputs have a scale per token instead"),
+    ] = ()
     lora: Lora | None = Field(None, description="train low-rank updates of the linear layers too")
     anneal: Annotated[
         float, Field(ge=0, le=1, allow_inf_nan=False, description="share of the steps in which head norms' gates open")
@@ -91,6 +98,18 @@ class Settings(Training):
         if info.data.get("batch", value) % value:
             raise ValueError(f"is {value}, which does not divide the batch of {info.data['batch']} sequences")
         return value
+
+    @field_validator("per_token")
+    @classmethod
+    def _of_rounding(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if value and info.data.get("quantised") is None:
+            raise ValueError("is of quantised, which is not given; leave it out")
+        return value
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How activations are rounded in training; None where they are not."""
+        return None if self.quantised is None else replace(SCHEMES[self.quantised], per_token=self.per_token)
 
     @property
     def reads_linears(self) -> bool:

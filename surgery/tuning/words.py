@@ -67,7 +67,8 @@ def tuned(settings: Settings, trained: Sequence[str], merged: int, found: Mappin
     if best["step"] == 0:
         return f"{said} for {steps:,} steps. None was better on held-out text than the start, which was kept."
     merge = f", and LoRA is merged into {merged:,} tensors" if settings.lora is not None else ""
-    form = f", quantised ({settings.quantised})," if settings.quantised is not None else ""
+    apart = f", {listing(settings.per_token)} per token" if settings.per_token else ""
+    form = f", quantised ({settings.quantised}{apart})," if settings.quantised is not None else ""
     return (
         f"{said} for {steps:,} steps. Kept is the state after step {best['step']:,}{merge}; perplexity on held-out text"
         f"{form} went from {fixed(start['ppl'], 4)} to {fixed(best['ppl'], 4)}."

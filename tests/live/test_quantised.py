@@ -71,11 +71,14 @@ def test_the_cache_lies_between_least_and_largest_of_a_token(states: np.ndarray,
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])  # Linear, and Conv1D with its weight transposed
-@pytest.mark.parametrize("ranges", ["static", "dynamic", "per_token"])
+@pytest.mark.parametrize("ranges", ["static", "dynamic", "per_token", "named"])
 def test_a_layer_computes_what_integers_would(model_type: str, ranges: str) -> None:
     model, text = tiny_model(model_type), tiny_text()
-    live, scheme = live_of(model), Scheme(8, 4, ranges=ranges)
+    live = live_of(model)
     name, layer = list(linears(model, live.anatomy).items())[-1]
+    named = ranges == "named"
+    ranges = "per_token" if named else ranges
+    scheme = Scheme(8, 4, per_token=(name.rpartition(".")[2],)) if named else Scheme(8, 4, ranges=ranges)
     seen = {}
 
     def keep(module, args, output):

@@ -15,6 +15,7 @@ from helpers.tiny_checkpoint import MEASURED, Place, edit_json, rehash, save_tok
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from surgery.checkpoint.compressed import FORMATS, packed
 from surgery.checkpoint.layout import read_layout
@@ -168,6 +169,15 @@ def test_named_layers_have_a_scale_per_token(place: Place, tmp_path: Path) -> No
         if name.endswith("_proj"):
             dynamic = module.quantization_scheme.input_activations.dynamic
             assert dynamic == name.endswith("down_proj"), name
+
+
+def test_another_head_is_not_quantised(static: Path) -> None:
+    """A classifier on a quantised trunk has a head of its own, to be trained."""
+    model = AutoModelForSequenceClassification.from_pretrained(static, trust_remote_code=True)
+    assert model.score.weight.dtype == torch.float32 and not hasattr(model.score, "quantization_scheme")
+    assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.int8
+    with torch.no_grad():
+        assert bool(model(input_ids=torch.tensor([[2, 3, 4]])).logits.isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def test_tuning_is_read_back_as_it_was_written():
     assert "equivalence" not in recipe.to_dict()["verify"] and "quantised" not in recipe.to_dict()["tune"]
     assert "asks for equivalence" in refusal(text + "\nverify: {equivalence: {max_delta_nll: 1.0e-5}}")
     assert "tune.accumulate is 3, which does not divide the batch of 4" in refusal(text[:-1] + ", accumulate: 3}")
+    assert "tune.per_token is of quantised, which is not given" in refusal(text[:-1] + ", per_token: [down_proj]}")
 
 
 def test_defaults_are_the_documented_ones():

@@ -125,11 +125,15 @@ def test_layers_read_rounded_inputs_only_inside_the_block() -> None:
     plain = layer(x)
     with torch.no_grad():
         wanted = layer(straight_through(x, 4))
-    with fake_quantised([layer], SCHEMES["w4a4_static"], 2):
+    with fake_quantised({"layer": layer}, SCHEMES["w4a4_static"], 2):
         torch.testing.assert_close(layer(x), wanted, rtol=0, atol=0)
         flat = layer(x.flatten(0, 1))  # as OPT gives it to its MLPs
         torch.testing.assert_close(flat.view_as(wanted), wanted, rtol=0, atol=0)
-    with fake_quantised([layer], Scheme(4, 4, ranges="per_token"), 2):
+    with fake_quantised({"layer": layer}, Scheme(4, 4, ranges="per_token"), 2):
         alone = [layer(token[None, None]) for token in x.flatten(0, 1)]
         torch.testing.assert_close(layer(x).flatten(0, 1), torch.cat(alone).flatten(0, 1), rtol=0, atol=1e-15)
+        by_token = layer(x)
+    for named, expected in (("down", by_token), ("up", wanted)):
+        with fake_quantised({"mlp.down": layer}, Scheme(4, 4, per_token=(named,)), 2):
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
     torch.testing.assert_close(layer(x), plain, rtol=0, atol=0)
