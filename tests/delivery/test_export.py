@@ -120,6 +120,20 @@ def test_an_output_inside_the_checkpoint_is_refused(bench: Bench) -> None:
     refused(bench, ["export", "peft", root, root / "out"], INPUT, "lies inside")
 
 
+def test_an_output_inside_the_original_is_refused(bench: Bench) -> None:
+    source = Path(shutil.copytree(bench.place.source, bench.root / "source"))
+    asked = ["export", "peft", bench.place.converted, source / "out", "--original", source]
+    refused(bench, asked, INPUT, "lies inside the source")
+    assert not (source / "out").exists()
+
+
+def test_an_output_that_is_a_dangling_link_is_refused(bench: Bench) -> None:
+    link = bench.root / "link"
+    link.symlink_to(bench.root / "nowhere")
+    refused(bench, ["export", "peft", bench.place.converted, link], INPUT, "exists already")
+    assert link.is_symlink() and not (bench.root / "nowhere").exists()
+
+
 @pytest.mark.parametrize("nth", [1, 2, 3])
 def test_a_full_disk_leaves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     create, created = stage._create, []
