@@ -44,7 +44,6 @@ FORMATS = {
     "w8a8_static": Format("int-quantized", 8, "int", "static", 127),
     "w8a8_dynamic": Format("int-quantized", 8, "int", "token", 127),
     "w4a16": Format("pack-quantized", 4, "int", None, 7, grouped=True),
-    "fp8_static": Format("float-quantized", 8, "float", "static", 448),
     "fp8_dynamic": Format("float-quantized", 8, "float", "token", 448),
 }
 

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
 
 from ..anatomy.linears import linears, means, require_known
+from ..anatomy.sites import Anatomy
 from ..anatomy.stored import stored_name
 from ..checkpoint.compressed import FORMATS, INSTALL, Format, config_entry, packed, require_library
 from ..checkpoint.layout import Stored
@@ -35,7 +36,6 @@ CALLED = {
     "w8a8_static": "int8 weights and inputs, a stored scale for the inputs of each layer",
     "w8a8_dynamic": "int8 weights and inputs, a scale for each token as it comes",
     "w4a16": "4 bit weights, rounded to nearest, and inputs as they are",
-    "fp8_static": "float8 (e4m3) weights and inputs, a stored scale for the inputs of each layer",
     "fp8_dynamic": "float8 (e4m3) weights and inputs, a scale for each token as it comes",
 }
 
@@ -55,7 +55,7 @@ class Quantise(Operation):
     last: ClassVar[bool] = True
 
     scheme: Annotated[
-        Literal["w8a8_static", "w8a8_dynamic", "w4a16", "fp8_static", "fp8_dynamic"],
+        Literal["w8a8_static", "w8a8_dynamic", "w4a16", "fp8_dynamic"],
         Field(description="bits of weights (w) and of their inputs (a), and whether the scales of inputs are stored"),
     ] = "w8a8_static"
     group: Annotated[
@@ -68,9 +68,9 @@ class Quantise(Operation):
         Field(description="of w8a8_static: layers, such as down_proj, whose inputs have a scale per token instead"),
     ] = ()
 
-    @field_validator("scheme")
+    @field_validator("scheme", mode="before")
     @classmethod
-    def _that_engines_run(cls, value: str) -> str:
+    def _that_engines_run(cls, value: object) -> object:
         if value == "fp8_static":
             raise ValueError(
                 "is fp8_static, which nothing has run here: vLLM 0.32 stops on it on CPUs; write fp8_dynamic"
@@ -107,9 +107,10 @@ class Quantise(Operation):
         """UnsupportedModel where layers are not stored as the model has them, or are none that the format knows."""
         require_library()
         anatomy = target.anatomy
-        require_known(self.per_token, list(linears(anatomy.blank, anatomy)), "quantise.per_token")
+        layers = linears(anatomy.blank, anatomy)
+        require_known(self.per_token, list(layers), "quantise.per_token")
         replaced: dict[str, dict[str, Stored]] = {}
-        for name, module in linears(anatomy.blank, anatomy).items():
+        for name, module in layers.items():
             if not isinstance(module, nn.Linear):
                 raise UnsupportedModel(
                     f"{anatomy.model_type}: {name} is a {type(module).__name__}, and compressed-tensors knows Linear "
@@ -124,7 +125,7 @@ class Quantise(Operation):
             blank = self._packed(name, torch.empty(module.weight.shape, device="meta"), None)
             base = stored.removesuffix("weight")
             replaced[stored] = {f"{base}{part}": _as_stored(tensor) for part, tensor in blank.items()}
-        entry = config_entry(self.scheme, self.group, self._ignored(target), self.per_token)
+        entry = config_entry(self.scheme, self.group, _ignored(anatomy, layers), self.per_token)
         return Changes(
             replaced=replaced, config={KEY: entry}, told={self.name: {"scheme": self.scheme, "layers": len(replaced)}}
         )
@@ -132,14 +133,6 @@ class Quantise(Operation):
     def _packed(self, name: str, weight: torch.Tensor, peak: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
         """What is stored in place of the weight of the layer `name` in the trunk."""
         return packed(weight, peak, self.scheme, self.group, self._is_per_token(name))
-
-    def _ignored(self, target: Target) -> list[str]:
-        """Names of the linear layers that stay as they are: those outside of the blocks, and of all other heads."""
-        anatomy = target.anatomy
-        inside = {f"{anatomy.lead}{name}" for name in linears(anatomy.blank, anatomy)}
-        named = anatomy.blank.named_modules()
-        outside = [name for name, module in named if isinstance(module, nn.Linear) and name not in inside]
-        return list(dict.fromkeys([*outside, *outside_trunk(anatomy.config)]))
 
     def require(self, live: Live) -> None:
         loaded_linears(live)
@@ -180,6 +173,14 @@ class Quantise(Operation):
             f"{grouped}{apart} (compressed-tensors, {self._format.format}). Loading it needs that package: "
             f"{INSTALL}, or `pip install compressed-tensors`."
         )
+
+
+def _ignored(anatomy: Anatomy, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the linear layers that stay as they are: those outside of the blocks, and of all other heads."""
+    inside = {f"{anatomy.lead}{name}" for name in layers}
+    named = anatomy.blank.named_modules()
+    outside = [name for name, module in named if isinstance(module, nn.Linear) and name not in inside]
+    return list(dict.fromkeys([*outside, *outside_trunk(anatomy.config)]))
 
 
 def _as_stored(tensor: torch.Tensor) -> Stored:

@@ -8,20 +8,31 @@ from pathlib import Path
 import pytest
 from helpers.serving import make, vllm_python
 
+pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "scheme", ["w8a8_static", "w8a8_static, per_token: [down_proj]", "w8a8_dynamic", "fp8_dynamic", "w4a16"]
-)
-def test_a_scheme_is_the_same_in_vllm(scheme: str, tmp_path: Path) -> None:
+
+def require_same(kind: str, root: Path, settings: str) -> None:
     """Random weights make much noise of rounding; another function would be off by a nat and more."""
-    group = ", group: 64" if scheme == "w4a16" else ""
-    text = ("--text", tmp_path / "text.txt", "--chunks", 4, "--chunk-length", 32)
+    text = ("--text", root / "text.txt", "--chunks", 4, "--chunk-length", 32)
     made = make(
-        "llama", tmp_path, "--engine-python", vllm_python(), *text,
-        further=f"  - quantise: {{scheme: {scheme}{group}}}\n",
+        kind, root, "--engine-python", vllm_python(), *text, further=f"  - quantise: {{{settings}}}\n",
     )  # fmt: skip
     found = json.loads((made.directory / "export.json").read_text())["measured"]
     ppl = found["perplexity"]
     assert abs(ppl["exported"]["nll"] - ppl["converted"]["nll"]) < 0.1
     assert "in vLLM, the mean |delta log-probability|" in made.card
+
+
+@pytest.mark.parametrize(
+    "settings", ["scheme: w8a8_static", "scheme: w8a8_dynamic", "scheme: fp8_dynamic", "scheme: w4a16, group: 64"]
+)
+def test_a_scheme_is_the_same_in_vllm(settings: str, tmp_path: Path) -> None:
+    require_same("llama", tmp_path, settings)
+
+
+# Layers with a bias, layers that the family itself has fused, and layers that it calls otherwise.
+@pytest.mark.parametrize(
+    ("kind", "last"), [("llama", "down_proj"), ("qwen2", "down_proj"), ("phi3", "down_proj"), ("opt", "fc2")]
+)
+def test_layers_with_a_scale_per_token_are_so_in_vllm(kind: str, last: str, tmp_path: Path) -> None:
+    require_same(kind, tmp_path, f"scheme: w8a8_static, per_token: [{last}]")
