@@ -36,7 +36,7 @@ def calibration_sets(scratch: Path) -> dict[str, list[Path]]:
         "wikipedia, second half": halves[1:],
         "news": [texts["news"]],
         "technical": [texts["technical"]],
-        "all three": [*texts.values()],
+        "all three in turn": [*texts.values()],
     }
 
 
@@ -48,34 +48,42 @@ def measured(directory: Path, chunks: dict[str, torch.Tensor]) -> dict[str, Scor
         engine.close()
 
 
+class Found:
+    """Scores by kind of text, as rows of a table: over those of the original in float32, with the far end."""
+
+    def __init__(self, base: dict[str, Score], title: str) -> None:
+        self.base, self.worst = base, 0.0
+        self.table = Table(title=title, title_justify="left", min_width=len(title))
+        for column in ("", *KINDS):
+            self.table.add_column(column, justify="right" if column else "left")
+        self.table.add_row("original, float32", *(f"{base[kind].ppl:.3f}" for kind in KINDS))
+
+    def add(self, name: str, scores: dict[str, Score], ours: bool = True) -> None:
+        ratios = [ratio(scores[kind], self.base[kind]) for kind in KINDS]
+        cells = [f"{mean:.4f} ({far:.4f})" for mean, far in ratios]
+        self.worst = max(self.worst, *(far for _, far in ratios)) if ours else self.worst
+        self.table.add_row(name, *cells)
+        print(f"{name}: {', '.join(cells)}", file=sys.stderr, flush=True)
+
+
 def main(count: int) -> None:
-    title = f"SmolLM2-135M in vLLM, {count} x 512 tokens: perplexity over that of float32 (far end of 95%)"
-    table = Table(title=title, title_justify="left")
-    for column in ("calibrated on", *KINDS):
-        table.add_column(column, justify="left" if column == "calibrated on" else "right")
-    console, worst = Console(width=None if sys.stdout.isatty() else 120), 0.0
+    title = f"SmolLM2-135M in vLLM, {count} x 512 tokens: perplexity over float32's (far end of its 95% interval)"
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         with original() as plain:
             tokenizer = load_tokenizer(plain)
             chunks = {kind: chunks_of(tokenizer, MATERIAL / kind / "evaluation.txt", count) for kind in KINDS}
-            base = measured(plain, chunks)
-            table.add_row("(original, float32)", *(f"{base[kind].ppl:.3f}" for kind in KINDS))
+            found = Found(measured(plain, chunks), title)
             calibration = chunks_of(tokenizer, MATERIAL / "wikipedia" / "calibration.txt", 32)
-            static = measured(rounded_original(plain, scratch / "static", "w8a8_static", calibration), chunks)
-            table.add_row(
-                "(original, W8A8 static)", *("{:.4f} ({:.4f})".format(*ratio(static[k], base[k])) for k in KINDS)
-            )
+            static = rounded_original(plain, scratch / "static", "w8a8_static", calibration)
+            found.add("original, W8A8 static", measured(static, chunks), ours=False)
         for at, (name, files) in enumerate(calibration_sets(scratch).items()):
-            out = scratch / f"converted-{at}"
-            found = measured(converted(out, files), chunks)
-            ratios = {kind: ratio(found[kind], base[kind]) for kind in KINDS}
-            worst = max(worst, *(far for _, far in ratios.values()))
-            table.add_row(name, *("{:.4f} ({:.4f})".format(*ratios[kind]) for kind in KINDS))
-            console.print(name, {kind: "{:.4f} ({:.4f})".format(*ratios[kind]) for kind in KINDS})
+            out = converted(scratch / f"converted-{at}", files)
+            found.add(f"w8a8-vllm, calibrated on {name}", measured(out, chunks))
             shutil.rmtree(out)
-    console.print(table)
-    console.print(f"The worst far end of all calibration sets and texts: {worst:.4f}")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(found.table)
+    console.print(f"The worst far end of all calibration sets and texts: {found.worst:.4f}")
 
 
 if __name__ == "__main__":
