@@ -65,7 +65,7 @@ def linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
                 left.append(name)
     if left or not found:
         raise UnsupportedModel(
-            f"{left[0] if left else anatomy.trunk} holds weights that are no linear layer, out of reach of quantised "
-            "verification and of LoRA; leave 'quantised' and 'lora' out of the recipe."
+            f"{left[0] if left else anatomy.trunk} holds weights that are no linear layer, out of reach of "
+            "quantisation and of LoRA; leave 'quantise', 'quantised' and 'lora' out of the recipe."
         )
     return found

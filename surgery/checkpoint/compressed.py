@@ -81,12 +81,12 @@ def config_entry(
     """
     from compressed_tensors.quantization import QuantizationConfig
 
-    groups = {"group_0": library_scheme(scheme, group)}
-    if per_token:
+    schemes = [library_scheme(scheme, group)]
+    if per_token:  # in front: behind what means all layers, the library warns that it could match none
         targets = [rf"re:(.*\.)?{re.escape(name)}$" for name in per_token]
-        groups["group_1"] = library_scheme(scheme, group, targets, per_token=True)
+        schemes.insert(0, library_scheme(scheme, group, targets, per_token=True))
     entry = QuantizationConfig(
-        config_groups=groups, format=FORMATS[scheme].format,
+        config_groups={f"group_{at}": one for at, one in enumerate(schemes)}, format=FORMATS[scheme].format,
         quantization_status="compressed", ignore=list(ignored),
     )  # fmt: skip
     dumped: dict[str, Any] = entry.model_dump(mode="json")

@@ -98,9 +98,11 @@ def translated(error: OSError, where: Path) -> SurgeryError:
     """NoSpace or OutputError for an error of the operating system while `where` was written."""
     if (temporary := of_temporary(error, where)) is not None:
         return temporary
+    if error.errno == errno.EFBIG:
+        return NoSpace(f"{where} holds a file larger than may be written here (ulimit -f, or the file system's limit).")
     if error.errno in FULL:
         return NoSpace(
-            f"The disk filled up while {where} was written ({human(free_space(where))} free); nothing was "
+            f"the disk filled up while {where} was written ({human(free_space(where))} free); nothing was "
             "kept, free some space and run again."
         )
     return OutputError(f"{where} cannot be written ({error.strerror or error}); check the path and its permissions.")

@@ -81,6 +81,7 @@ class Section:
 
     `text` is a phrase that goes on after "with", where the operation adds something (`adds`, in a word; `title` and
     `tag` name it), otherwise a sentence. `loading` and `limits` are sentences under these headings.
+    `needs`: packages without which it does not load.
     """
 
     text: str
@@ -89,6 +90,7 @@ class Section:
     adds: str | None = None
     loading: str = ""
     limits: str = ""
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def model_card(
     if packed is not None:
         limits.append(f"* {_PACKED.format(words=packed.words, rounded=_ROUNDED[packed.rounds_activations])}")
     inside += _AS_PLAIN if packed is not None and packed.as_plain else ""
-    needed = listing(["torch", "transformers", *(() if packed is None else packed.needs)])
+    needs = [*(() if packed is None else packed.needs), *(name for section in sections for name in section.needs)]
+    needed = listing(["torch", "transformers", *needs])
     limits += [f"* {section.limits}" for section in sections if section.limits]
     title = _title(source, known)
     if adding:

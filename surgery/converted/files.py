@@ -18,7 +18,7 @@ from ..errors import SourceError
 from ..live.templates import PROCESSORS
 from .bos import silent_processor, silent_template, silent_templates
 from .derived import Derived
-from .rope import with_both_spellings
+from .rope import spelled_for_conversion
 
 ADDED_SHARD = "model-attention-bias.safetensors"  # of sources in several shards; head norms lie there too
 LOADED_FROM = ("_name_or_path", "name_or_path")
@@ -67,7 +67,7 @@ def converted_config(config: dict, derived: Derived, entries: Mapping[str, dict]
 
     `entries` are those of the operations.
     """
-    emitted = without_paths(copy.deepcopy(with_both_spellings(config)))
+    emitted = without_paths(copy.deepcopy(spelled_for_conversion(config)))
     emitted.update(lowered)
     emitted.update(
         model_type=derived.model_type, architectures=[derived.causal_class], auto_map=derived.auto_map, **entries

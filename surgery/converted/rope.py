@@ -10,6 +10,7 @@ import copy
 import warnings
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 NEW, THETA, SCALING, PARTIAL = "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor"
@@ -24,6 +25,33 @@ def with_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(text := config.get("text_config"), dict):
         both["text_config"] = _spelled(text)
     return both if both != config and _parsed(both) == _parsed(config) else config
+
+
+def spelled_for_conversion(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` in both spellings, or in the newer alone where the older would stop who loads the tokenizer.
+
+    The type of a converted checkpoint is none of transformers': without the checkpoint's code it is read as a bare
+    config, and that stops on the older spelling of some kinds (Llama 3's, YaRN).
+    """
+    both = with_both_spellings(config)
+    return both if _read_bare(both) else _newer_alone(config)
+
+
+def _newer_alone(config: dict[str, Any]) -> dict[str, Any]:
+    parsed = _parsed(config)
+    if not isinstance(parsed, dict) or not parsed.get(NEW):
+        return config
+    alone = {key: value for key, value in config.items() if key not in (THETA, SCALING, PARTIAL)} | {NEW: parsed[NEW]}
+    return alone if _parsed(alone) == parsed else config
+
+
+def _read_bare(config: dict[str, Any]) -> bool:
+    rotary = {key: config[key] for key in (NEW, THETA, SCALING, PARTIAL) if key in config}
+    try:
+        PreTrainedConfig.from_dict(copy.deepcopy(rotary))
+    except AttributeError:
+        return False
+    return True
 
 
 def _spelled(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,11 @@ types are taken that have been found the same.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,7 +24,7 @@ from ..progress import Advance
 from ..words import listing
 from .base import Engine, Finished, carry_tokenizer, windowed
 from .mlx_file import Kind, held_slots, prompt_cache
-from .reading import distance, random_ids, require_close
+from .reading import distance, expected, random_ids, require_close
 
 CACHE = "slots.safetensors"
 INSTALL = "pip install 'checkpoint-surgery[mlx]'"
@@ -122,8 +123,7 @@ class Mlx(Engine):
 
         ids = random_ids(finished)
         converted = load_converted(finished.root, device=device)
-        with torch.inference_mode():
-            expected = converted(input_ids=ids.to(converted.device)).logits.float().log_softmax(-1).cpu()
+        wanted = expected(converted, finished, functools.partial(_answers, converted, ids))
         del converted
         length = ids.shape[1]
         try:
@@ -134,7 +134,7 @@ class Mlx(Engine):
             raise UnsupportedModel(
                 f"{finished.described.anatomy.model_type} does not run in mlx-lm with the slots ({brief(error)})."
             ) from error
-        apart = distance(found, expected, self, finished)
+        apart = distance(found, wanted, self, finished)
         require_close(apart, self, finished)
         return f"On random token ids in mlx-lm, the {apart.called} is {apart.value:.2g}."
 
@@ -166,6 +166,12 @@ class Mlx(Engine):
             original=json.dumps(_named(finished.original)), name=json.dumps(name), file=json.dumps(file),
             command=_NO_COMMAND if bos in finished.described.eab.prefix_ids else _COMMAND.format(file=file),
         )  # fmt: skip
+
+
+@torch.inference_mode()
+def _answers(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logs: torch.Tensor = model(input_ids=ids.to(model.device)).logits.float().log_softmax(-1).cpu()
+    return logs
 
 
 def _named(source: Source) -> str:

@@ -22,6 +22,9 @@ def original_within(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel
     config._attn_implementation = None
     with quiet(), init_empty_weights(include_buffers=False):
         original = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    for name, module in model.named_modules():
+        if hasattr(module, "quantization_scheme"):  # rounds its inputs, which plain layers of the same weights do not
+            original.set_submodule(name, module)
     held = {name: tensor for name, tensor in model.state_dict().items() if ".attention_bias." not in name}
     original.load_state_dict(held, assign=True, strict=False)
     original.tie_weights()

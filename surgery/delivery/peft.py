@@ -7,6 +7,7 @@ is one tensor, `prompt_embeddings` (n, 2 L H D): of each place the key and value
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import warnings
@@ -26,7 +27,7 @@ from ..progress import Advance
 from ..words import count_of
 from .base import Engine, Finished, carry_tokenizer, windowed
 from .original import original_within
-from .reading import Distance, distance, random_ids, require_close, text_log_probabilities
+from .reading import Distance, distance, expected, random_ids, require_close, text_log_probabilities
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PADDING = 5
@@ -102,12 +103,15 @@ class Peft(Engine):
         model = load_converted(finished.root, device=device)
         ids = random_ids(finished).to(model.device)
         ways: dict[str, dict[str, torch.Tensor]] = {"": {}, " under left padding": _padding(ids)}
-        expected = {how: _answers(model, ids, **given) for how, given in ways.items()}
+        wanted = {
+            how: expected(model, finished, functools.partial(_answers, model, ids, **given))
+            for how, given in ways.items()
+        }
         adapted = _adapted(original_within(model, anatomy), directory, anatomy.model_type)
         found: dict[str, Distance] = {}
         for how, given in ways.items():
             try:
-                found[how] = distance(_answers(adapted, ids, **given), expected[how], self, finished)
+                found[how] = distance(_answers(adapted, ids, **given), wanted[how], self, finished)
             except Exception as error:  # code of PEFT and of models: whatever it raises, there is no such adapter
                 if out_of_memory(error):
                     raise

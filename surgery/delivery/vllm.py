@@ -7,6 +7,7 @@ hand the export is tried on random token ids, and elsewhere only model types are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,13 +24,14 @@ from ..checkpoint.source import has_tokenizer
 from ..checkpoint.stage import Stage
 from ..converted.files import FOREVER, without_paths
 from ..converted.reading import load_converted
+from ..converted.rope import with_both_spellings
 from ..errors import SourceError, UnsupportedModel
 from ..live.loading import load_tokenizer
-from ..progress import Advance
+from ..progress import Advance, unseen
 from ..serving.names import ENTRY, FORMAT, PREFIX, VLLM, layer_of
 from ..words import count_of
 from .base import Engine, Finished, carry, windowed
-from .reading import distance, random_ids, require_close, text_log_probabilities
+from .reading import distance, expected, random_ids, require_close, text_log_probabilities
 from .vllm_models import PROVED, REFUSED
 from .vllm_running import in_vllm, lacking, own_python
 from .vllm_tokenizer import CLASS, Placeholders, choose, require_same, with_chats, with_placeholders
@@ -132,9 +134,9 @@ class Vllm(Engine):
             return f"{said} It was not tried in vLLM {VLLM}, which has been found the same for this model type."
         assert self.python is not None
         model, ids = load_converted(finished.root, device=device), random_ids(finished)
-        expected = text_log_probabilities(model, ids, lambda done, what: None)
+        wanted = expected(model, finished, functools.partial(text_log_probabilities, model, ids, unseen))
         del model
-        found = distance(in_vllm(self.python, directory, ids, lambda done, what: None), expected, self, finished)
+        found = distance(in_vllm(self.python, directory, ids, unseen), wanted, self, finished)
         require_close(found, self, finished)
         return f"{said} On random token ids in vLLM, the {found.called} is {found.value:.2g}."
 
@@ -160,7 +162,7 @@ def served_config(finished: Finished, chosen: Placeholders) -> dict[str, Any]:
     """config.json: the original's, since placeholders take the positions that the prefix had, but the architecture."""
     anatomy = finished.described.anatomy
     return {
-        **finished.described.original_config,
+        **with_both_spellings(finished.described.original_config),
         "architectures": [f"{PREFIX}{anatomy.model_class.__name__}"],
         ENTRY: {"format": FORMAT, "placeholder_ids": list(chosen.ids)},
     }

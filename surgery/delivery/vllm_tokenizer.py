@@ -60,8 +60,9 @@ def choose(
     }
     unused = {number: text for number, text in free.items() if any(name in text.lower() for name in SPARE_NAMES)}
     number = next(iter(unused), None)
-    if number is None and len(tokenizer) < rows and NEW not in tokenizer.get_vocab():
-        return Placeholders((len(tokenizer),) * n_slots, (NEW,) * n_slots, added=True)
+    new = _next_id(tokenizer.get_vocab())
+    if number is None and new is not None and new < rows:
+        return Placeholders((new,) * n_slots, (NEW,) * n_slots, added=True)
     number = max(free, default=None) if number is None else number
     if number is not None:
         return Placeholders((number,) * n_slots, (free[number],) * n_slots)
@@ -70,6 +71,15 @@ def choose(
             "the tokenizer has no special token to spare, which vLLM's requests would begin with; add one to it."
         )
     return Placeholders(tuple(prefix), tuple(token_texts(tokenizer, prefix)))
+
+
+def _next_id(vocabulary: Mapping[str, int]) -> int | None:
+    """The id that the tokenizers library gives to a new token; None where another token has it, or the name is taken.
+
+    It counts tokens. Where some numbers stand for none, that count is the number of another.
+    """
+    count = len(vocabulary)
+    return count if NEW not in vocabulary and max(vocabulary.values(), default=0) < count else None
 
 
 def with_placeholders(tokenizer: PreTrainedTokenizerBase, chosen: Placeholders) -> dict[str, Any]:
@@ -100,9 +110,14 @@ def with_chats(templates: Any, chosen: Placeholders) -> Any:
 def require_same(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase, chosen: Placeholders) -> int:
     """How many texts and chats `after` reads as `before` does behind the placeholders; UnsupportedModel unless all."""
     try:
-        pairs = bounded(_readings, before, after, seconds=SECONDS, memory=GIB)
+        changed, pairs = bounded(_readings, before, after, seconds=SECONDS, memory=GIB)
     except Unbounded as error:
         raise UnsupportedModel(f"the tokenizer could not be tried with placeholders: {error}.") from error
+    if changed:
+        raise UnsupportedModel(
+            f"with placeholders the tokenizer's token {named(changed[0])} has another id, or one that is not its "
+            "alone, so vLLM would read another text."
+        )
     for what, expected, found in pairs:
         if found != [*chosen.ids, *expected]:
             raise UnsupportedModel(
@@ -156,8 +171,14 @@ def _template(
 # ---- in a child: templates are programs of strangers
 
 
-def _readings(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase) -> list[tuple[str, Any, Any]]:
-    """(what, ids of `before`, ids of `after`) of texts, and of the chats that the templates take."""
+def _readings(
+    before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase
+) -> tuple[list[str], list[tuple[str, Any, Any]]]:  # fmt: skip
+    """Tokens of `before` that `after` numbers otherwise, or has a new token beside; and (what, ids of `before`, ids of
+    `after`) of texts, and of the chats that the templates take."""
+    vocabulary, numbers = before.get_vocab(), after.get_vocab()
+    taken = {number for token, number in numbers.items() if token not in vocabulary}
+    changed = [token for token, number in vocabulary.items() if numbers.get(token) != number or number in taken]
     found: list[tuple[str, Any, Any]] = []
     for text in TEXTS:
         expected, now = (list(one(text)["input_ids"]) for one in (before, after))
@@ -169,7 +190,7 @@ def _readings(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase) -
             except REFUSALS:  # as templates do refuse a chat
                 continue
             found.append((f"a chat of {len(chat)} turns", expected, _chat(after, chat, name)))
-    return found
+    return changed, found
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], name: str) -> list[int]:

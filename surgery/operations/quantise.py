@@ -19,7 +19,7 @@ from torch import nn
 from ..anatomy.linears import linears, means, require_known
 from ..anatomy.sites import Anatomy
 from ..anatomy.stored import stored_name
-from ..checkpoint.compressed import FORMATS, INSTALL, Format, config_entry, packed, require_library
+from ..checkpoint.compressed import FORMATS, METHOD, Format, config_entry, packed, require_library
 from ..checkpoint.layout import Stored
 from ..checkpoint.quantised import KEY
 from ..checkpoint.values import dtype_code
@@ -40,6 +40,9 @@ CALLED = {
 }
 
 
+GROUP = 128  # what engines have kernels for
+
+
 @dataclass(frozen=True)
 class Rounded:
     """What is rounded: name in the trunk -> the largest |input| on calibration text, None where no scale is stored."""
@@ -58,9 +61,9 @@ class Quantise(Operation):
         Literal["w8a8_static", "w8a8_dynamic", "w4a16", "fp8_dynamic"],
         Field(description="bits of weights (w) and of their inputs (a), and whether the scales of inputs are stored"),
     ] = "w8a8_static"
-    group: Annotated[
-        int, Field(ge=16, multiple_of=16, description="of w4a16: input channels of a weight that share a scale")
-    ] = 128
+    group: Annotated[int, Field(ge=16, multiple_of=16)] | None = Field(
+        None, examples=[128], description="of w4a16: input channels of a weight that share a scale, 128 unless said"
+    )
 
     per_token: Annotated[
         tuple[str, ...],
@@ -77,6 +80,13 @@ class Quantise(Operation):
             )
         return value
 
+    @field_validator("group")
+    @classmethod
+    def _of_groups(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not FORMATS[info.data.get("scheme", "w8a8_static")].grouped:
+            raise ValueError("is of w4a16, whose weights have scales for groups; leave it out")
+        return value
+
     @field_validator("per_token")
     @classmethod
     def _of_stored_scales(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
@@ -86,6 +96,10 @@ class Quantise(Operation):
 
     def _is_per_token(self, name: str) -> bool:
         return any(means(target, name) for target in self.per_token)
+
+    @property
+    def _channels(self) -> int:
+        return GROUP if self.group is None else self.group
 
     @property
     def _format(self) -> Format:
@@ -116,23 +130,24 @@ class Quantise(Operation):
                     f"{anatomy.model_type}: {name} is a {type(module).__name__}, and compressed-tensors knows Linear "
                     "alone; leave quantise out."
                 )
-            if self._format.grouped and module.in_features % self.group:
+            if self._format.grouped and module.in_features % self._channels:
+                another = "group" if module.in_features % 16 == 0 else "scheme"
                 raise UnsupportedModel(
-                    f"{anatomy.model_type}: {name} has {module.in_features} inputs, which groups of {self.group} do "
-                    "not divide; give quantise another group."
+                    f"{anatomy.model_type}: {name} has {module.in_features} inputs, which groups of {self._channels} "
+                    f"do not divide; give quantise another {another}."
                 )
             stored = stored_name(target.layout, anatomy, f"{anatomy.lead}{name}.weight")
             blank = self._packed(name, torch.empty(module.weight.shape, device="meta"), None)
             base = stored.removesuffix("weight")
             replaced[stored] = {f"{base}{part}": _as_stored(tensor) for part, tensor in blank.items()}
-        entry = config_entry(self.scheme, self.group, _ignored(anatomy, layers), self.per_token)
+        entry = config_entry(self.scheme, self._channels, _ignored(anatomy, layers), self.per_token)
         return Changes(
             replaced=replaced, config={KEY: entry}, told={self.name: {"scheme": self.scheme, "layers": len(replaced)}}
         )
 
     def _packed(self, name: str, weight: torch.Tensor, peak: torch.Tensor | None) -> Mapping[str, torch.Tensor]:
         """What is stored in place of the weight of the layer `name` in the trunk."""
-        return packed(weight, peak, self.scheme, self.group, self._is_per_token(name))
+        return packed(weight, peak, self.scheme, self._channels, self._is_per_token(name))
 
     def require(self, live: Live) -> None:
         loaded_linears(live)
@@ -166,12 +181,13 @@ class Quantise(Operation):
         return {self.name: {"scheme": self.scheme, "layers": len(parts.peaks)}}
 
     def says(self, parts: Rounded, target: Target, recipe: Stand) -> Section:
-        grouped = f", a scale for {self.group} input channels" if self._format.grouped else ""
+        grouped = f", a scale for {self._channels} input channels" if self._format.grouped else ""
         apart = f"; inputs of {listing(self.per_token)} have a scale for each token" if self.per_token else ""
         return Section(
             text=f"The {len(parts.peaks):,} linear layers of the blocks are stored quantised: {CALLED[self.scheme]}"
-            f"{grouped}{apart} (compressed-tensors, {self._format.format}). Loading it needs that package: "
-            f"{INSTALL}, or `pip install compressed-tensors`."
+            f"{grouped}{apart} (compressed-tensors, {self._format.format}). Loading them takes "
+            "`pip install compressed-tensors`.",
+            needs=(METHOD,),
         )
 
 

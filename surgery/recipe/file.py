@@ -136,6 +136,8 @@ def _sentence(detail: ErrorDetails, key: Key, schema: type[Strict]) -> str:
     if kind.startswith(("greater_than", "less_than")):
         bound = {"gt": "more than", "ge": "at least", "le": "at most"}
         return f"{value}; it must be " + " ".join(f"{bound[name]} {limit:g}" for name, limit in context.items())
+    if kind == "multiple_of":
+        return f"{value}; it must be a multiple of {context['multiple_of']}"
     if kind == "too_short":
         return f"{dotted} is an empty list; it needs at least one entry"
     if kind == "tuple_type":

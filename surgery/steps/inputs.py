@@ -94,7 +94,14 @@ class Reader:
         Several texts take turns. `sets`: so many times as much, for gates that calibrate several times.
         """
         wanted = Chunking(sets * min(CALIBRATION_CHUNKS, chunking.count), chunking.length)
-        ids = in_turn([tokenize(self.tokenizer, text) for text in texts], chunking.length)
+        read = [tokenize(self.tokenizer, text) for text in texts]
+        short = min(read, key=len)
+        if len(read) > 1 and len(short) < chunking.length:
+            raise SourceError(
+                f"calibration text {read.index(short) + 1} of {len(read)} has {len(short):,} tokens, and a chunk "
+                f"{chunking.length:,}; leave that file out, or give a longer one."
+            )
+        ids = in_turn(read, chunking.length)
         chunks = chunk(ids, wanted, "the calibration text")
         self.require_known(chunks.flatten().tolist())
         return chunks

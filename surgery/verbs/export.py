@@ -24,7 +24,7 @@ from ..converted.origin import said_in
 from ..converted.reading import load_converted
 from ..delivery import ENGINES, Engine, Finished
 from ..delivery.card import EXPORT, Shown, card, export_json
-from ..delivery.reading import distance, text_log_probabilities
+from ..delivery.reading import Expected, distance, text_log_probabilities
 from ..endings.leftovers import clear_for
 from ..errors import DamagedCheckpoint, SourceError
 from ..live.loading import load_tokenizer, require_device
@@ -64,8 +64,9 @@ def _exported(
     # 1. Everything that can be refused before a byte is written.
     date = moment()
     require_device(options.device)
-    if options.text and (missing := engine.absent()) is not None:
-        raise SourceError(f"{engine.title} is not installed here, and --text measures in it; {missing}.")
+    if (options.text or options.engine_python) and (missing := engine.absent()) is not None:
+        wanted = "--text measures in it" if options.text else "--engine-python is to try the export in it"
+        raise SourceError(f"{engine.title} is not installed here, and {wanted}; {missing}.")
     require_target(out)
     texts = whole_texts(options.text)
     for left in clear_for(out):
@@ -217,7 +218,7 @@ def _measured(
             exported = engine.log_probabilities(finished, directory, original, chunks, options.device, advance)
     if exported.shape != converted.shape:
         raise RuntimeError(f"{engine.title} gave {tuple(exported.shape)} log-probabilities, not {converted.shape}")
-    apart = distance(exported, converted, engine, finished)
+    apart = distance(exported, Expected(converted), engine, finished)
     gate = {"name": apart.name, "passed": apart.close, "value": apart.value, "limit": apart.limit}
     return {
         "gates": [gate], "perplexity": {"converted": _score(converted), "exported": _score(exported)},

@@ -6,9 +6,9 @@ import json
 
 import pytest
 from helpers.tiny import tiny_config
-from transformers import CONFIG_MAPPING, Gemma3TextConfig, LlamaConfig, NemotronConfig, Phi3Config
+from transformers import CONFIG_MAPPING, Gemma3TextConfig, LlamaConfig, NemotronConfig, Phi3Config, PreTrainedConfig
 
-from surgery.converted.rope import with_both_spellings
+from surgery.converted.rope import spelled_for_conversion, with_both_spellings
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -53,6 +53,25 @@ def test_the_older_spelling_is_added_where_it_says_the_same(config, added: dict)
 def test_a_spelling_that_is_there_stays_alone(old: dict) -> None:
     given = {**raw(tiny_config("llama")), **old}
     assert with_both_spellings(given) == given
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "scaling", [{k: v for k, v in LLAMA3.items() if k != "rope_theta"}, YARN], ids=["llama3", "yarn"]
+)
+@pytest.mark.parametrize("spelt", ["newer", "older"])
+def test_a_tokenizer_that_reads_a_bare_config_is_not_stopped(scaling: dict, spelt: str) -> None:
+    rope = {"rope_parameters": {**scaling, "rope_theta": 5e5}}
+    old = {"rope_theta": 5e5, "rope_scaling": scaling}
+    plain = {k: v for k, v in raw(tiny_config("llama")).items() if k != "rope_parameters"}
+    given = plain | (rope if spelt == "newer" else old)
+    written = spelled_for_conversion(given)
+    PreTrainedConfig.from_dict({**written, "model_type": "eab_llama"})
+    assert LlamaConfig.from_dict(written).to_dict() == LlamaConfig.from_dict(given).to_dict()
+    with pytest.raises(AttributeError):  # if this no longer raises, both spellings can be written
+        PreTrainedConfig.from_dict({**plain, **old, "model_type": "eab_llama"})
 
 
 def test_the_text_part_of_a_larger_model_is_spelt_too() -> None:

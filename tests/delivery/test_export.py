@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.bench import DAMAGED, INPUT, Bench, refused
 from helpers.tiny_checkpoint import RECIPE, Place, save_model, save_tokenizer, sha256_of_files, surgery_command
 
@@ -17,6 +18,7 @@ from surgery import results
 from surgery.checkpoint import stage
 from surgery.delivery import ENGINES
 from surgery.delivery.peft import Peft
+from surgery.delivery.reading import ROUNDED, Expected
 
 GATE = 1
 
@@ -174,6 +176,17 @@ def test_an_engine_that_is_not_installed_is_named(bench: Bench, monkeypatch: pyt
         bench, exporting(bench, "--text", bench.place.text), INPUT, "PEFT is not installed here", "pip install peft"
     )
     assert surgery_command(*exporting(bench)).code == 0  # nothing is measured without text
+
+
+def test_a_python_that_is_named_has_to_have_the_engine(bench: Bench) -> None:
+    for python, said in (("/nonexistent/python", "does not run"), ("/bin/ls", "has no vLLM")):
+        refused(bench, exporting(bench, "--engine-python", python, engine="vllm"), INPUT, "to try the export", said)
+
+
+def test_what_rounding_explains_is_less_than_what_slots_do() -> None:
+    logs = torch.zeros(4)
+    assert Expected(logs).rounding == Expected(logs, logs + 9).rounding == ROUNDED
+    assert Expected(logs, logs + 0.3).rounding == pytest.approx(0.2)
 
 
 def test_an_export_that_measures_otherwise_is_not_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from helpers.exports import in_memory
 from helpers.tiny import live_of, tiny_config, tiny_model
 from helpers.tiny_checkpoint import RECIPE, Place, surgery_command
 from helpers.tiny_tokenizer import BOS_FIRST, ONCE, byte_level, llama_like
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from surgery.delivery.vllm import Vllm
@@ -169,6 +169,28 @@ def test_a_token_that_was_reserved_is_chosen() -> None:
 
 def test_a_row_to_spare_becomes_a_token() -> None:
     assert choose(special("<|x|>"), 300, [5], TAKEN, 3) == Placeholders((260,) * 3, (NEW,) * 3, added=True)
+
+
+def with_a_hole():
+    """Numbers to 258, of which one stands for nothing."""
+    content = json.loads(byte_level().to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary.pop(next(token for token, number in vocabulary.items() if number == 200))
+    return fast(Tokenizer.from_str(json.dumps(content)))
+
+
+def test_a_new_token_takes_no_number_of_another() -> None:
+    tokenizer = with_a_hole()
+    assert max(tokenizer.get_vocab().values()) >= len(tokenizer)
+    assert choose(tokenizer, 300, [40], TAKEN, 1) == Placeholders((40,), tuple(tokenizer.batch_decode([[40]])))
+
+
+def test_a_token_that_lost_its_number_is_noticed() -> None:
+    before, after = with_a_hole(), with_a_hole()
+    after.add_special_tokens({"additional_special_tokens": [NEW]})
+    assert after.get_vocab()[NEW] in before.get_vocab().values(), "the library counts, and the count is taken"
+    with pytest.raises(UnsupportedModel, match="one that is not its alone"):
+        require_same(before, after, Placeholders((after.get_vocab()[NEW],), (NEW,)))
 
 
 def test_a_special_token_of_the_chat_is_not_chosen() -> None:

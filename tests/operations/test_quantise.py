@@ -154,7 +154,7 @@ def test_every_scheme_is_written_and_verified(place: Place, tmp_path: Path, sche
 
 
 @pytest.mark.slow
-def test_named_layers_have_a_scale_per_token(place: Place, tmp_path: Path) -> None:
+def test_named_layers_have_a_scale_per_token(place: Place, tmp_path: Path, caplog) -> None:
     """The stored scale of all others is kept; loaded, only the named ones follow their input."""
     path = recipe(tmp_path, "{scheme: w8a8_static, per_token: [down_proj]}")
     out = tmp_path / "out"
@@ -164,7 +164,9 @@ def test_named_layers_have_a_scale_per_token(place: Place, tmp_path: Path) -> No
     assert ended.code == 0 and "14 weights rounded as computed again" in " ".join(ended.out.split()), ended.err
     scales = {name for name in read_layout(out).tensors if name.endswith("input_scale")}
     assert len(scales) == 12 and not any("down_proj" in name for name in scales)
+    caplog.clear()
     model = load_converted(out)
+    assert not [record.message for record in caplog.records if "Could not match" in record.message]
     for name, module in model.named_modules():
         if name.endswith("_proj"):
             dynamic = module.quantization_scheme.input_activations.dynamic
@@ -200,7 +202,8 @@ def test_what_is_not_rounded_stays_byte_for_byte(place: Place, static: Path) -> 
     assert all(stored[name].dtype == torch.int8 for name in linear)
     assert set(after.tensors) - set(before.tensors) >= {name + "_scale" for name in linear}
     assert {entry.status for entry in read_manifest(static).tensors.values()} == {"kept", "quantised", "added"}
-    assert "pip install compressed-tensors" in (static / "README.md").read_text()
+    card = (static / "README.md").read_text()
+    assert "pip install compressed-tensors" in card and "torch, transformers and compressed-tensors are all" in card
 
 
 def test_the_plan_knows_every_byte(place: Place, static: Path, tmp_path: Path) -> None:
@@ -208,6 +211,9 @@ def test_the_plan_knows_every_byte(place: Place, static: Path, tmp_path: Path) -
     sizes = {file["name"]: file["bytes"] for file in told["files"] if file["name"].endswith(".safetensors")}
     assert sizes == {name: (static / name).stat().st_size for name in sizes}
     assert told["quantise"] == {"scheme": "w8a8_static", "layers": 14}
+    shown = surgery_command("plan", recipe(tmp_path, SETTINGS["w8a8_static"]), place.source).out
+    assert "14 linear layers written in few bits: w8a8_static" in shown
+    assert "planned: tensors 4 added, 42 quantised, 7 kept" in shown
 
 
 # ---- edits
@@ -279,7 +285,23 @@ def refused(place: Place, tmp_path: Path, settings: str, source: Path | None = N
 
 
 def test_a_group_that_does_not_divide_is_refused(place: Place, tmp_path: Path) -> None:
-    assert "groups of 32 do not divide" in refused(place, tmp_path, "{scheme: w4a16, group: 32}")
+    said = refused(place, tmp_path, "{scheme: w4a16, group: 32}")
+    assert "groups of 32 do not divide" in said and "another group" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [("{scheme: w4a16, group: 20}", "group is 20; it must be a multiple of 16"),
+     ("{group: 64}", "group is of w4a16, whose weights have scales for groups")],
+)  # fmt: skip
+def test_groups_are_of_schemes_that_have_them(place: Place, tmp_path: Path, settings: str, said: str) -> None:
+    assert said in refused(place, tmp_path, settings)
+
+
+def test_experts_in_one_tensor_are_refused(place: Place, tmp_path: Path) -> None:
+    tiny_model("mixtral", config=tiny_config("mixtral", vocab_size=320)).save_pretrained(tmp_path / "mixtral")
+    save_tokenizer(tmp_path / "mixtral", place.text)
+    assert "leave 'quantise', 'quantised' and 'lora' out" in refused(place, tmp_path, "{}", tmp_path / "mixtral")
 
 
 def test_other_layers_than_linear_ones_are_refused(place: Place, tmp_path: Path) -> None:

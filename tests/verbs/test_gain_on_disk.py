@@ -147,6 +147,18 @@ def test_static_scales_are_judged_by_the_worst_text(place: Place, tmp_path: Path
     assert run(judged * 0.9999).code == 1
 
 
+def test_a_text_without_a_turn_is_refused(place: Place, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    recipe = tmp_path / "smoothing.yaml"
+    recipe.write_text(RECIPE.partition("  - head_norm")[0])
+    ended = surgery_command(
+        "run", recipe, place.source, tmp_path / "out", "--text", place.text, "--calibration", place.text,
+        "--calibration", short, *MEASURED,
+    )  # fmt: skip
+    assert ended.code == 2 and "calibration text 2 of 2 has" in ended.error and "leave that file out" in ended.error
+
+
 def test_texts_take_turns() -> None:
     a, b = list(range(10)), list(range(100, 105))
     assert in_turn([a], 4) == a

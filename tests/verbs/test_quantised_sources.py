@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,6 +248,16 @@ def test_scan_reads_quantised_sources_and_results(made, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_adapter_is_proven_on_the_model_that_rounds(made, tmp_path: Path) -> None:
+    """Not on one of its unpacked weights, in which no layer rounds its input."""
+    found = made(QUICK)
+    asked = ("export", "peft", found.out(QUICK), tmp_path / "adapter", "--original", found.source(QUICK))
+    ended = surgery_command(*asked, "--json", tmp_path / "said.json")
+    assert ended.code == 0, ended.err
+    said = re.search(r"log-probability\| is (\S+),", json.loads((tmp_path / "said.json").read_text())["proof"])
+    assert said is not None and float(said[1]) < 0.05
+
+
 def test_head_norms_go_with_a_quantised_source(made) -> None:
     found = made("w8a8 static")
     recipe = RECIPE.replace("verify:\n", "  - head_norm: {}\nverify:\n")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from ...words import human
 from .tables import new_table
 
-STATUSES = ("added", "changed", "may change", "kept")
+STATUSES = ("added", "changed", "may change", "quantised", "kept")
 
 
 def show_plan(console: Console, plan: dict) -> None:
@@ -21,6 +21,8 @@ def show_plan(console: Console, plan: dict) -> None:
     console.print(f"{kind['from']} to {kind['to']}, {', '.join(plan['adds'])}")
     if (packed := plan["quantised"]) is not None:
         console.print(escape(f"{packed['format']}; {human(packed['bytes'])} packed, kept byte for byte"))
+    if (written := plan.get("quantise")) is not None:
+        console.print(f"{written['layers']:,} linear layers written in few bits: {written['scheme']}")
     if plan["tune"] is not None:
         console.print(_trained(plan["tune"], plan["trains"]))
     console.print()
