@@ -46,9 +46,14 @@ def _newer_alone(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_bare(config: dict[str, Any]) -> bool:
+    """Whether a bare config reads it: one with a base and a kind beside each other may ask for more."""
+    if not (config.get(THETA) and config.get(SCALING)):
+        return True
     rotary = {key: config[key] for key in (NEW, THETA, SCALING, PARTIAL) if key in config}
     try:
-        PreTrainedConfig.from_dict(copy.deepcopy(rotary))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this spelling is old
+            PreTrainedConfig.from_dict(copy.deepcopy(rotary))
     except AttributeError:
         return False
     return True
