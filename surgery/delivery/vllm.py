@@ -8,6 +8,7 @@ hand the export is tried on random token ids, and elsewhere only model types are
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -66,7 +67,8 @@ class Vllm(Engine):
         self.python = own_python() if python is None else python
 
     def with_python(self, python: Path) -> Vllm:
-        return Vllm(python)
+        # It runs in another directory. A link stays one: by it Python knows its environment.
+        return Vllm(Path(shutil.which(python) or python).absolute())
 
     def refuse(self, finished: Finished) -> None:
         anatomy, root = finished.described.anatomy, finished.root

@@ -144,6 +144,17 @@ def test_a_python_says_what_it_lacks(tmp_path: Path, says: str, lacks: str | Non
     assert found is None if lacks is None else lacks in str(found)
 
 
+def test_a_python_is_found_from_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a relative path, through a link that says which environment it is of, and by its name."""
+    link = tmp_path / "venv" / "python"
+    link.parent.mkdir()
+    link.symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(link.parent))
+    assert Vllm().with_python(Path("venv/python")).python == link
+    assert Vllm().with_python(Path("python")).python == link
+
+
 # ---- placeholders
 
 
