@@ -203,7 +203,8 @@ class Export(TypedDict):
     proof: str  # what was found of the files without text, in one sentence
     files: dict[str, Any]  # name -> sha256, bytes
     perplexity: NotRequired[dict[Literal["converted", "exported"], Score]]  # with text
-    delta_log_probability: NotRequired[float]  # with text
+    delta_log_probability: NotRequired[float]  # with text: the largest of a token
+    mean_delta_log_probability: NotRequired[float]  # with text
     provenance: dict[str, Any]
 
 

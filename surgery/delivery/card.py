@@ -67,12 +67,13 @@ def card(engine: Engine, finished: Finished, known: Origin, name: str, shown: Sh
     )
     return _CARD.format(
         metadata=metadata.to_yaml().rstrip(), name=visible_name(finished.name), title=engine.title,
-        what=wrapped(what), usage=engine.usage(finished, name).strip(), shown=_shown(engine, shown),
+        what=wrapped(what), usage=engine.usage(finished, name).strip(),
+        shown=_shown(engine, shown, finished.described.packed is not None),
         made="\n".join(_made(finished)), export=EXPORT,
     )  # fmt: skip
 
 
-def _shown(engine: Engine, shown: Shown) -> str:
+def _shown(engine: Engine, shown: Shown, rounded: bool) -> str:
     measured = shown.measured
     if not measured:
         return f"{wrapped(shown.proof)}\n\nNothing was measured on text (`--text`)."
@@ -82,8 +83,13 @@ def _shown(engine: Engine, shown: Shown) -> str:
         f"| the converted checkpoint, in transformers | {number(ppl['converted']['ppl'], 9)} |",
         f"| this export, in {engine.title} | {number(ppl['exported']['ppl'], 9)} |",
     ]  # fmt: skip
-    worst = f"The largest |delta log-probability| of a token of the text is {measured['delta_log_probability']:.2g}."
-    return "\n\n".join((wrapped(shown.proof), "\n".join(rows), wrapped(f"{worst} Text: {texts}.")))
+    apart = (
+        f"The largest |delta log-probability| of a token of the text is {measured['delta_log_probability']:.2g}, the "
+        f"mean {measured['mean_delta_log_probability']:.2g}."
+    )
+    if rounded:
+        apart += " Kernels add in another order, and then round another way: the mean is judged."
+    return "\n\n".join((wrapped(shown.proof), "\n".join(rows), wrapped(f"{apart} Text: {texts}.")))
 
 
 def _made(finished: Finished) -> Iterator[str]:

@@ -219,10 +219,11 @@ def _measured(
     if exported.shape != converted.shape:
         raise RuntimeError(f"{engine.title} gave {tuple(exported.shape)} log-probabilities, not {converted.shape}")
     apart = distance(exported, Expected(converted), engine, finished)
+    delta = (exported.double() - converted.double()).abs()
     gate = {"name": apart.name, "passed": apart.close, "value": apart.value, "limit": apart.limit}
     return {
         "gates": [gate], "perplexity": {"converted": _score(converted), "exported": _score(exported)},
-        "delta_log_probability": (exported.double() - converted.double()).abs().max().item(),
+        "delta_log_probability": delta.max().item(), "mean_delta_log_probability": delta.mean().item(),
         "chunks": chunks.shape[0], "chunk_length": chunks.shape[1],
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ def show_export(console: Console, exported: Mapping[str, Any], out: Path) -> Non
         console.print(
             f"Perplexity {number(ppl['exported']['ppl'], 9)}, of the converted checkpoint "
             f"{number(ppl['converted']['ppl'], 9)}; the largest |delta log-probability| of a token is "
-            f"{exported['delta_log_probability']:.2g}.",
+            f"{exported['delta_log_probability']:.2g}, the mean {exported['mean_delta_log_probability']:.2g}.",
             markup=False,
         )
     if exported["passed"] is not False:
