@@ -78,10 +78,10 @@ class Served:
         raise SystemExit(f"vLLM stopped on {self.directory}:\n{self.log.read()[-2000:]}")
 
 
-def chunks_of(tokenizer: Any, path: Path, count: int, start: int = 0) -> torch.Tensor:
-    """(count, 512) token ids of a text, from its chunk `start` on."""
+def chunks_of(tokenizer: Any, path: Path, count: int) -> torch.Tensor:
+    """(count, 512) token ids that a text begins with."""
     ids = tokenize(tokenizer, path.read_text(encoding="utf-8")[:READ])
-    return torch.tensor(ids[start * LENGTH : (start + count) * LENGTH]).view(count, LENGTH)
+    return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
 
 
 @contextlib.contextmanager
@@ -113,10 +113,10 @@ def rounded_original(original: Path, out: Path, scheme: str, calibration: torch.
     return out
 
 
-def converted(out: Path, calibration: list[Path], recipe: str = "w8a8-vllm") -> Path:
-    """What `surgery run` and `surgery export vllm` make of the original with a recipe."""
+def converted(out: Path, calibration: list[Path]) -> Path:
+    """What `surgery run w8a8-vllm` and `surgery export vllm` make of the original."""
     made = out.with_name(out.name + "-transformers")
-    surgery.run(recipe, str(GGUF), made, calibration=calibration, verify=False)
+    surgery.run("w8a8-vllm", str(GGUF), made, calibration=calibration, verify=False)
     surgery.export("vllm", made, out, engine_python=VLLM)
     return out
 

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -112,16 +113,18 @@ def _models(config: type) -> dict[str, type]:
     return {name: model for name, model in models.items() if model is not None and _together(model, causal)}
 
 
-def outside_trunk(config: PreTrainedConfig) -> list[str]:
-    """Names of the linear layers outside of the trunk in every model that an Auto class loads for `config`."""
-    names: dict[str, None] = {}
-    for kind in dict.fromkeys(_models(type(config)).values()):
+def other_heads(config: PreTrainedConfig) -> list[str]:
+    """Names of the linear layers outside of the trunk in the models but the causal one that Auto classes load."""
+    models, names = _models(type(config)), []
+    for kind in set(models.values()) - {models.get(TRUNK), models[CAUSAL]}:
         with torch.device("meta"):
             model: Any = kind(copy.deepcopy(config))
-        inside = {id(module) for module in model.base_model.modules()} if model.base_model is not model else set()
-        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-        names.update(dict.fromkeys(name for name in linear if inside and id(model.get_submodule(name)) not in inside))
-    return list(names)
+        if model.base_model is model:
+            continue
+        inside = set(model.base_model.modules())
+        linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        names += [name for name, module in linear if module not in inside]
+    return sorted(set(names))
 
 
 def _loaded(auto: str, config: type) -> type | None:

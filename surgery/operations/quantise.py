@@ -24,7 +24,7 @@ from ..checkpoint.layout import Stored
 from ..checkpoint.quantised import KEY
 from ..checkpoint.values import dtype_code
 from ..converted.card import Section
-from ..converted.derived import outside_trunk
+from ..converted.derived import other_heads
 from ..errors import UnsupportedModel
 from ..live.model import Live
 from ..live.quantised import activation_ranges, loaded_linears
@@ -196,7 +196,7 @@ def _ignored(anatomy: Anatomy, layers: Mapping[str, nn.Module]) -> list[str]:
     inside = {f"{anatomy.lead}{name}" for name in layers}
     named = anatomy.blank.named_modules()
     outside = [name for name, module in named if isinstance(module, nn.Linear) and name not in inside]
-    return list(dict.fromkeys([*outside, *outside_trunk(anatomy.config)]))
+    return list(dict.fromkeys([*outside, *other_heads(anatomy.config)]))
 
 
 def _as_stored(tensor: torch.Tensor) -> Stored:

@@ -258,6 +258,7 @@ def test_an_adapter_is_proven_on_the_model_that_rounds(made, tmp_path: Path) -> 
     assert said is not None and float(said[1]) < 0.05
 
 
+@pytest.mark.slow
 def test_head_norms_go_with_a_quantised_source(made) -> None:
     found = made("w8a8 static")
     recipe = RECIPE.replace("verify:\n", "  - head_norm: {}\nverify:\n")
