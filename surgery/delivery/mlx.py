@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -24,7 +24,7 @@ from ..progress import Advance
 from ..words import listing
 from .base import Engine, Finished, carry_tokenizer, windowed
 from .mlx_file import Kind, held_slots, prompt_cache
-from .reading import distance, expected, random_ids, require_close
+from .reading import all_log_probabilities, distance, expected, random_ids, require_close
 
 CACHE = "slots.safetensors"
 INSTALL = "pip install 'checkpoint-surgery[mlx]'"
@@ -123,7 +123,7 @@ class Mlx(Engine):
 
         ids = random_ids(finished)
         converted = load_converted(finished.root, device=device)
-        wanted = expected(converted, finished, functools.partial(_answers, converted, ids))
+        wanted = expected(converted, finished, functools.partial(all_log_probabilities, converted, ids))
         del converted
         length = ids.shape[1]
         try:
@@ -166,12 +166,6 @@ class Mlx(Engine):
             original=json.dumps(_named(finished.original)), name=json.dumps(name), file=json.dumps(file),
             command=_NO_COMMAND if bos in finished.described.eab.prefix_ids else _COMMAND.format(file=file),
         )  # fmt: skip
-
-
-@torch.inference_mode()
-def _answers(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    logs: torch.Tensor = model(input_ids=ids.to(model.device)).logits.float().log_softmax(-1).cpu()
-    return logs
 
 
 def _named(source: Source) -> str:

@@ -27,7 +27,15 @@ from ..progress import Advance
 from ..words import count_of
 from .base import Engine, Finished, carry_tokenizer, windowed
 from .original import original_within
-from .reading import Distance, distance, expected, random_ids, require_close, text_log_probabilities
+from .reading import (
+    Distance,
+    all_log_probabilities,
+    distance,
+    expected,
+    random_ids,
+    require_close,
+    text_log_probabilities,
+)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PADDING = 5
@@ -201,9 +209,6 @@ def _padding(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-@torch.inference_mode()
 def _answers(model: Any, ids: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (B, T, V) of what is not padding, float32 or wider."""
-    hidden = PADDING if given else 0
-    logits = model(input_ids=ids, **given).logits[:, hidden:]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    """Log-probabilities (B, T, V) of what is not padding, on the CPU."""
+    return all_log_probabilities(model, ids, **given)[:, PADDING if given else 0 :]

@@ -109,3 +109,14 @@ def text_log_probabilities(model: Any, chunks: torch.Tensor, advance: Advance) -
         rows.append(-token_losses(logits, ids[0, 1:]).cpu())
         advance(1, "")
     return torch.stack(rows)
+
+
+@torch.inference_mode()
+def all_log_probabilities(model: Any, ids: torch.Tensor, **given: torch.Tensor) -> torch.Tensor:
+    """What `model` gives each token of the vocabulary after each of `ids` (B, T): (B, T, V), float32
+    or wider, on the CPU.
+
+    `given`: mask and positions, if any.
+    """
+    logits = model(input_ids=ids.to(model.device), **given).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
