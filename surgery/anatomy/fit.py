@@ -17,17 +17,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..checkpoint.allowance import Allowance, within
 from ..checkpoint.config import CONFIG, require_countable
 from ..checkpoint.layout import Layout
+from ..checkpoint.reading import DTYPES
 from ..errors import DamagedCheckpoint, SurgeryError, brief
 from ..words import count_of, named
 from .packed import from_headers, require_patterns, require_plain_sites
 from .quiet import quiet
 from .sites import ADDED, Anatomy, examine
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 SPARE_BUFFERS = 2**28  # elements of tables that a model makes for itself, beside those that it stores
 
@@ -108,7 +104,7 @@ def _loaded(anatomy: Anatomy, layout: Layout, config: PreTrainedConfig) -> tuple
     """The model as transformers loads it from these names and shapes, on the meta device, and its report."""
     kind: Any = anatomy.model_class
     empty = {
-        info.name: torch.empty(info.shape, dtype=_DTYPES.get(info.dtype, torch.uint8), device="meta")
+        info.name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta")
         for info in layout.tensors.values()
     }
     try:

@@ -66,6 +66,23 @@ DEVICE = click.option(
 )
 
 
+class Memory(click.ParamType):
+    """A size such as 8GiB, in bytes."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx):
+        from ..live.memory import parse_memory
+
+        return value if value is None or isinstance(value, int) else parse_memory(value)
+
+
+MEMORY = click.option(
+    "--memory", type=Memory(), metavar="SIZE", show_default="what is free",
+    help="Memory that may be taken, such as 8GiB: a larger model comes layer by layer.",
+)  # fmt: skip
+
+
 def chunking(count: int | None, least: int):
     """How text is cut; `count` None: as the run that wrote the checkpoint cut it."""
     unsaid = {"default": None, "show_default": "as run did"}

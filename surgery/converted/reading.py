@@ -11,10 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..anatomy.packed import loadable, unpacked
 from ..anatomy.quiet import quiet
+from ..anatomy.sites import Anatomy
+from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.regular import read_json
 from ..errors import DamagedCheckpoint, SourceError, brief
+from ..live.by_layers import ByLayers, loading_by
 from ..live.loading import require_fit, require_memory
+from ..live.memory import HERE, Place
+from ..live.model import Live
 from .described import AGAIN
 from .parts import converted_from
 from .registration import register
@@ -28,6 +33,12 @@ def is_converted(root: Path) -> bool:
     return os.path.isfile(config) and converted_from(read_json(config).get("model_type")) is not None
 
 
+def live_converted(root: Path, anatomy: Anatomy, place: Place = HERE) -> Live:
+    """`load_converted`, wherever it is to compute: resident, or layer by layer where it does not fit."""
+    by_layers = place.by_layers(anatomy, read_layout(root))
+    return Live(load_converted(root, device=place.device, by_layers=by_layers), anatomy)
+
+
 def require_converted(root: Path) -> None:
     """SourceError unless `root` is a directory that looks like the output of a run, whole or damaged."""
     if not os.path.isdir(root):
@@ -36,15 +47,17 @@ def require_converted(root: Path) -> None:
         raise SourceError(f"{root} is not a converted checkpoint: it has no {MANIFEST}; give the output of a run.")
 
 
-def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+def load_converted(
+    root: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", by_layers: ByLayers | None = None
+) -> PreTrainedModel:  # fmt: skip
     """The converted model in `root`, fresh from its files, through AutoModelForCausalLM.
 
     The class is the installed one, and the Python files in `root` are never run; the integrity check says whether they
-    are the same. Raises DamagedCheckpoint where tensors and config do not fit.
+    are the same. `by_layers`: weights come when they are called for. Raises DamagedCheckpoint where tensors and config do not fit.
     """
     register()
     try:
-        with quiet():
+        with quiet(), loading_by(by_layers, root) as finish:
             config = loadable(AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False))
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 root, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
@@ -56,4 +69,4 @@ def load_converted(root: Path, dtype: torch.dtype = torch.float32, device: str =
     model, report = loaded
     require_fit(root, model, report)
     with quiet():
-        return unpacked(model.eval(), config, dtype)
+        return finish(unpacked(model.eval(), config, dtype))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from ..anatomy.linears import as_rows
 from ..errors import SourceError
+from .loading import require_in_memory
 from .model import Live
 from .quantised import Scheme, loaded_linears
 
@@ -62,6 +63,7 @@ def executing(live: Live, scheme: Scheme, ranges: dict[str, torch.Tensor] | None
     if scheme.calibrated and ranges is None:
         raise ValueError("static scales need the ranges of calibration text")
     with contextlib.ExitStack() as undo:
+        require_in_memory(live.model, "executing int8")
         for name, module in loaded_linears(live).items():
             module.forward = _forward(module, scheme, (ranges or {}).get(name) if scheme.calibrated else None)
             undo.callback(delattr, module, "forward")  # the instance attribute; the class's method is back

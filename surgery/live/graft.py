@@ -7,7 +7,9 @@ off the seam are brought onto it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from ..runtime.eab_families import ADAPTERS
 from ..runtime.eab_head_norm import install_norms
 from ..runtime.eab_runtime import install, require_added
 from .model import Live
+from .together import together
 
 Slots = dict[str, tuple[torch.Tensor, torch.Tensor]]  # site name -> key (n, H, D), value (n, H, E)
 Norms = dict[str, dict[str, torch.Tensor]]  # site name -> weight (E,) or (Hq, E), and gate (Hq,) unless it is pure
@@ -46,33 +49,51 @@ def eab_config(anatomy: Anatomy, prefix: Sequence[int], visible: str) -> dict:
     return {"format": EAB_FORMAT, "prefix_ids": list(prefix), **anatomy.eab(len(prefix), visible)}
 
 
-@torch.no_grad()
 def fold(live: Live, prefix: Sequence[int], visible: str) -> Fold:
     """Keys and values of `prefix` (token ids) at every site of the original model, in the dtype it runs in.
 
     An empty prefix gives an empty fold. UnsupportedModel where attention runs elsewhere than in the sites,
     DamagedCheckpoint where they are not finite.
     """
-    if not prefix:
-        return Fold((), {}, visible)
-    kind, sites = live.anatomy.model_type, live.anatomy.sites
-    names = {live.trunk.get_submodule(site.name): site.name for site in sites}
-    slots: Slots = {}
+    return folds(live, [prefix], visible)[0]
+
+
+@torch.no_grad()
+def folds(live: Live, prefixes: Sequence[Sequence[int]], visible: str) -> list[Fold]:
+    """The fold of each of `prefixes`, in one pass over the weights; errors as `fold`."""
+    names = {live.trunk.get_submodule(site.name): site.name for site in live.anatomy.sites}
+    now: ContextVar[Slots] = ContextVar("now")  # of whichever prefix computes
 
     def keep(call: Call) -> None:
-        name = names.get(call.module)
+        name, slots = names.get(call.module), now.get()
         if name is None or name in slots:
             raise UnsupportedModel(
-                f"{kind}: attention ran outside of the sites found at plan ({name or type(call.module).__name__})"
+                f"{live.anatomy.model_type}: attention ran outside of the sites found at plan "
+                f"({name or type(call.module).__name__})"
             )
         slots[name] = (call.key[0].transpose(0, 1).contiguous(), call.value[0].transpose(0, 1).contiguous())
 
-    tokens = torch.tensor([list(prefix)], device=live.device)
+    def slots_of(prefix: Sequence[int]) -> Slots:
+        slots: Slots = {}
+        if prefix:
+            now.set(slots)
+            tokens = torch.tensor([list(prefix)], device=live.device)
+            live.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        return slots
+
     with on_the_seam(live), observing(keep):
         try:
-            live.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+            found = together(live.layers, [functools.partial(slots_of, prefix) for prefix in prefixes])
         except ValueError as refusal:  # what the runtime says to a call that it cannot serve
-            raise UnsupportedModel(f"{kind}: {refusal}") from refusal
+            raise UnsupportedModel(f"{live.anatomy.model_type}: {refusal}") from refusal
+    for prefix, slots in zip(prefixes, found, strict=True):
+        if prefix:
+            _require_sound(live, slots)
+    return [Fold(tuple(prefix), slots, visible) for prefix, slots in zip(prefixes, found, strict=True)]
+
+
+def _require_sound(live: Live, slots: Slots) -> None:
+    kind, sites = live.anatomy.model_type, live.anatomy.sites
     if missing := [site.name for site in sites if site.name not in slots]:
         raise UnsupportedModel(f"{kind}: {missing[0]} did not attend while the prefix ran")
     for site in sites:
@@ -81,7 +102,6 @@ def fold(live: Live, prefix: Sequence[int], visible: str) -> Fold:
                 f"{site.name}: keys and values of the prefix are NaN or Inf, as its weights or config.json make them; "
                 "correct config.json, or download the checkpoint again."
             )
-    return Fold(tuple(prefix), slots, visible)
 
 
 def grafted(live: Live, fold: Fold) -> contextlib.AbstractContextManager[None]:

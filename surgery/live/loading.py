@@ -21,13 +21,17 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..anatomy.fit import belonging
 from ..anatomy.packed import loadable, unpacked
 from ..anatomy.quiet import quiet
-from ..anatomy.sites import parse_config
+from ..anatomy.sites import Anatomy, parse_config
 from ..bounded import GIB, Unbounded, bounded
 from ..checkpoint.config import CONFIG, read_config, without_choices
+from ..checkpoint.layout import read_layout
 from ..checkpoint.regular import read_json
 from ..checkpoint.source import has_tokenizer
 from ..endings.temporary import of_temporary
 from ..errors import DamagedCheckpoint, NoSpace, SourceError, brief, out_of_memory
+from .by_layers import ByLayers, loading_by
+from .memory import HERE, Place
+from .model import Live
 from .templates import require_templates
 
 GENERATION = "generation_config.json"
@@ -70,14 +74,17 @@ def _devices() -> list[str]:
     return ["cpu"] if kind is None else ["cpu", *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
-def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+def load_original(
+    directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", by_layers: ByLayers | None = None
+) -> PreTrainedModel:  # fmt: skip
     """The unchanged model, through transformers' own code only (a checkpoint's Python files are never run).
 
-    `device` is a torch device, or "auto" to let accelerate place it over GPUs, memory and disk. Raises
-    DamagedCheckpoint where tensors and config do not fit, SourceError where transformers cannot load them.
+    `device` is a torch device, or "auto" to let accelerate place it over GPUs, memory and disk. `by_layers`: weights
+    come when they are called for. Raises DamagedCheckpoint where tensors and config do not fit, SourceError where
+    transformers cannot load them.
     """
     try:
-        with quiet():
+        with quiet(), loading_by(by_layers, directory) as finish:
             config = loadable(parse_config(without_choices(read_config(directory), directory / CONFIG)))
             config._attn_implementation = None
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -92,14 +99,24 @@ def load_original(directory: Path, dtype: torch.dtype = torch.float32, device: s
     model, report = loaded
     require_fit(directory, model, report)
     with quiet():
-        return unpacked(model.eval(), config, dtype)
+        return finish(unpacked(model.eval(), config, dtype))
+
+
+def live_original(
+    directory: Path, anatomy: Anatomy, place: Place = HERE, dtype: torch.dtype = torch.float32
+) -> Live:  # fmt: skip
+    """The same, wherever it is to compute: resident, or layer by layer where it does not fit. NoSpace if neither."""
+    by_layers = place.by_layers(anatomy, read_layout(directory), dtype)
+    return Live(load_original(directory, dtype, place.device, by_layers), anatomy)
 
 
 def require_in_memory(model: PreTrainedModel, what: str) -> None:
     """SourceError for a model that accelerate keeps elsewhere in part: what is offloaded has no gradients to give, and
     cannot be changed in place."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise SourceError(f"{what} needs all of the model in memory, and part is offloaded; give another --device.")
+        raise SourceError(
+            f"{what} needs all of the model in memory, and part is elsewhere; give another --device or more --memory."
+        )
 
 
 def require_memory(directory: Path, error: Exception) -> None:

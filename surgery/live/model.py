@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.sites import Anatomy
+from .layerwise import Layerwise
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,24 @@ class Live:
         return cast(PreTrainedModel, self.model.get_submodule(self.anatomy.trunk))
 
     @property
+    def layers(self) -> Layerwise | None:
+        """What brings its weights, where they are not all in memory."""
+        return getattr(self.model, "layerwise", None)
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go: to the embedding, or to the CPU where that is offloaded and accelerate moves them on."""
+        if self.layers is not None:
+            return self.layers.device
         device = next(self.model.get_input_embeddings().parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[Live]:
+        """Within the block, the same weights under slots and settings of their own, for one of several jobs that are
+        done `together`. A resident model is itself: its jobs follow each other."""
+        if self.layers is None:
+            yield self
+            return
+        with self.layers.twin() as model:
+            yield Live(model, self.anatomy)

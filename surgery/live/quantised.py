@@ -75,7 +75,7 @@ SCHEMES = {
 def loaded_linears(live: Live) -> dict[str, nn.Module]:
     """`linears` of a model with weights; UnsupportedModel where accelerate keeps some of them elsewhere."""
     found = linears(live.model, live.anatomy)
-    if any(module.weight.is_meta for module in found.values()):
+    if live.layers is None and any(module.weight.is_meta for module in found.values()):
         raise UnsupportedModel(
             "quantised verification rounds weights in memory, and some of these are offloaded; give a --device that "
             "holds the whole model."
@@ -137,7 +137,7 @@ def quantised(live: Live, scheme: Scheme, ranges: dict[str, torch.Tensor] | None
     with contextlib.ExitStack() as undo:
         layers = loaded_linears(live) if scheme.in_layers else {}
         for name, module in layers.items():
-            if scheme.weights is not None:
+            if scheme.weights is not None and live.layers is None:
                 rounded = _Rounded(module, scheme.weights, scheme.group)
                 parametrize.register_parametrization(module, "weight", rounded)
                 undo.callback(parametrize.remove_parametrizations, module, "weight", leave_parametrized=False)
@@ -146,6 +146,10 @@ def quantised(live: Live, scheme: Scheme, ranges: dict[str, torch.Tensor] | None
                 peak = ranges.get(name) if own.calibrated and ranges is not None else None
                 hook = _rounding(own, scheme.activations, peak)
                 undo.callback(module.register_forward_pre_hook(hook).remove)
+        if scheme.weights is not None and live.layers is not None:
+            undo.enter_context(
+                live.layers.changing(functools.partial(_round, {*layers.values()}, scheme.weights, scheme.group))
+            )
         if scheme.cache is not None:
             undo.enter_context(on_the_seam(live))
             undo.enter_context(rewriting(functools.partial(_cached, scheme.cache)))
@@ -154,6 +158,13 @@ def quantised(live: Live, scheme: Scheme, ranges: dict[str, torch.Tensor] | None
 
 def _cached(bits: int, call: Call) -> Call:
     return replace(call, key=rounded_cache(call.key, bits), value=rounded_cache(call.value, bits))
+
+
+def _round(layers: set[nn.Module], bits: int, group: int | None, module: nn.Module) -> None:
+    """Round the weight of `module`, which was just loaded, if it is one of `layers`."""
+    if module in layers:
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        weight.data = _Rounded(module, bits, group)(weight.data)
 
 
 class _Rounded(nn.Module):

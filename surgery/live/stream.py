@@ -7,9 +7,11 @@ stream after block k; the final norm's output is not a layer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -20,21 +22,30 @@ from ..anatomy.linears import widths
 from ..progress import Advance, unseen
 from .graft import on_the_seam
 from .model import Live
+from .together import together
 
 # Logits are the largest tensor of a pass; this bounds a batch of them, and with it the batch size.
 LOGIT_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """tokens (B, T) as fed to the model; the first `lead` of each row are a prefix that belongs to no text."""
+    """tokens (B, T) as fed to the model; the first `lead` of each row are a prefix that belongs to no text.
+
+    `index`: how many batches of the same text come before it.
+    """
 
     tokens: torch.Tensor
     lead: int
+    index: int = 0
 
 
 class Observer:
-    """What may look at a pass. Override what you need; what is not overridden costs nothing."""
+    """What may look at a pass. Override what you need; what is not overridden costs nothing.
+
+    A batch passes all layers before the next comes, or all batches pass a layer before any comes to the next
+    (`layerwise`): what is kept between two layers of one batch is kept by batch. At each layer batches come in order.
+    """
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
         """states (B, T, d): the residual stream of `layer`."""
@@ -67,6 +78,26 @@ class Observer:
         return getattr(cls, method) is not getattr(Observer, method)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Text to be read, `chunks` (N, T), each after `prefix`; and who looks on.
+
+    `graft`: what is put into the model meanwhile, as a context manager. `what`: the words for progress. `depth`: the
+    last layer that is computed, where logits are not wanted; None for all.
+    """
+
+    chunks: torch.Tensor
+    observers: Sequence[Observer]
+    prefix: Sequence[int] = ()
+    graft: Callable[[Live], contextlib.AbstractContextManager[object]] | None = None
+    what: str = ""
+    depth: int | None = None
+
+
+class _DeepEnough(Exception):
+    """Ends a forward at the layer after which nobody looks."""
+
+
 def stream(
     live: Live,
     chunks: torch.Tensor,
@@ -77,26 +108,76 @@ def stream(
     what: str = "",
 ) -> None:
     """Feed `chunks` (N, T), each after `prefix`, to the model once; `advance` is told of sequences and of `what`."""
-    model = live.model
-    size = max(1, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size * (chunks.shape[1] + len(prefix))))
+    read(live, [Reading(chunks, observers, prefix, what=what)], advance)
+
+
+@torch.inference_mode()
+def read(live: Live, readings: Sequence[Reading], advance: Advance = unseen) -> None:
+    """Feed the chunks of all `readings` to the model, in one pass over its weights; `advance` is told of sequences.
+
+    Observers belong to one reading each.
+    """
+    if live.layers is None:
+        for reading in readings:
+            with contextlib.nullcontext() if reading.graft is None else reading.graft(live):
+                _read([(live, reading)], advance)
+        return
+    with contextlib.ExitStack() as grafts:
+        pairs = []
+        for reading in readings:
+            reader = live
+            if reading.graft is not None:
+                reader = grafts.enter_context(live.apart())
+                grafts.enter_context(reading.graft(reader))
+            pairs.append((reader, reading))
+        _read(pairs, advance)
+
+
+def _read(pairs: Sequence[tuple[Live, Reading]], advance: Advance) -> None:
+    now: ContextVar[tuple[Reading, Batch]] = ContextVar("now")  # of whoever computes: see `together`
+    jobs = [
+        functools.partial(_forward, live, reading, batch, now, advance)
+        for live, reading in pairs
+        for batch in _batches(live, reading)
+    ]
+    with _watching(pairs, now):
+        together(pairs[0][0].layers, jobs)
+
+
+def _batches(live: Live, reading: Reading) -> Iterator[Batch]:
+    chunks, prefix = reading.chunks, reading.prefix
+    vocabulary = live.model.config.get_text_config().vocab_size
+    size = max(1, LOGIT_BYTES // (4 * vocabulary * (chunks.shape[1] + len(prefix))))
     lead = torch.tensor(list(prefix), dtype=torch.long).expand(chunks.shape[0], -1)
-    device = live.device
+    for index, rows in enumerate(torch.cat([lead, chunks], dim=1).split(size)):
+        yield Batch(rows, len(prefix), index)
+
+
+def _forward(
+    live: Live, reading: Reading, batch: Batch, now: ContextVar[tuple[Reading, Batch]], advance: Advance
+) -> None:
+    """Feed `batch` to the model, and its logits to those who want them."""
+    model, wanting = live.model, [observer for observer in reading.observers if observer.wants("logits")]
+    batch = replace(batch, tokens=batch.tokens.to(live.device))
     keep = {}
     if (
-        not any(o.wants("logits") for o in observers)
+        not wanting
         and len({*getattr(model, "hf_device_map", {}).values()}) < 2  # else logits may be elsewhere than the place
         and "logits_to_keep" in inspect.signature(type(model).forward).parameters
     ):
         # One row of logits is enough for a pass that nobody reads them from. It is named by its place: given a number
         # of rows, some models (Gemma 4) compute their last blocks for only as many tokens.
-        keep = {"logits_to_keep": torch.tensor([chunks.shape[1] + len(prefix) - 1], device=device)}
-    for rows in torch.cat([lead, chunks], dim=1).split(size):
-        batch = Batch(rows.to(device), len(prefix))
-        with torch.inference_mode(), _watching(live, batch, observers):
-            out = model(input_ids=batch.tokens, use_cache=False, **keep)
-            for observer in observers:
-                observer.logits(out.logits, batch)
-        advance(len(rows), what)
+        keep = {"logits_to_keep": torch.tensor([batch.tokens.shape[1] - 1], device=live.device)}
+    before = now.set((reading, batch))
+    try:
+        out = model(input_ids=batch.tokens, use_cache=False, **keep)
+        for observer in wanting:
+            observer.logits(out.logits, batch)
+    except _DeepEnough:
+        pass
+    finally:
+        now.reset(before)
+    advance(len(batch.tokens), reading.what)
 
 
 def down_projections(live: Live) -> dict[int, nn.Module]:
@@ -168,44 +249,76 @@ def on_layer(
 
 
 @contextlib.contextmanager
-def _watching(live: Live, batch: Batch, observers: Sequence[Observer]) -> Iterator[None]:
-    hidden, units, attention, attended = (
-        [o for o in observers if o.wants(method)] for method in ("hidden", "units", "attention", "attended")
-    )
+def _watching(pairs: Sequence[tuple[Live, Reading]], now: ContextVar[tuple[Reading, Batch]]) -> Iterator[None]:
+    """Show observers what their own readings compute, in whatever order that is: `now` says which it is."""
     with contextlib.ExitStack() as stack:
-        if hidden:
-            for layer in range(len(live.anatomy.blocks) + 1):
-                stack.callback(on_layer(live, layer, _look(layer, hidden, batch)).remove)
-        for index, projection in down_projections(live).items() if units else ():
-            stack.callback(projection.register_forward_hook(_projected(index, units, batch)).remove)
-        if attention or attended:
-            block_of = {live.trunk.get_submodule(site.name): site.block for site in live.anatomy.sites}
-
-            def before(call: Call) -> None:
-                for observer in attention:
-                    observer.attention(block_of[call.module], call, batch)
-
-            def after(call: Call, output: torch.Tensor) -> None:
-                for observer in attended:
-                    observer.attended(block_of[call.module], call, output, batch)
-
-            stack.enter_context(on_the_seam(live))
-            stack.enter_context(observing(before, after if attended else None))
+        blocks: dict[int, dict[nn.Module, int]] = {}
+        wants: set[str] = set()
+        for live, reading in pairs:
+            hidden, units, *sites = (
+                [o for o in reading.observers if o.wants(method)]
+                for method in ("hidden", "units", "attention", "attended")
+            )
+            if hidden:
+                for layer in range(len(live.anatomy.blocks) + 1):
+                    stack.callback(on_layer(live, layer, _look(layer, hidden, reading, now)).remove)
+            if reading.depth is not None:
+                stack.callback(on_layer(live, reading.depth, _end(reading, now)).remove)
+            for index, projection in down_projections(live).items() if units else ():
+                stack.callback(projection.register_forward_hook(_projected(index, units, reading, now)).remove)
+            wants |= {method for method, some in zip(("attention", "attended"), sites, strict=True) if some}
+            if any(sites) and id(live) not in blocks:
+                blocks[id(live)] = {live.trunk.get_submodule(site.name): site.block for site in live.anatomy.sites}
+                stack.enter_context(on_the_seam(live))
+        if wants:
+            block_of = {module: block for of_one in blocks.values() for module, block in of_one.items()}
+            stack.enter_context(_observing(block_of, wants, now))
         yield
 
 
-def _look(layer: int, observers, batch: Batch):
+def _observing(
+    block_of: Mapping[nn.Module, int], wants: Collection[str], now: ContextVar[tuple[Reading, Batch]]
+) -> contextlib.AbstractContextManager[None]:
+    """Attention calls, shown to the observers of the reading that makes them."""
+
+    def before(call: Call) -> None:
+        reading, batch = now.get()
+        for observer in reading.observers:
+            if observer.wants("attention"):
+                observer.attention(block_of[call.module], call, batch)
+
+    def after(call: Call, output: torch.Tensor) -> None:
+        reading, batch = now.get()
+        for observer in reading.observers:
+            if observer.wants("attended"):
+                observer.attended(block_of[call.module], call, output, batch)
+
+    return observing(before, after if "attended" in wants else None)
+
+
+def _look(layer: int, observers: Sequence[Observer], reading: Reading, now: ContextVar[tuple[Reading, Batch]]):
     def look(states: torch.Tensor) -> None:
-        for observer in observers:
-            observer.hidden(layer, states, batch)
+        whose, batch = now.get()
+        if whose is reading:
+            for observer in observers:
+                observer.hidden(layer, states, batch)
 
     return look
 
 
-def _projected(block: int, observers, batch: Batch):
+def _end(reading: Reading, now: ContextVar[tuple[Reading, Batch]]):
+    def end(states: torch.Tensor) -> None:
+        if now.get()[0] is reading:
+            raise _DeepEnough
+
+    return end
+
+
+def _projected(block: int, observers: Sequence[Observer], reading: Reading, now: ContextVar[tuple[Reading, Batch]]):
     def hook(projection: nn.Module, args, output) -> None:
+        whose, batch = now.get()
         activations, (rows, length) = args[0], batch.tokens.shape
-        if activations.numel() != rows * length * activations.shape[-1]:
+        if whose is not reading or activations.numel() != rows * length * activations.shape[-1]:
             return  # not all tokens pass here: an expert's
         # Some families (OPT) put all tokens of a batch in one row.
         activations, written = (part.reshape(rows, length, -1) for part in (activations, output))

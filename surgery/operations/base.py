@@ -170,6 +170,11 @@ class Operation(Named):
         return False
 
     @property
+    def whole(self) -> bool:
+        """Whether it works on all weights at once, so that a model cannot come layer by layer."""
+        return False
+
+    @property
     def reads(self) -> str | None:
         """What of it reads calibration text, as the beginning of a sentence."""
         return None

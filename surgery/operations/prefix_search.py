@@ -1,34 +1,39 @@
 """Choose the prefix to fold: no massive activations left on the calibration text, then the lowest perplexity.
 
 What a fold leaves, it leaves near the start of a text, where a token that could be a sink finds none yet. So candidates
-are first screened on many short openings, cut from all over the calibration text, and on texts that begin with each
-candidate token; those that leave nothing are scored on long chunks. A trial costs one forward pass of the prefix and
-one of its text; nothing is written.
+race on short openings, cut from all over the calibration text, and on texts that begin with each candidate token: first
+on a few, then those that leave least on all, and never deeper than massive activations are born. What leaves nothing is
+ranked by its perplexity on a few long chunks; and the best that leaves nothing on any layer of any text is taken.
+
+All candidates of a round are tried in one pass over the weights. Nothing is written.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import SourceError
-from ..live.graft import fold, grafted
+from ..live.graft import folds, grafted
 from ..live.likelihood import Likelihood
 from ..live.model import Live
 from ..live.score import Score
-from ..live.stream import Observer, stream
+from ..live.stream import Reading, read, stream
 from ..live.text import token_texts, tokenize
 from ..progress import Advance, unseen
 from ..survey.across import AutoMassive
 from ..survey.massive import MassiveActivations
 
 OPENINGS, OPENING = 128, 32  # short texts to screen on, and their tokens
+RACED = 32  # of them that every candidate is tried on
+SCREENED = 8  # candidates of one length that are tried on all of them
 QUICK_CHUNKS = 8  # long chunks on which the prefixes that pass the screen are ranked
 SCORED, CONFIRMED = 4, 2  # prefixes of one length that are ranked, and confirmed on all calibration chunks
 PARENTS = 2  # prefixes of one length that are extended by a token
@@ -37,29 +42,31 @@ FROM_SURVEY = 4  # candidate tokens taken from the survey: those that carry the 
 
 @dataclass(frozen=True)
 class Trial:
-    """One prefix as tried: massive activations left on openings and on long chunks, and perplexity on the latter.
+    """One prefix as tried: massive activations left on so many `openings` and long `chunks`, and perplexity.
 
     `loudest` is the largest |x| / median left on openings, of the loudest layer: it ranks prefixes that leave none.
+    `confirmed`: whether all openings and chunks were looked at in all layers.
     """
 
     prefix: tuple[int, ...]
     on_openings: int
+    openings: int
     loudest: float
     on_chunks: int = 0
+    chunks: int = 0
     score: Score | None = None
+    confirmed: bool = False
 
     @property
     def massive(self) -> int:
         return self.on_openings + self.on_chunks
 
     @property
-    def chunks(self) -> int:
-        return len(self.score.chunks) if self.score is not None else 0
-
-    @property
-    def rank(self) -> tuple[int, float, int, float]:
-        nll = self.score.nll if self.score is not None else float("inf")
-        return (self.massive, nll, len(self.prefix), self.loudest)
+    def rank(self) -> tuple[float, float, int, float]:
+        """By massive activations for each text that was tried."""
+        nll = self.score.nll if self.score is not None else math.inf
+        left = self.on_openings / max(self.openings, 1) + self.on_chunks / max(self.chunks, 1)
+        return (left, nll, len(self.prefix), self.loudest)
 
 
 class PrefixSearch:
@@ -82,27 +89,73 @@ class PrefixSearch:
 
     def run(self, max_slots: int) -> Trial:
         """The best prefix of 1..max_slots tokens, stopping at the first length that leaves no massive activation."""
-        pool, openings = self.pool, self.openings
+        pool = self.pool
         if not pool:
             raise SourceError("prefix: auto found no candidate token in this vocabulary; list the prefix in the recipe")
         parents: list[tuple[int, ...]] = [()]
         for length in range(1, min(max_slots, len(pool)) + 1):
             grown = [(*parent, token) for parent in parents for token in pool if token not in parent]
-            screened = sorted((self._screen(prefix, openings) for prefix in grown), key=lambda trial: trial.rank)
+            screened = self._screen(grown)
             clean = [trial for trial in screened if trial.on_openings == 0]
             # What fails the screen is not worth scoring, unless there will be nothing longer to score.
             if clean or length in (max_slots, len(pool)):
-                if self._confirm(clean or screened)[0].massive == 0:
+                if self._confirm(clean or screened).massive == 0:
                     break
             parents = [trial.prefix for trial in screened[:PARENTS]]
-        confirmed = [trial for trial in self.trials.values() if trial.chunks == len(self.chunks)]
-        return min(confirmed, key=lambda trial: trial.rank)
+        return min((trial for trial in self.trials.values() if trial.confirmed), key=lambda trial: trial.rank)
 
-    def _confirm(self, trials: Sequence[Trial]) -> list[Trial]:
-        """The best of `trials` on all calibration chunks, best first; the others fall behind on a few of them."""
-        scored = sorted((self._score(trial, QUICK_CHUNKS) for trial in trials[:SCORED]), key=lambda trial: trial.rank)
-        finalists = [self._score(trial, len(self.chunks)) for trial in scored[:CONFIRMED]]
-        return sorted(finalists, key=lambda trial: trial.rank)
+    def _screen(self, prefixes: Sequence[tuple[int, ...]]) -> list[Trial]:
+        """The best of `prefixes` after all openings, best first; most fall behind on the first of them."""
+        openings = self.openings
+        some = openings[torch.linspace(0, len(openings) - 1, min(RACED, len(openings))).long()]
+        raced = self._left(prefixes, some, f"{len(some)} openings", self.depth)
+        ahead = sorted(raced, key=lambda trial: trial.rank)[:SCREENED]
+        if ahead[0].on_openings == 0:  # else none would pass
+            clean = [trial.prefix for trial in ahead if trial.on_openings == 0]
+            seen = self._left(clean, openings, f"{len(openings)} openings", self.depth)
+            raced = [*seen, *(trial for trial in raced if trial.prefix not in clean)]
+        self.trials.update({trial.prefix: trial for trial in raced})
+        return sorted(raced, key=lambda trial: trial.rank)
+
+    def _left(self, prefixes: Sequence[tuple[int, ...]], rows: torch.Tensor, what: str, depth: int) -> list[Trial]:
+        """A trial of each of `prefixes`: what it leaves on openings `rows`, up to layer `depth`."""
+        left = [MassiveActivations() for _ in prefixes]
+        self._pass(prefixes, rows, [[one] for one in left], what, depth)
+        return [Trial(prefix, one.count, len(rows), one.loudest) for prefix, one in zip(prefixes, left, strict=True)]
+
+    def _confirm(self, trials: Sequence[Trial]) -> Trial:
+        """The first of the best of `trials` that leaves nothing on any text, or else the best of them."""
+        ranked = sorted(self._scored(trials[:SCORED]), key=lambda trial: trial.rank)
+        for trial in ranked[:CONFIRMED]:
+            self.trials[trial.prefix] = confirmed = self._confirmed(trial)
+            if confirmed.massive == 0:
+                return confirmed
+        return min((self.trials[trial.prefix] for trial in ranked[:CONFIRMED]), key=lambda trial: trial.rank)
+
+    def _scored(self, trials: Sequence[Trial]) -> list[Trial]:
+        """`trials` with perplexity, and what they leave, on a few chunks."""
+        chunks = self.chunks[:QUICK_CHUNKS]
+        left, likelihoods = [MassiveActivations() for _ in trials], [Likelihood() for _ in trials]
+        observers = [list(pair) for pair in zip(left, likelihoods, strict=True)]
+        self._pass([trial.prefix for trial in trials], chunks, observers, f"{len(chunks)} chunks")
+        scored = [
+            replace(trial, on_chunks=one.count, chunks=len(chunks), score=likelihood.score)
+            for trial, one, likelihood in zip(trials, left, likelihoods, strict=True)
+        ]
+        self.trials.update({trial.prefix: trial for trial in scored})
+        return scored
+
+    def _confirmed(self, trial: Trial) -> Trial:
+        """`trial` after all chunks and all openings, in all layers."""
+        rest = self.chunks[trial.chunks :]
+        on_rest, on_openings = MassiveActivations(), MassiveActivations()
+        if len(rest):
+            self._pass([trial.prefix], rest, [[on_rest]], f"{len(rest)} more chunks")
+        self._pass([trial.prefix], self.openings, [[on_openings]], f"{len(self.openings)} openings, all layers")
+        return replace(
+            trial, on_openings=on_openings.count, on_chunks=trial.on_chunks + on_rest.count, chunks=len(self.chunks),
+            confirmed=True,
+        )  # fmt: skip
 
     def finds_any(self) -> bool:
         """Whether the bare model has massive activations, by Sun's criterion or the scale-free one.
@@ -123,6 +176,16 @@ class PrefixSearch:
         found = MassiveActivations(), AutoMassive()
         stream(self.live, self.chunks[:QUICK_CHUNKS], found)
         return found
+
+    @functools.cached_property
+    def depth(self) -> int:
+        """The layer after which no more massive activations are born in the bare model: what leaves none there will
+        hardly have any later. All layers where the survey saw none."""
+        counts = {layer: tally.count for layer, tally in self._survey[0].layers.items()}
+        most = max(counts.values(), default=0)
+        return min(
+            (layer for layer, count in counts.items() if count == most > 0), default=len(self.live.anatomy.blocks)
+        )
 
     @functools.cached_property
     def pool(self) -> list[int]:
@@ -154,33 +217,19 @@ class PrefixSearch:
         begun[:, 0] = torch.tensor(pool, dtype=torch.long)
         return torch.cat([begun, cuts])
 
-    def _screen(self, prefix: tuple[int, ...], openings: torch.Tensor) -> Trial:
-        if prefix not in self.trials:
-            self.advance(1, f"{self.shown(prefix)} on {len(openings)} openings")
-            left = MassiveActivations()
-            self._pass(prefix, openings, [left])
-            self.trials[prefix] = Trial(prefix, left.count, left.loudest)
-        return self.trials[prefix]
-
-    def _score(self, trial: Trial, count: int) -> Trial:
-        count = min(count, len(self.chunks))
-        if trial.chunks < count:
-            self.advance(1, f"{self.shown(trial.prefix)} on {count} chunks")
-            left, likelihood = MassiveActivations(), Likelihood()
-            self._pass(trial.prefix, self.chunks[:count], [left, likelihood])
-            trial = Trial(
-                trial.prefix,
-                trial.on_openings,
-                trial.loudest,
-                left.count,
-                likelihood.score,
-            )
-            self.trials[trial.prefix] = trial
-        return trial
-
-    def _pass(self, prefix: tuple[int, ...], rows: torch.Tensor, observers: Sequence[Observer]) -> None:
-        with grafted(self.live, fold(self.live, prefix, self.visible)):
-            stream(self.live, rows, observers)
+    def _pass(
+        self, prefixes: Sequence[tuple[int, ...]], rows: torch.Tensor, observers: Sequence[list[Any]], what: str,
+        depth: int | None = None,
+    ) -> None:  # fmt: skip
+        """Feed `rows` to the model with each of `prefixes` folded, and show it to the observers of that prefix."""
+        found = folds(self.live, prefixes, self.visible)
+        readings = [
+            Reading(rows, watching, graft=functools.partial(grafted, fold=fold), depth=depth,
+                    what=f"{self.shown(fold.prefix)} on {what}")
+            for fold, watching in zip(found, observers, strict=True)
+        ]  # fmt: skip
+        read(self.live, readings, lambda count, what: self.advance(0, what))
+        self.advance(len(prefixes), readings[-1].what)
 
     def shown(self, prefix: Sequence[int]) -> str:
         return " ".join(repr(self.texts[token]) for token in prefix)
@@ -199,9 +248,12 @@ class PrefixSearch:
                         "chunks": trial.on_chunks if trial.chunks else None,
                     },
                     "chunks": trial.chunks,
+                    "confirmed": trial.confirmed,
                     "ppl": trial.score.ppl if trial.score is not None else None,
                 }
-                for trial in sorted(self.trials.values(), key=lambda trial: (-trial.chunks, trial.rank))
+                for trial in sorted(
+                    self.trials.values(), key=lambda trial: (not trial.confirmed, -trial.chunks, trial.rank)
+                )
             ],
         }
 

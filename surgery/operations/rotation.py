@@ -113,6 +113,10 @@ class Rotation(Operation):
         added = _not_stored(target)
         return _changes(found, added, untied=bool(added))
 
+    @property
+    def whole(self) -> bool:
+        return True
+
     def require(self, live: Live) -> None:
         require_in_memory(live.model, "rotation")
 

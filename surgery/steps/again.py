@@ -23,10 +23,10 @@ from ..checkpoint.source import Source
 from ..checkpoint.values import as_stored
 from ..converted.described import Described
 from ..converted.files import added_layout
-from ..converted.reading import load_converted
+from ..converted.reading import live_converted
 from ..errors import DamagedCheckpoint, NoSpace, NoTemporary, SurgeryError
-from ..live.loading import load_original, load_tokenizer
-from ..live.model import Live
+from ..live.loading import live_original, load_tokenizer
+from ..live.memory import Place
 from ..live.roundings import rounds_values, steady
 from ..operations.base import Changes, Fitting, Operation, Parts
 from ..progress import Reporter
@@ -71,7 +71,7 @@ class Again:
 
 
 def check_again(
-    described: Described, manifest: Manifest, recipe: Recipe, source: Source, directory: Path, device: str,
+    described: Described, manifest: Manifest, recipe: Recipe, source: Source, directory: Path, place: Place,
     reporter: Reporter,
 ) -> list[Check]:  # fmt: skip
     """Whether the checkpoint that `described` is of holds what `recipe` makes of `source` (plain files in `directory`).
@@ -79,7 +79,7 @@ def check_again(
     NoSpace where the source does not fit into memory.
     """
     try:
-        again = fit_again(described, recipe, source, directory, device, reporter)
+        again = fit_again(described, recipe, source, directory, place, reporter)
     except (NoSpace, NoTemporary):
         raise
     except SurgeryError as error:  # the recipe or config.json of the checkpoint says what cannot be done
@@ -92,12 +92,12 @@ def check_again(
     if again.changes.replaced or any(entry.status == "quantised" for entry in manifest.tensors.values()):
         found.append(check(QUANTISED, lambda: same_quantised(described, manifest, again, directory)))
     if again.control is not None:
-        found.append(check(FUNCTION, functools.partial(_same_function, described, again.control, device)))
+        found.append(check(FUNCTION, functools.partial(_same_function, described, again.control, place)))
     return found
 
 
 def fit_again(
-    described: Described, recipe: Recipe, source: Source, directory: Path, device: str, reporter: Reporter
+    described: Described, recipe: Recipe, source: Source, directory: Path, place: Place, reporter: Reporter
 ) -> Again:  # fmt: skip
     """Plan `recipe` on the source, and fit its operations, up to the first that text or training decides."""
     operations = tuple(operation.as_found(described) for operation in recipe.operations)
@@ -112,7 +112,7 @@ def fit_again(
     # Of what is trained there is nothing left to compare.
     if asked or repeated and (recipe.tune is None or recipe.changes_weights):
         reporter.step("fit the operations again, from the source")
-        live = Live(load_original(directory, fitting_dtype(plan), device), plan.anatomy)
+        live = live_original(directory, plan.anatomy, place, fitting_dtype(plan))
         asked = asked and not rounds_values(live.model)  # slots as they are stored are not exact enough to tell
         if asked:
             control = take_control(live, described.eab.prefix_ids, comparable(live, changes))
@@ -175,9 +175,9 @@ def _same_tensors(root: Path, manifest: Manifest, again: Again, directory: Path)
     return True, f"{told}; {note}", (note,)
 
 
-def _same_function(described: Described, control: Control, device: str) -> Found:
+def _same_function(described: Described, control: Control, place: Place) -> Found:
     """The checkpoint as it is loaded answers as the original does, which a tensor by itself cannot show."""
-    live = Live(load_converted(described.root, device=device), described.anatomy)
+    live = live_converted(described.root, described.anatomy, place)
     found = compare_random_ids(live, control)
     worst = max(value for value in (found.plain, found.padded, found.cached) if value is not None)
     return True, f"on random ids the original's after the same prefix, within {worst:.2g} in log-probability"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ..anatomy.sites import Anatomy
 from ..live.likelihood import scored
@@ -25,7 +25,7 @@ from ..verification.gates.base import VARIANTS, Judgement, Measured, Subject, Va
 from ..verification.verdict import found_by, judged
 from .recipe import Recipe
 
-Load = Callable[[], tuple[PreTrainedModel, Any]]  # a model, freshly loaded, and its tokenizer
+Load = Callable[[], tuple[Live, Any]]  # a model, freshly loaded, and its tokenizer
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,13 @@ def measure_pair(pair: Pair, original: Load | None, converted: Load, reporter: R
 
     def of(load: Load, whose: str, name: str | None, measure: Callable[[Live, Any], Measured]):
         reporter.step(f"load {whose}")
-        model, tokenizer = load()
-        live = Live(model, pair.anatomy)
+        live, tokenizer = load()
         found = measure(live, tokenizer)
         if name is not None:
             heads = [(shown["block"], shown["head"]) for survey in surveys for shown in survey["attention_maps"]]
             surveys.append({"source": name, **_surveyed(live, tokenizer, pair.evaluation, heads, whose, reporter)})
-        config, steps = model.config, rounds_values(model)
-        del live, model
+        config, steps = live.model.config, rounds_values(live.model)
+        del live
         gc.collect()
         return found, tokenizer, config, steps
 

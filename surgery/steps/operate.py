@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import DamagedCheckpoint
-from ..live.loading import load_original
+from ..live.loading import live_original
+from ..live.memory import Place
 from ..live.model import Live
 from ..live.quantised import loaded_linears
 from ..live.roundings import rounds_values, steady
@@ -42,7 +43,7 @@ class Operated:
 
 
 def operate(
-    plan: Plan, directory: Path, chunks: torch.Tensor | None, training: Any, device: str, reporter: Reporter
+    plan: Plan, directory: Path, chunks: torch.Tensor | None, training: Any, place: Place, reporter: Reporter
 ) -> Operated:
     """Load the original from `directory`; fit and graft each operation in its order; compare; collect the tensors.
 
@@ -50,7 +51,7 @@ def operate(
     operations in place is not the original after the same prefix: nothing is written then.
     """
     reporter.step("load the original")
-    live = Live(load_original(directory, fitting_dtype(plan), device), plan.anatomy)
+    live = live_original(directory, plan.anatomy, place, fitting_dtype(plan))
     _require_finite(live)
     changes = plan.recipe.changes
     if plan.recipe.rounds_linears:

@@ -28,37 +28,35 @@ class LogitLens(Observer):
     """
 
     def __init__(self, live: Live, positions: int = POSITIONS) -> None:
-        self._positions, self._turn = positions, 0
+        self._positions = positions
         self._head = live.model.get_output_embeddings()
         self._norm = final_norm(live)
-        self._ready: dict[int, torch.Tensor] = {}  # layer -> what goes into the output layer, (B, P, d)
+        self._ready: dict[Batch, dict[int, torch.Tensor]] = {}  # by layer, what goes into the output layer (B, P, d)
         self._nll: dict[int, float] = {}  # layer -> sum over what was scored
         self._scored = 0
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
         if self._norm is not None and self._head is not None:
-            self._ready[layer] = self._norm(states[:, self._places(batch)])
+            self._ready.setdefault(batch, {})[layer] = self._norm(states[:, self._places(batch)])
 
     def logits(self, logits: torch.Tensor, batch: Batch) -> None:
-        place = self._places(batch)
+        place, ready = self._places(batch), self._ready.pop(batch, {})
         targets = batch.tokens[:, place + 1].flatten()
         self._add(OWN, token_losses(logits[:, place].flatten(0, 1), targets))
         self._scored += len(targets)
         # As many layers at a time as the text has rows: each product reads the whole output layer.
         together = max(1, batch.tokens.shape[1] // len(place))
-        layers = sorted(self._ready)
+        layers = sorted(ready)
         for start in range(0, len(layers), together):
             some = layers[start : start + together]
-            rows = torch.cat([self._ready[layer].flatten(0, 1).to(logits.device) for layer in some])
+            rows = torch.cat([ready[layer].flatten(0, 1).to(logits.device) for layer in some])
             losses = token_losses(self._head(rows), targets.repeat(len(some)))
             for layer, part in zip(some, losses.split(len(targets)), strict=True):
                 self._add(layer, part)
-        self._ready = {}
-        self._turn += 1
 
     def _places(self, batch: Batch) -> torch.Tensor:
         """Positions in the row whose next token is scored, others in each batch."""
-        return spaced(range(batch.lead, batch.tokens.shape[1] - 1), self._positions, self._turn)
+        return spaced(range(batch.lead, batch.tokens.shape[1] - 1), self._positions, batch.index)
 
     def rows(self) -> dict[int, dict]:
         """Layer -> `lens_ppl`."""

@@ -42,18 +42,20 @@ class SuperNeurons(Observer):
     """
 
     def __init__(self, live: Live) -> None:
-        self._projections = down_projections(live)
+        self._projections, self._layers = down_projections(live), len(live.anatomy.blocks)
         self._norms: dict[int, torch.Tensor] = {}  # block -> (m,)
         self._births: dict[tuple[int, int], _Births] = {}  # block, dim
-        self._before: torch.Tensor | None = None
-        self._units: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._sparsity: dict[int, torch.Tensor] = {}  # block -> `hoyer` (m,)
+        self._before: dict[Batch, torch.Tensor] = {}
+        self._units: dict[Batch, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def units(self, block: int, activations: torch.Tensor, written: torch.Tensor, batch: Batch) -> None:
-        self._units = activations, written
+        self._units[batch] = activations, written
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
-        before, units = self._before, self._units
-        self._before, self._units = states, None
+        before, units = self._before.pop(batch, None), self._units.pop(batch, None)
+        if layer < self._layers:
+            self._before[batch] = states
         if before is not None and units is not None:
             for row in zip(before, states, *units, strict=True):
                 self._row(layer - 1, *(part[batch.lead :] for part in row))
@@ -72,7 +74,7 @@ class SuperNeurons(Observer):
         with align_module_device(self._projections[block]):  # a weight that accelerate keeps elsewhere comes back
             weight = as_rows(self._projections[block])  # (d, m), a column for each unit
             if block not in self._norms:
-                self._norms[block] = weight.double().norm(dim=0).cpu()
+                self._norms[block], self._sparsity[block] = weight.double().norm(dim=0).cpu(), hoyer(weight)
             for position, dim in zip(positions[new].tolist(), dims[new].tolist(), strict=True):
                 births = self._births.setdefault((block, dim), _none(weight.shape[1]))
                 acts, sign = activations[position].double().cpu(), states[position, dim].sign().item()
@@ -92,12 +94,11 @@ class SuperNeurons(Observer):
         and `sparsity` (`hoyer`), with `usual_sparsity`, the median over all columns of that projection.
         """
         found = []
-        for (block, dim), births in self._births.items():
+        for (block, dim), births in sorted(self._births.items()):
             reach = births.reach / births.count
             if not (dominant := (reach >= DOMINANT).nonzero().flatten().tolist()):
                 continue
-            with align_module_device(self._projections[block]):
-                sparsity = hoyer(as_rows(self._projections[block]))
+            sparsity = self._sparsity[block]
             found += [
                 {
                     "layer": block + 1,

@@ -60,6 +60,10 @@ class Tune(Settings, Operation):
         lora = None if self.lora is None else {"rank": self.lora.rank, "layers": len(merged)}
         return Changes(changed=dict.fromkeys(stored, "changed"), told={"tune": {"steps": self.steps, "lora": lora}})
 
+    @property
+    def whole(self) -> bool:
+        return True
+
     def require(self, live: Live) -> None:
         if self.reads_linears:
             loaded_linears(live)  # weights that are offloaded

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
+from ..anatomy.sites import Anatomy
 from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
@@ -18,10 +19,12 @@ from ..checkpoint.stage import Stage
 from ..checkpoint.witness import Reading
 from ..converted.card import Shown, model_card
 from ..converted.origin import origin
-from ..converted.reading import load_converted
+from ..converted.reading import live_converted
 from ..endings.leftovers import clear_for
 from ..errors import OutputError, SourceError
-from ..live.loading import load_original, load_tokenizer, require_device
+from ..live.loading import live_original, load_tokenizer, require_device
+from ..live.memory import Place
+from ..live.model import Live
 from ..operations import OPERATIONS
 from ..operations.base import NothingToDo, Stand
 from ..progress import SILENT, Reporter
@@ -78,6 +81,8 @@ def _converted(
     plan = _plan(recipe, source, out, options)
     for note in plan.notes:
         reporter.note(note)
+    if not plan.resident:
+        reporter.note(f"{plan.source.name} comes layer by layer: {_memory_words(plan)}")
     inputs = make_ready(plan, texts, options, reporter)
     act = provenance(
         date, command=options.command, device=options.device, files=texts.files, evaluation=inputs.evaluation,
@@ -94,7 +99,7 @@ def _converted(
         if aside is not None and training is not None:
             training = replace(training, adapter=aside.path)
         try:
-            operated = operate(plan, directory, inputs.calibrating, training, options.device, reporter)
+            operated = operate(plan, directory, inputs.calibrating, training, options.place, reporter)
         except NothingToDo as nothing:
             dismiss(training)
             return {
@@ -119,6 +124,11 @@ def _converted(
 # ---- 1. before weights
 
 
+def _memory_words(plan: Plan) -> str:
+    found = plan.memory()
+    return f"all of it would take {human(found['resident'])} of memory, and {human(found['allowed'])} may be taken"
+
+
 def _clear_leftovers(out: Path, options: RunOptions, reporter: Reporter) -> None:
     """Remove what runs to the same output left behind that were killed: their room may be needed."""
     for path in (out, options.adapter, options.keep_failed):
@@ -139,7 +149,7 @@ def _require_measured(options: RunOptions) -> None:
 def _plan(recipe: Recipe, source: str, out: Path, options: RunOptions) -> Plan:
     plan = prepare(
         recipe, source, out, needs_tokenizer=options.verify or recipe.reads_text, link=options.link,
-        dtype=options.dtype, revision=options.revision,
+        dtype=options.dtype, revision=options.revision, place=options.place,
     )  # fmt: skip
     if (kept := options.keep_failed) is not None:
         require_target(Path(kept), plan.source.root if plan.source.root.is_dir() else None)
@@ -183,8 +193,8 @@ def _measure(
     )  # fmt: skip
     found = measure_pair(
         pair,
-        original=lambda: (load_original(directory, device=options.device), tokenizer),
-        converted=lambda: _emitted(stage.path, options.device),
+        original=lambda: (live_original(directory, plan.anatomy, options.place), tokenizer),
+        converted=lambda: _emitted(stage.path, plan.anatomy, options.place),
         reporter=reporter,
     )
     if found.surveys is not None:
@@ -196,10 +206,10 @@ def _measure(
     return replace(findings, checks=checks, judgements=found.judgements, measured=found.measured), found.surveys
 
 
-def _emitted(directory: Path, device: str) -> tuple[Any, Any]:
+def _emitted(directory: Path, anatomy: Anatomy, place: Place) -> tuple[Live, Any]:
     """The converted model in `directory` and its tokenizer, which is tried in a fork: before this process is large."""
     tokenizer = load_tokenizer(directory)
-    return load_converted(directory, device=device), tokenizer
+    return live_converted(directory, anatomy, place), tokenizer
 
 
 def _said(plan: Plan, operated: Operated) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import PreTrainedModel
-
 from ..anatomy.sites import Anatomy
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
@@ -19,11 +17,12 @@ from ..checkpoint.layout import read_layout
 from ..checkpoint.provenance import TextFiles, described, moment, name_of, plain
 from ..checkpoint.source import fetch_small, materialise, open_source, refuse_adapter
 from ..converted.described import read_described
-from ..converted.reading import is_converted, load_converted
+from ..converted.reading import is_converted, live_converted
 from ..endings.signals import caught
 from ..endings.temporary import temporary
 from ..errors import DamagedCheckpoint, SourceError
-from ..live.loading import load_original, load_tokenizer, require_device
+from ..live.loading import live_original, load_tokenizer, require_device
+from ..live.memory import Place
 from ..live.model import Live
 from ..live.text import FEW_CHUNKS, Chunking, Files, files, read_texts
 from ..progress import SILENT, Reporter
@@ -44,6 +43,7 @@ def scan(
     dtype: str | None = None,
     revision: str | None = None,
     device: str = "cpu",
+    memory: int | None = None,
     chunking: Chunking = FEW_CHUNKS,
     heads: Sequence[tuple[int, int]] = (),
     command: Sequence[str] = (),
@@ -66,7 +66,9 @@ def scan(
     with _opened(str(source), dtype, revision, reporter) as opened:
         fitting = fit_chunks(chunking, opened.anatomy, opened.n_slots)
         chunks = opened.reader.cut(words, fitting, "--text")
-        live = Live(opened.load(device), opened.anatomy)
+        live = opened.load(Place(device, memory))
+        if live.layers is not None:
+            reporter.note(f"{source} does not fit into memory, and comes layer by layer")
         with reporter.bar("scan", len(chunks)) as advance:
             found = survey(live, opened.reader.tokenizer, chunks, heads=heads, advance=advance)
         if not math.isfinite(found["perplexity"]["nll"]):
@@ -97,7 +99,7 @@ class _Opened:
     anatomy: Anatomy
     reader: Reader
     n_slots: int
-    load: Callable[[str], PreTrainedModel]  # of the device
+    load: Callable[[Place], Live]
 
 
 @contextlib.contextmanager
@@ -119,12 +121,12 @@ def _opened(source: str, dtype: str | None, revision: str | None, reporter: Repo
     if opened.kind != "gguf":
         require_space(opened.root, sum(opened.missing.values()))
         yield _Opened(
-            said, anatomy, reader, 0, lambda device: load_original(fetch_weights(opened, reporter), device=device)
+            said, anatomy, reader, 0, lambda place: live_original(fetch_weights(opened, reporter), anatomy, place)
         )
         return
     with caught(), temporary(opened.layout.total_bytes) as scratch:
         yield _Opened(
-            said, anatomy, reader, 0, lambda device: load_original(materialise(opened, scratch), device=device)
+            said, anatomy, reader, 0, lambda place: live_original(materialise(opened, scratch), anatomy, place)
         )
 
 
@@ -144,5 +146,5 @@ def _converted(root: Path, at: HubId | None = None) -> _Opened:
         found.anatomy,
         Reader(load_tokenizer(root), vocab_size),
         found.eab.n_slots,
-        lambda device: load_converted(root, device=device),
+        lambda place: live_converted(root, found.anatomy, place),
     )

@@ -18,9 +18,9 @@ from ..checkpoint.provenance import moment, names_only
 from ..checkpoint.signature import PublicKey, parse_digest
 from ..checkpoint.source import Source, has_tokenizer
 from ..converted.described import Described
-from ..converted.reading import load_converted
+from ..converted.reading import live_converted
 from ..errors import DamagedCheckpoint, OutputError, SourceError
-from ..live.loading import load_original, load_tokenizer, require_device
+from ..live.loading import live_original, load_tokenizer, require_device
 from ..live.text import CHUNKS, Chunking, token_texts
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
@@ -32,6 +32,7 @@ from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inpu
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyKeywords, VerifyOptions, with_keywords
 from ..steps.original import open_original, plain_files
+from ..steps.plan import comes_by_layers
 from ..steps.recipe import Recipe
 from ..verification.checks import Check
 from ..verification.gates import Gate
@@ -84,6 +85,8 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
     with plain_files(source, reporter) as directory:
         paths = [root, *([] if source is None or directory is None else [source.root, directory])]
         checks, described, recipe = _integrity(root, manifest, source, directory, reporter)
+        if described is not None and recipe is not None:
+            _say_how(root, described, recipe, options, reporter)
         original = None
         if described is not None and has_tokenizer(manifest.files):
             if source is not None and directory is not None and has_tokenizer(source.companions):
@@ -91,7 +94,7 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
             checks.append(check_tokenizer(root, original, described.eab.prefix_ids, texts.evaluation))
         if source is not None and directory is not None and described is not None and recipe is not None:
             if all(check.passed for check in checks):  # or the source is another, and that has been said
-                checks += check_again(described, manifest, recipe, source, directory, options.device, reporter)
+                checks += check_again(described, manifest, recipe, source, directory, options.place, reporter)
         standing = replace(standing, checks=[*checks, *standing.checks])
         if described is None or recipe is None or texts.evaluation is None:
             return _told(standing, paths, date, options, texts, manifest)
@@ -104,6 +107,15 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
             standing, judgements=found.judgements, measured=found.measured, said={**standing.said, **found.said}
         )
         return _told(found, paths, date, options, texts, manifest, ready)
+
+
+def _say_how(root: Path, described: Described, recipe: Recipe, options: VerifyOptions, reporter: Reporter) -> None:
+    """Say that the models come layer by layer, where they do. NoSpace where what is to be done has to have them whole."""
+    asking: list[Any] = [] if options.against is None else [one for one in recipe.changes if one.repeats]
+    asking += recipe.verify.gates(compared=options.against is not None) if options.text else []
+    layout = read_layout(root)
+    if comes_by_layers(root, described.anatomy, layout, options.place, asking) and (options.text or options.against):
+        reporter.note(f"{root} does not fit into memory, and comes layer by layer")
 
 
 def require_sound(root: Path, done: str, reporter: Reporter) -> tuple[Manifest, Integrity]:
@@ -241,8 +253,8 @@ def _measured(
     own = tokenizer if original is None else original
     found = measure_pair(
         Pair(anatomy, prefix, recipe, ready.gates, ready.evaluation, ready.calibrating, ready.by_gate),
-        original=None if directory is None else lambda: (load_original(directory, device=options.device), own),
-        converted=lambda: (load_converted(root, device=options.device), tokenizer),
+        original=None if directory is None else lambda: (live_original(directory, anatomy, options.place), own),
+        converted=lambda: (live_converted(root, anatomy, options.place), tokenizer),
         reporter=reporter,
     )
     tokens = {"ids": list(prefix), "tokens": token_texts(tokenizer, prefix)}

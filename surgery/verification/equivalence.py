@@ -15,6 +15,7 @@ import torch
 
 from ..errors import UnsupportedModel, brief, out_of_memory
 from ..live.model import Live
+from ..live.together import together
 
 ROWS, TOKENS, PADDING = 2, 48, 5
 FEWEST = 4  # tokens on which two models can still be told apart
@@ -70,11 +71,20 @@ def take_control(live: Live, prefix: Sequence[int], comparable: Callable[[int], 
     ids = torch.randint(0, vocabulary, (ROWS, length), generator=generator).to(device)
     lead = torch.tensor(list(prefix), dtype=torch.long, device=device).expand(ROWS, -1)
     after = torch.cat([lead, ids], dim=1)
-    plain = _log_probabilities(live, after, use_cache=False)[:, n:]
+    with live.apart() as other:
+        plain, eager, padded, cached = together(live.layers, [
+            lambda: _log_probabilities(live, after, use_cache=False)[:, n:],
+            lambda: _eager(other, after, n),
+            lambda: _padded_control(live, after)[:, n:],
+            lambda: _cached(live, after, n)[:, n:] if _has_cache(live) else None,
+        ])  # fmt: skip
+    assert plain is not None and padded is not None
     floor, ceiling = BOUNDS.get(next(live.model.parameters()).dtype, BOUNDS_HALF)
-    limit = min(max(floor, NOISE_FACTOR * _implementation_noise(live, after, plain, n)), ceiling)
-    cached = _cached(live, after, n)[:, n:] if _has_cache(live) else None
-    return Control(tuple(prefix), ids, plain, _padded_control(live, after, plain), cached, limit)
+    noise = 0.0 if eager is None else _distance(eager, plain)
+    limit = min(max(floor, NOISE_FACTOR * noise), ceiling)
+    # Where the original breaks on padding, the control without it.
+    padded = padded if bool(padded.isfinite().all()) else plain
+    return Control(tuple(prefix), ids, plain, padded, cached, limit)
 
 
 @torch.inference_mode()
@@ -82,15 +92,22 @@ def compare_random_ids(live: Live, control: Control) -> Equivalence:
     """The model with its operations in place against `control`. UnsupportedModel if they are not the same function."""
     kind, ids = live.anatomy.model_type, control.ids
     try:
-        plain = _distance(_log_probabilities(live, ids, use_cache=False), control.plain)
-        # Without slots nothing derives positions: both are given them.
-        padded = _padded(live, ids) if control.prefix else _padded_control(live, ids, control.plain)
-        cached = None if control.cached is None else _distance(_cached(live, ids, 0), control.cached)
+        answers = together(live.layers, [
+            lambda: _log_probabilities(live, ids, use_cache=False),
+            # Without slots nothing derives positions: both are given them.
+            lambda: _padded(live, ids) if control.prefix else _padded_control(live, ids),
+            lambda: None if control.cached is None else _cached(live, ids, 0),
+        ])  # fmt: skip
+        plain, padded, cached = (
+            None if answer is None or wanted is None else _distance(answer, wanted)
+            for answer, wanted in zip(answers, (control.plain, control.padded, control.cached), strict=True)
+        )
+        assert plain is not None and padded is not None
     except Exception as error:  # the runtime refuses a call, or foreign model code breaks on it: either way, no fold
         if out_of_memory(error):
             raise
         raise UnsupportedModel(f"{kind}: the converted model does not run ({brief(error)})") from error
-    found = Equivalence(plain, _distance(padded, control.padded), cached, control.limit)
+    found = Equivalence(plain, padded, cached, control.limit)
     for how, value in (("", plain), (" under left padding", found.padded), (" with a key/value cache", cached)):
         if value is not None and not value <= control.limit:
             raise UnsupportedModel(
@@ -125,15 +142,15 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def _implementation_noise(live: Live, after: torch.Tensor, plain: torch.Tensor, n: int) -> float:
-    """How far eager attention of the unchanged model is from its default: the size of rounding in this model."""
+def _eager(live: Live, after: torch.Tensor, n: int) -> torch.Tensor | None:
+    """What the unchanged model answers with eager attention, where its default is another: the size of rounding."""
     config = live.model.config
     before = config._attn_implementation
     if before == "eager":
-        return 0.0
+        return None
     try:
         config._attn_implementation = "eager"
-        return _distance(_log_probabilities(live, after, use_cache=False)[:, n:], plain)
+        return _log_probabilities(live, after, use_cache=False)[:, n:]
     finally:
         config._attn_implementation = before
 
@@ -146,17 +163,13 @@ def _padded(live: Live, ids: torch.Tensor, **kwargs) -> torch.Tensor:
     return _log_probabilities(live, padded, attention_mask=mask, use_cache=False, **kwargs)[:, PADDING:]
 
 
-def _padded_control(live: Live, after: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
-    """Original + prefix after padding: a model may count padding (llama4's temperature), and folded it must do so too.
-
-    Where the original breaks on padding, the control without it.
-    """
+def _padded_control(live: Live, after: torch.Tensor) -> torch.Tensor:
+    """Original + prefix after padding: a model may count padding (llama4's temperature), and folded it must do so too."""
     positions = {}
     if "position_ids" in inspect.signature(live.model.forward).parameters:
         counted = torch.arange(-PADDING, after.shape[1], device=after.device).clamp(min=0)
         positions = {"position_ids": counted.expand(ROWS, -1)}
-    padded = _padded(live, after, **positions)[:, -plain.shape[1] :]
-    return padded if bool(padded.isfinite().all()) else plain
+    return _padded(live, after, **positions)
 
 
 def _cached(live: Live, ids: torch.Tensor, lead: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from ..options import (
     FILE,
     JSON,
     LINK,
+    MEMORY,
     QUIET,
     RECIPE,
     RESULT,
@@ -56,7 +57,7 @@ def require_pushing(push: str, no_verify: bool) -> None:
     click.option("--tuning", type=FILE, metavar="DIR", help="Keep the state of tuning here, and go on from it."),
     click.option("--push", metavar="ID", help="Then push OUT to the hub: owner/name, or owner/name@branch."),
     click.option("--adapter", type=FILE, metavar="DIR", help="Also write what was tuned as a PEFT adapter."),
-    SIGN, TASKS, chunking(64, 2), LINK, DTYPE, REVISION, DEVICE, QUIET, JSON,
+    SIGN, TASKS, chunking(64, 2), LINK, DTYPE, REVISION, DEVICE, MEMORY, QUIET, JSON,
 )  # fmt: skip
 def run(recipe, source, out, no_verify, report, push, chunks, chunk_length, quiet, json_file, **given) -> int:
     """Convert SOURCE (a directory, hub id or .gguf file) by RECIPE into the new directory OUT, verified.

@@ -6,7 +6,7 @@ import click
 
 from ...checkpoint.results import json_text, require_result_file, require_result_folder, write_result
 from ...results import Survey
-from ..options import DEVICE, DTYPE, FILE, JSON, QUIET, RESULT, REVISION, TEXT, chunking, command, options
+from ..options import DEVICE, DTYPE, FILE, JSON, MEMORY, QUIET, RESULT, REVISION, TEXT, chunking, command, options
 from ..options import given as given_paths
 from ..screen import Screen
 
@@ -20,10 +20,11 @@ from ..screen import Screen
     ),
     click.option("--report", type=RESULT, metavar="FILE", help="Write a report as one HTML file."),
     click.option("--plots", type=FILE, metavar="DIR", help="Write the report's plots as PNG and SVG files."),
-    DTYPE, REVISION, DEVICE, QUIET, JSON,
+    DTYPE, REVISION, DEVICE, MEMORY, QUIET, JSON,
 )  # fmt: skip
 def scan(
-    sources, text, chunks, chunk_length, interventions, report, plots, dtype, revision, device, quiet, json_file
+    sources, text, chunks, chunk_length, interventions, report, plots, dtype, revision, device, memory, quiet,
+    json_file,
 ) -> int:  # fmt: skip
     """Survey each SOURCE on text, layer by layer: massive activations, geometry, attention, super neurons."""
     require_result_file(json_file, "--json", given_paths(*sources, *text, report))
@@ -39,7 +40,7 @@ def scan(
     heads: list[tuple[int, int]] = []  # those of the first source are shown of all, where they have them
     for source in sources:
         survey = verb(
-            source, text=text, dtype=dtype, revision=revision, device=device, interventions=interventions,
+            source, text=text, dtype=dtype, revision=revision, device=device, memory=memory, interventions=interventions,
             chunking=Chunking(chunks, chunk_length), heads=heads, command=command(), reporter=screen.reporter,
         )  # fmt: skip
         heads = heads or [(shown["block"], shown["head"]) for shown in survey["attention_maps"]]

@@ -6,7 +6,7 @@ import click
 
 from ...checkpoint.results import json_text, require_result_file, write_result
 from ..judged import judged
-from ..options import DEVICE, FILE, JSON, QUIET, RESULT, REVISION, TASKS, TEXT, chunking, command, options
+from ..options import DEVICE, FILE, JSON, MEMORY, QUIET, RESULT, REVISION, TASKS, TEXT, chunking, command, options
 from ..options import given as given_paths
 from ..screen import Screen
 
@@ -27,7 +27,7 @@ from ..screen import Screen
     click.option(
         "--require", type=click.Choice(["verified"]), help="Fail (1) unless it was verified when it was written."
     ),
-    TASKS, chunking(None, 2), REVISION, DEVICE,
+    TASKS, chunking(None, 2), REVISION, DEVICE, MEMORY,
     click.option("--junit", type=RESULT, metavar="FILE", help="Write gates and checks as JUnit XML."),
     click.option("--summary", type=RESULT, metavar="FILE", help="Write what was found as Markdown, as for CI jobs."),
     QUIET, JSON,

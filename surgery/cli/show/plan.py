@@ -43,7 +43,19 @@ def show_plan(console: Console, plan: dict) -> None:
         console.print(f"\nNote: {note}.", markup=False)
     if plan["download"]:
         console.print(f"\nDownload: {human(plan['download'])} of weights, which a run fetches")
+    console.print(f"\n{memory_needed(plan['memory'])}")
     console.print("\nAll tensors by name: --json FILE")
+
+
+def memory_needed(memory: Mapping[str, Any]) -> str:
+    """How a run would hold the model, and what that takes."""
+    if not memory["layer_by_layer"]:
+        return f"Memory: {human(memory['peak'])}, all weights at once"
+    return (
+        f"Memory: {human(memory['peak'])} or more, layer by layer: all weights at once would take "
+        f"{human(memory['resident'])}, and {human(memory['allowed'])} may be taken; each pass over them reads "
+        f"{human(memory['read_each_pass'])}"
+    )
 
 
 def planned(plan: Mapping[str, Any]) -> str:

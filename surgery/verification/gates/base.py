@@ -143,6 +143,11 @@ class Gate(Named):
         """Whether the weights of linear layers have to be in reach."""
         return False
 
+    @property
+    def whole(self) -> bool:
+        """Whether it works on all weights at once, so that a model cannot come layer by layer."""
+        return False
+
     def require_tools(self, device: str) -> None:
         """At plan. SourceError unless what it is measured with is installed, and runs on `device`."""
 

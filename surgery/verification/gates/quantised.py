@@ -100,6 +100,10 @@ class Quantised(Gate):
     def reads_linears(self) -> bool:
         return any(SCHEMES[name].in_layers for name in self.gates())
 
+    @property
+    def whole(self) -> bool:
+        return bool(self.executed())
+
     def require_tools(self, device: str) -> None:
         if self.executed():
             require_int8(device)

@@ -1,0 +1,45 @@
+"""Tensors read into memory of their own, in the order in which they lie in their files.
+
+`layout.read_tensor` maps a file into memory instead: that costs nothing until it is looked at, and then the page cache,
+of which nobody keeps account, and address space, of which there may be less than the file has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ..errors import DamagedCheckpoint, SourceError
+from .layout import Layout
+from .regular import open_regular
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+
+
+def read_tensors(layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensors of these names as they are stored.
+
+    DamagedCheckpoint where a file has become shorter, SourceError where it cannot be read.
+    """
+    infos = sorted((layout.tensors[name] for name in names), key=lambda info: (info.shard, info.start))
+    found: dict[str, torch.Tensor] = {}
+    for shard in dict.fromkeys(info.shard for info in infos):
+        path = layout.root / shard
+        try:
+            with open_regular(path) as file:
+                for info in infos:
+                    if info.shard != shard:
+                        continue
+                    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+                    file.seek(info.start)
+                    if info.nbytes and file.readinto(raw.numpy()) != info.nbytes:  # type: ignore[attr-defined]
+                        raise DamagedCheckpoint(f"{path} was truncated while it was read; restore it.")
+                    found[info.name] = raw.view(DTYPES[info.dtype]).view(info.shape)
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read ({error.strerror}); check the disk that it is on.") from error
+    return found

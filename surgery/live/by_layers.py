@@ -1,0 +1,147 @@
+"""Open a model layer by layer: built by transformers as ever, its tensors left in their files, and sorted into units."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from ..anatomy.sites import Anatomy
+from ..checkpoint.layout import Layout, read_layout
+from ..checkpoint.reading import DTYPES
+from .layerwise import Layerwise, Unit
+
+OUTSIDE = "what is outside of the blocks"
+_META = torch.device("meta")
+
+Finish = Callable[[PreTrainedModel], PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class ByLayers:
+    """The structure of a model whose weights come layer by layer, and how many bytes of them there may be at a time."""
+
+    anatomy: Anatomy
+    room: int
+
+
+@contextlib.contextmanager
+def loading_by(by_layers: ByLayers | None, directory: Path) -> Iterator[Finish]:
+    """Within the block, `from_pretrained(directory)` builds a model without reading its weights; afterwards, what is
+    yielded makes it one that has them when they are called for. Of None, all is as ever."""
+    if by_layers is None:
+        yield lambda model: model
+        return
+    layout = read_layout(directory)
+    with _weights_left(layout) as kept:
+
+        def finish(model: PreTrainedModel) -> PreTrainedModel:
+            layers = Layerwise(model, layout, kept[0], units_of(model, by_layers.anatomy, layout, kept[0]))
+            layers.pin(by_layers.room)
+            model.layerwise = layers  # type: ignore[assignment]
+            return model
+
+        yield finish
+
+
+@contextlib.contextmanager
+def _weights_left(layout: Layout) -> Iterator[list[LoadStateDictConfig]]:
+    """Within the block, transformers' `from_pretrained` leaves the weights of the model that it builds where they are.
+
+    It sees tensors of the names and shapes in `layout`, on the meta device: what it reports of them is what it would
+    report, and what it computes itself (rotary frequencies) is there. Yields a list, which then holds how it would have
+    loaded them.
+    """
+    kept: list[LoadStateDictConfig] = []
+
+    def load(model: PreTrainedModel, *args: Any, **kwargs: Any) -> tuple[Any, None]:
+        config = next(one for one in (*args, *kwargs.values()) if isinstance(one, LoadStateDictConfig))
+        kept.append(config)
+        empty = {
+            info.name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device=_META)
+            for info in layout.tensors.values()
+        }
+        report, _ = convert_and_load_state_dict_in_model(
+            model, empty, dataclasses.replace(config, device_map={"": _META})
+        )
+        return report, None
+
+    kind: Any = PreTrainedModel
+    before = vars(kind)["_load_pretrained_model"]
+    kind._load_pretrained_model = staticmethod(load)
+    try:
+        yield kept
+    finally:
+        kind._load_pretrained_model = before
+
+
+# ---- what belongs to which unit
+
+
+def units_of(model: PreTrainedModel, anatomy: Anatomy, layout: Layout, config: LoadStateDictConfig) -> list[Unit]:
+    """The blocks, the embedding and the output layer of a `model` on the meta device, and all else as the last unit.
+
+    That has no gate. Tied weights are of one unit, under all their names.
+    """
+    stored = _stored_names(model, layout, config)
+    names = {module: name for name, module in model.named_modules()}
+    ends = [names[end] for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end in names]
+    groups: dict[str, list[str]] = {}  # by their first gate
+    owner: dict[int, str] = {}
+    for gate in dict.fromkeys([*(f"{anatomy.lead}{block}" for block in anatomy.blocks), *ends]):
+        own = [id(tensor) for _, _, tensor in _homes(model, gate)]
+        first = next((owner[one] for one in own if one in owner), gate)  # what shares a tensor goes together
+        groups.setdefault(first, []).append(gate)
+        owner.update(dict.fromkeys(own, first))
+    units = []
+    for name, gates in [*groups.items(), ("", [])]:
+        homes = tuple(home for home in _homes(model, "") if owner.get(id(home[2]), "") == name)
+        ids = {id(tensor) for _, _, tensor in homes}
+        tensors = tuple(tensor for tensor, found in stored.items() if found in ids)
+        sizes = {id(tensor): tensor.nbytes for _, _, tensor in homes}
+        stored_bytes = sum(layout.tensors[tensor].nbytes for tensor in tensors)
+        units.append(Unit(name or OUTSIDE, tuple(gates), tensors, homes, stored_bytes, sum(sizes.values())))
+    return units
+
+
+def _homes(model: nn.Module, lead: str) -> list[tuple[str, str, torch.Tensor]]:
+    """Where the stored tensors of the module `lead` are: of a tied one, all places."""
+    found = []
+    for path, module in model.get_submodule(lead).named_modules(prefix=lead):
+        buffers = {
+            name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
+        }
+        for name, tensor in {**module._parameters, **buffers}.items():
+            if tensor is not None and tensor.is_meta:
+                found.append((path, name, tensor))
+    return found
+
+
+def _stored_names(model: PreTrainedModel, layout: Layout, config: LoadStateDictConfig) -> dict[str, int]:
+    """Name in the checkpoint -> id of the tensor of `model` that it goes to; of several (fused the other way), one."""
+    mapping = config.weight_mapping or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    there = model.state_dict(keep_vars=True)
+    found = {}
+    for name in layout.tensors:
+        for entries in ((renamings, converters), ([], [])):
+            renamed, _ = rename_source_key(name, *entries, model.base_model_prefix, there)  # type: ignore[arg-type]
+            if renamed in there:
+                found[name] = id(there[renamed])
+                break
+    return found

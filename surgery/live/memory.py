@@ -1,0 +1,169 @@
+"""Where a model computes, how much memory it may take there, and whether it fits or has to come layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..anatomy.sites import Anatomy
+from ..checkpoint.layout import Layout
+from ..checkpoint.quantised import KEY
+from ..errors import NoSpace, SourceError
+from ..words import human
+from .by_layers import ByLayers
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+# What a process takes besides weights: the interpreter with torch and transformers, and what a pass makes (logits of a
+# batch in two forms, `stream.LOGIT_BYTES`, and activations).
+PROCESS = 700 * 2**20
+PASS = 1024 * 2**20
+RESERVE = 16  # of what is free, one part in so many is left to others
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "8GiB", "800 MB" or "123456789"; SourceError for anything else."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise SourceError(f"--memory {text[:40]} is no size; write one such as 8GiB or 800MB.")
+    return int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A torch device, or "auto" to let accelerate spread the model; and how many bytes this process may take, None for
+    as many as are free when a model is opened."""
+
+    device: str = "cpu"
+    memory: int | None = None
+
+    def by_layers(self, anatomy: Anatomy, layout: Layout, dtype: torch.dtype = torch.float32) -> ByLayers | None:
+        """How the model comes layer by layer; None where it is resident. NoSpace where neither fits."""
+        needs = Needs.of(anatomy, layout, dtype)
+        allowed = self.allowed
+        if allowed is None or needs.resident <= allowed or needs.layer is None:
+            return None
+        if needs.by_layers > allowed:
+            raise NoSpace(
+                f"{layout.root} needs {human(needs.by_layers)} of memory even layer by layer, and "
+                f"{human(allowed)} {'are given (--memory)' if self.memory is not None else 'are free'}; give it more."
+            )
+        return ByLayers(anatomy, allowed - PROCESS - PASS)
+
+    @property
+    def allowed(self) -> int | None:
+        """Bytes that this process, or a model on a GPU, may take; None where that is accelerate's business."""
+        if self.device == "auto":
+            return self.memory
+        if torch.device(self.device).type == "cuda" and torch.cuda.is_available():
+            free = torch.cuda.mem_get_info(self.device)[0]
+            return PROCESS + (free if self.memory is None else min(free, self.memory))
+        return free_memory() if self.memory is None else self.memory
+
+
+HERE = Place()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of memory that a model needs at the most: all of it resident, and layer by layer.
+
+    `weights`: all of them as they compute; `layer`: the largest part that is there at a time, with what is read ahead,
+    None for a model that only comes whole.
+    """
+
+    weights: int
+    layer: int | None
+
+    @property
+    def resident(self) -> int:
+        return PROCESS + PASS + self.weights
+
+    @property
+    def by_layers(self) -> int:
+        return PROCESS + PASS + (self.weights if self.layer is None else self.layer)
+
+    @classmethod
+    def of(cls, anatomy: Anatomy, layout: Layout, dtype: torch.dtype) -> Needs:
+        blank = anatomy.blank
+        weights = _size(blank, dtype)
+        if getattr(anatomy.config, KEY, None) is not None:  # packed weights are unpacked all at once
+            return cls(weights, None)
+        blocks = [_size(blank.get_submodule(f"{anatomy.lead}{name}"), dtype) for name in anatomy.blocks]
+        ends = [_size(end, dtype) for end in (blank.get_input_embeddings(), blank.get_output_embeddings()) if end]
+        tied = len({id(end.weight) for end in (blank.get_input_embeddings(), blank.get_output_embeddings()) if end}) < 2
+        outside = weights - sum(blocks) - sum(ends[:1] if tied else ends)
+        most = max([*blocks, *ends])
+        packed = layout.total_bytes / max(1, weights)  # of a byte in memory, so many in the files
+        fused = any("experts" in name for name, _ in blank.named_parameters())  # stacked in memory, and so there twice
+        return cls(weights, int(max(outside, 0) + most * (1 + min(packed, 1.0) + fused)))
+
+
+def _size(module: nn.Module, dtype: torch.dtype) -> int:
+    return sum(p.numel() * (dtype.itemsize if p.is_floating_point() else p.itemsize) for p in module.parameters())
+
+
+# ---- what is free
+
+
+def free_memory() -> int:
+    """Bytes that this process may take in all: what it has, and what machine, control groups and limits leave."""
+    taken = _own("VmRSS:")
+    free = [_field("/proc/meminfo", "MemAvailable:"), *_left_by_groups()]
+    for limit, counted in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            free.append(max(0, soft - _own(counted)))
+    some = [one for one in free if one is not None]
+    return taken + (min(some) * (RESERVE - 1) // RESERVE if some else 2**60)
+
+
+def _own(name: str) -> int:
+    return _field("/proc/self/status", name) or 0
+
+
+def _field(path: str, name: str) -> int | None:
+    """A line such as "MemAvailable: 123 kB", in bytes."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(path, encoding="ascii") as file:
+        for line in file:
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _left_by_groups() -> Iterator[int]:
+    """What each control group that this process is in, and those around it, have left; page cache is not counted."""
+    for limit, usage, folder in _groups():
+        with contextlib.suppress(OSError, ValueError):
+            most = int((folder / limit).read_text())
+            cache = sum(_in_stat(folder, name) for name in ("inactive_file", "active_file"))
+            yield max(0, most - (int((folder / usage).read_text()) - cache))
+
+
+def _groups() -> Iterator[tuple[str, str, Path]]:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            root = Path("/sys/fs/cgroup/memory" if kinds else "/sys/fs/cgroup")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+            folder = root / path.lstrip("/")
+            for at in (folder, *folder.parents):
+                if at == root.parent:
+                    break
+                yield (*names, at)
+
+
+def _in_stat(folder: Path, name: str) -> int:
+    for line in (folder / "memory.stat").read_text().splitlines():
+        if line.split()[0] == name:
+            return int(line.split()[1])
+    return 0
