@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ Finish = Callable[[PreTrainedModel], PreTrainedModel]
 
 @dataclass(frozen=True)
 class ByLayers:
-    """The structure of a model whose weights come layer by layer, and how many bytes of them there may be at a time."""
+    """The structure of a model whose weights come layer by layer, and how many bytes of them may be there at a time;
+    `aside`: bytes of hidden states that may wait in memory for their next layer."""
 
     anatomy: Anatomy
     room: int
+    aside: int
 
 
 @contextlib.contextmanager
@@ -52,6 +54,7 @@ def loading_by(by_layers: ByLayers | None, directory: Path) -> Iterator[Finish]:
         def finish(model: PreTrainedModel) -> PreTrainedModel:
             layers = Layerwise(model, layout, kept[0], units_of(model, by_layers.anatomy, layout, kept[0]))
             layers.pin(by_layers.room)
+            layers.aside = by_layers.aside
             model.layerwise = layers  # type: ignore[assignment]
             return model
 
@@ -97,9 +100,10 @@ def units_of(model: PreTrainedModel, anatomy: Anatomy, layout: Layout, config: L
 
     That has no gate. Tied weights are of one unit, under all their names.
     """
-    stored = _stored_names(model, layout, config)
     names = {module: name for name, module in model.named_modules()}
     ends = [names[end] for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end in names]
+    _stand_in(model, ends, torch.device((config.device_map or {"": "cpu"})[""]))
+    stored = _stored_names(model, layout, config)
     groups: dict[str, list[str]] = {}  # by their first gate
     owner: dict[int, str] = {}
     for gate in dict.fromkeys([*(f"{anatomy.lead}{block}" for block in anatomy.blocks), *ends]):
@@ -118,6 +122,19 @@ def units_of(model: PreTrainedModel, anatomy: Anatomy, layout: Layout, config: L
     return units
 
 
+def _stand_in(model: PreTrainedModel, ends: Iterable[str], device: torch.device) -> None:
+    """NaN of no size in place of the weights of `ends`: some models (Llama 4) ask on which device these are."""
+    instead: dict[int, nn.Parameter] = {}
+    places = [home for end in dict.fromkeys(ends) for home in _homes(model, end)]
+    for _, _, tensor in places:
+        nothing = torch.full((1,), float("nan"), dtype=tensor.dtype, device=device).expand(tensor.shape)
+        instead.setdefault(id(tensor), nn.Parameter(nothing, requires_grad=False))
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and id(tensor) in instead:
+                module._parameters[name] = instead[id(tensor)]
+
+
 def _homes(model: nn.Module, lead: str) -> list[tuple[str, str, torch.Tensor]]:
     """Where the stored tensors of the module `lead` are: of a tied one, all places."""
     found = []
@@ -126,7 +143,7 @@ def _homes(model: nn.Module, lead: str) -> list[tuple[str, str, torch.Tensor]]:
             name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set
         }
         for name, tensor in {**module._parameters, **buffers}.items():
-            if tensor is not None and tensor.is_meta:
+            if tensor is not None:
                 found.append((path, name, tensor))
     return found
 

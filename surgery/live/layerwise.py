@@ -61,6 +61,7 @@ class Layerwise:
             config, device_map={**(config.device_map or {"": torch.device("cpu")}), "<none>": "disk"}
         )
         self.pinned: set[Unit] = set()
+        self.aside = 0  # bytes of hidden states that may wait in memory
         self.bytes_read = 0
         self.order = {gate: place for place, gate in enumerate(_in_order(model, self.units))}
         self._unit_of = {gate: unit for unit in self.units for gate in unit.gates}
@@ -71,7 +72,9 @@ class Layerwise:
         self._ahead: tuple[Unit, Future[dict[str, torch.Tensor]]] | None = None
         self._reader: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
-        self.waiting: Callable[[str], None] | None = None  # set by `together`: called by who comes to a gate
+        self.waiting: Callable[[str, torch.Tensor | None], None] | None = (
+            None  # set by `together`: called by who comes to a gate
+        )
         for gate in self.order:
             self._watch(model, gate)
 
@@ -100,10 +103,10 @@ class Layerwise:
 
     # ---- weights
 
-    def enter(self, gate: str) -> None:
-        """Called at each gate, before its module computes."""
+    def enter(self, gate: str, states: torch.Tensor | None) -> None:
+        """Called at each gate, before its module computes on `states`."""
         if self.waiting is not None:
-            self.waiting(gate)
+            self.waiting(gate, states)
         else:
             self.load(gate)
 
@@ -158,7 +161,7 @@ class Layerwise:
         found: dict[int, torch.Tensor] = {}
         for module, name, empty in unit.homes:
             value = _held(self.model.get_submodule(module), name)
-            if not value.is_meta:
+            if value is not empty:
                 found[id(empty)] = value
         for module, name, empty in unit.homes:
             if id(empty) not in found:
@@ -224,10 +227,18 @@ class Layerwise:
             change(self.model.get_submodule(module))
 
     def _watch(self, model: PreTrainedModel, gate: str) -> None:
-        def entering(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.enter(gate)
+        def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(states, torch.Tensor):
+                states = None
+            elif states.is_meta:  # it was moved to where a weight is that was not there
+                raise UnsupportedModel(
+                    f"{model.config.model_type}: {gate} is called with what has no values, so this model cannot come "
+                    "layer by layer; give it more --memory."
+                )
+            self.enter(gate, states if states is not None and states.is_floating_point() else None)
 
-        model.get_submodule(gate).register_forward_pre_hook(entering, prepend=True)
+        model.get_submodule(gate).register_forward_pre_hook(entering, prepend=True, with_kwargs=True)
 
 
 def _in_order(model: PreTrainedModel, units: Sequence[Unit]) -> list[str]:

@@ -25,6 +25,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 # batch in two forms, `stream.LOGIT_BYTES`, and activations).
 PROCESS = 700 * 2**20
 PASS = 1024 * 2**20
+MOST_ASIDE = 4 * 2**30  # of hidden states that wait in memory
 RESERVE = 16  # of what is free, one part in so many is left to others
 
 
@@ -55,7 +56,8 @@ class Place:
                 f"{layout.root} needs {human(needs.by_layers)} of memory even layer by layer, and "
                 f"{human(allowed)} {'are given (--memory)' if self.memory is not None else 'are free'}; give it more."
             )
-        return ByLayers(anatomy, allowed - PROCESS - PASS)
+        waiting = min((allowed - needs.by_layers) // 2, MOST_ASIDE)
+        return ByLayers(anatomy, allowed - PROCESS - PASS - waiting, waiting + PASS // 4)
 
     @property
     def allowed(self) -> int | None:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import greenlet
+import torch
 
+from .aside import Aside
 from .layerwise import Layerwise
 
 T = TypeVar("T")
@@ -26,15 +28,15 @@ def together(layers: Layerwise | None, jobs: Sequence[Callable[[], T]]) -> list[
     """
     if layers is None or layers.waiting is not None:  # a job's own jobs: each waits where it comes to a gate
         return [job() for job in jobs]
-    with layers.reading():
-        return _Passing(layers).run(jobs)
+    with layers.reading(), Aside(layers.aside) as aside:
+        return _Passing(layers, aside).run(jobs)
 
 
 class _Passing:
     """One pass. `at`: the gate whose unit is loaded."""
 
-    def __init__(self, layers: Layerwise) -> None:
-        self.layers, self.hub = layers, greenlet.getcurrent()
+    def __init__(self, layers: Layerwise, aside: Aside) -> None:
+        self.layers, self.aside, self.hub = layers, aside, greenlet.getcurrent()
         self.at: str | None = None
         self.parked: dict[greenlet.greenlet, str] = {}
         self.results: dict[greenlet.greenlet, Any] = {}
@@ -76,10 +78,11 @@ class _Passing:
         else:
             self.parked[one] = came_to
 
-    def _wait(self, gate: str) -> None:
+    def _wait(self, gate: str, states: torch.Tensor | None) -> None:
         if gate == self.at:
             return
         if greenlet.getcurrent() is self.hub:
             self.layers.load(gate)
         else:
-            self.hub.switch(gate)
+            with self.aside.put(states):
+                self.hub.switch(gate)
