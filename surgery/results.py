@@ -10,11 +10,13 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 
 class Score(TypedDict):
-    """Perplexity, mean NLL in nats, and over how many predicted tokens."""
+    """Perplexity, mean NLL in nats, and over how many predicted tokens; where these are fewer than the bare original's,
+    that one's NLL on them."""
 
     ppl: float
     nll: float
     tokens: int
+    bare_nll: NotRequired[float]
 
 
 class Delta(TypedDict):

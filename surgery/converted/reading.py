@@ -53,7 +53,8 @@ def load_converted(
     """The converted model in `root`, fresh from its files, through AutoModelForCausalLM.
 
     The class is the installed one, and the Python files in `root` are never run; the integrity check says whether they
-    are the same. `by_layers`: weights come when they are called for. Raises DamagedCheckpoint where tensors and config do not fit.
+    are the same. `by_layers`: weights come when they are called for. Raises DamagedCheckpoint where tensors
+    and config do not fit.
     """
     register()
     try:

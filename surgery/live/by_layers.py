@@ -1,4 +1,4 @@
-"""Open a model layer by layer: built by transformers as ever, its tensors left in their files, and sorted into units."""
+"""Open a model layer by layer: built by transformers as ever, its tensors left in their files, sorted into units."""
 
 from __future__ import annotations
 
@@ -130,9 +130,8 @@ def _stand_in(model: PreTrainedModel, ends: Iterable[str], device: torch.device)
         nothing = torch.full((1,), float("nan"), dtype=tensor.dtype, device=device).expand(tensor.shape)
         instead.setdefault(id(tensor), nn.Parameter(nothing, requires_grad=False))
     for module in model.modules():
-        for name, tensor in module._parameters.items():
-            if tensor is not None and id(tensor) in instead:
-                module._parameters[name] = instead[id(tensor)]
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = instead.get(id(parameter), parameter)
 
 
 def _homes(model: nn.Module, lead: str) -> list[tuple[str, str, torch.Tensor]]:

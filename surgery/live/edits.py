@@ -20,7 +20,7 @@ from ..anatomy.calls import Call, rewriting
 from ..errors import SurgeryError
 from .graft import on_the_seam
 from .model import Live
-from .stream import on_layer, slot_count
+from .places import on_layer, slot_count
 
 
 class TouchedNothing(SurgeryError):

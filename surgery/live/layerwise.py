@@ -166,8 +166,8 @@ class Layerwise:
         for module, name, empty in unit.homes:
             if id(empty) not in found:
                 raise UnsupportedModel(
-                    f"{self.model.config.model_type}: {module}.{name} does not come with the tensors of {unit.name}, so "
-                    "this model cannot be read layer by layer; give it more --memory."
+                    f"{self.model.config.model_type}: {module}.{name} is not made of the tensors of {unit.name} "
+                    "alone, so this model cannot come layer by layer; give it more --memory."
                 )
             self._require_finite(unit, f"{module}.{name}", found[id(empty)])
             for model in (self.model, *self._twins):

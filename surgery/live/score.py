@@ -28,5 +28,9 @@ class Score:
     def ppl(self) -> float:
         return factor(self.nll)
 
+    def on(self, part: Score) -> Score:
+        """The score on the chunks that `part` is of, the first of the same text."""
+        return Score(self.chunks[: len(part.chunks)], self.targets)
+
     def to_dict(self) -> dict:
         return {"ppl": self.ppl, "nll": self.nll, "tokens": self.tokens}

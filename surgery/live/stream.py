@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..anatomy.calls import Call, observing
-from ..anatomy.linears import widths
 from ..progress import Advance, unseen
 from .graft import on_the_seam
 from .model import Live
+from .places import down_projections, on_layer
 from .together import together
 
 # Logits are the largest tensor of a pass; this bounds a batch of them, and with it the batch size.
@@ -178,74 +177,6 @@ def _forward(
     finally:
         now.reset(before)
     advance(len(batch.tokens), reading.what)
-
-
-def down_projections(live: Live) -> dict[int, nn.Module]:
-    """Block -> the module that projects its MLP's activations down to the residual stream.
-
-    By shape and place: inside the block, outside of its attention sites, from a wider space to the hidden size. A block
-    with none or with several (two MLPs), or with experts, whatever stands beside them, is left out: which unit is meant
-    would not be known.
-    """
-    trunk = live.trunk
-    width = trunk.config.get_text_config().hidden_size
-    sites = tuple(f"{site.name}." for site in live.anatomy.sites)
-    found = {}
-    for index, name in enumerate(live.anatomy.blocks):
-        outside = [
-            (path, module)
-            for path, module in trunk.get_submodule(name).named_modules(prefix=name)
-            if not f"{path}.".startswith(sites)
-        ]
-        inside = [module for _, module in outside if widths(module)[1] == width and widths(module)[0] > width]
-        if len(inside) == 1 and not any(path.endswith(".experts") for path, _ in outside):
-            found[index] = inside[0]
-    return found
-
-
-def slot_count(live: Live) -> int:
-    """How many slots each site has; 0 in an unchanged model."""
-    return (getattr(live.trunk.config, "eab", None) or {}).get("n_slots", 0)
-
-
-def normed_sites(live: Live) -> int:
-    """How many sites norm their heads' outputs."""
-    return sum(hasattr(live.trunk.get_submodule(site.name), "head_norm") for site in live.anatomy.sites)
-
-
-def on_layer(
-    live: Live, layer: int, look: Callable[[torch.Tensor], torch.Tensor | None], *, first: bool = False
-) -> RemovableHandle:
-    """Show `look` the stream (B, T, d) at `layer` whenever it passes; what it returns, if anything, goes on instead.
-
-    With `first`, in front of whatever already looks there. Gemma 3n carries several streams side by side, (K, B, T, d):
-    shown is the one that its blocks read.
-    """
-    trunk, blocks = live.trunk, live.anatomy.blocks
-    active = getattr(trunk.config.get_text_config(), "altup_active_idx", None)
-
-    def shown(states: torch.Tensor) -> torch.Tensor | None:
-        changed = look(states if active is None else states[active])
-        if changed is None or active is None:
-            return changed
-        states = states.clone()
-        states[active] = changed
-        return states
-
-    def leaving(block, args, output):
-        several = isinstance(output, (tuple, list))  # OpenAI GPT gives a list
-        changed = shown(output[0] if several else output)
-        return changed if changed is None or not several else type(output)((changed, *output[1:]))
-
-    def entering(block, args, kwargs):
-        changed = shown(args[0] if args else kwargs["hidden_states"])
-        if changed is None:
-            return None
-        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
-
-    if layer:
-        return trunk.get_submodule(blocks[layer - 1]).register_forward_hook(leaving, prepend=first)
-    return trunk.get_submodule(blocks[0]).register_forward_pre_hook(entering, with_kwargs=True, prepend=first)
 
 
 @contextlib.contextmanager

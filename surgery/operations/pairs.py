@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..anatomy.linears import LINEAR, as_rows, row_dim
 from ..errors import UnsupportedModel
 from ..live.model import Live
-from ..live.stream import down_projections
+from ..live.places import down_projections
 
 TRIED = (2, 16)  # rows and tokens of the random text that a proof runs on
 TRIED_POWERS = 3  # proofs scale by 2^-3 to 2^3

@@ -3,7 +3,7 @@
 What a fold leaves, it leaves near the start of a text, where a token that could be a sink finds none yet. So candidates
 race on short openings, cut from all over the calibration text, and on texts that begin with each candidate token: first
 on a few, then those that leave least on all, and never deeper than massive activations are born. What leaves nothing is
-ranked by its perplexity on a few long chunks; and the best that leaves nothing on any layer of any text is taken.
+ranked by its perplexity on a few long chunks; and the best that leaves nothing on all openings and chunks is taken.
 
 All candidates of a round are tried in one pass over the weights. Nothing is written.
 """
@@ -33,7 +33,6 @@ from ..survey.massive import MassiveActivations
 
 OPENINGS, OPENING = 128, 32  # short texts to screen on, and their tokens
 RACED = 32  # of them that every candidate is tried on
-SCREENED = 8  # candidates of one length that are tried on all of them
 QUICK_CHUNKS = 8  # long chunks on which the prefixes that pass the screen are ranked
 SCORED, CONFIRMED = 4, 2  # prefixes of one length that are ranked, and confirmed on all calibration chunks
 PARENTS = 2  # prefixes of one length that are extended by a token
@@ -45,7 +44,7 @@ class Trial:
     """One prefix as tried: massive activations left on so many `openings` and long `chunks`, and perplexity.
 
     `loudest` is the largest |x| / median left on openings, of the loudest layer: it ranks prefixes that leave none.
-    `confirmed`: whether all openings and chunks were looked at in all layers.
+    `confirmed`: whether all openings and chunks were looked at.
     """
 
     prefix: tuple[int, ...]
@@ -96,7 +95,7 @@ class PrefixSearch:
         for length in range(1, min(max_slots, len(pool)) + 1):
             grown = [(*parent, token) for parent in parents for token in pool if token not in parent]
             screened = self._screen(grown)
-            clean = [trial for trial in screened if trial.on_openings == 0]
+            clean = [trial for trial in screened if trial.massive == 0 and trial.openings == len(self.openings)]
             # What fails the screen is not worth scoring, unless there will be nothing longer to score.
             if clean or length in (max_slots, len(pool)):
                 if self._confirm(clean or screened).massive == 0:
@@ -105,22 +104,24 @@ class PrefixSearch:
         return min((trial for trial in self.trials.values() if trial.confirmed), key=lambda trial: trial.rank)
 
     def _screen(self, prefixes: Sequence[tuple[int, ...]]) -> list[Trial]:
-        """The best of `prefixes` after all openings, best first; most fall behind on the first of them."""
+        """`prefixes` as tried, best first; all openings are for those that leave nothing on the first of them."""
         openings = self.openings
         some = openings[torch.linspace(0, len(openings) - 1, min(RACED, len(openings))).long()]
-        raced = self._left(prefixes, some, f"{len(some)} openings", self.depth)
-        ahead = sorted(raced, key=lambda trial: trial.rank)[:SCREENED]
-        if ahead[0].on_openings == 0:  # else none would pass
-            clean = [trial.prefix for trial in ahead if trial.on_openings == 0]
-            seen = self._left(clean, openings, f"{len(openings)} openings", self.depth)
-            raced = [*seen, *(trial for trial in raced if trial.prefix not in clean)]
-        self.trials.update({trial.prefix: trial for trial in raced})
-        return sorted(raced, key=lambda trial: trial.rank)
+        tried = {trial.prefix: trial for trial in self._left(prefixes, some, f"{len(some)} openings")}
+        ahead = [trial.prefix for trial in sorted(tried.values(), key=lambda trial: trial.rank) if not trial.massive]
+        clean = 0
+        while ahead and clean < SCORED:
+            few, ahead = ahead[:SCORED], ahead[SCORED:]
+            for trial in self._left(few, openings, f"{len(openings)} openings"):
+                tried[trial.prefix] = trial
+                clean += trial.massive == 0
+        self.trials.update(tried)
+        return sorted(tried.values(), key=lambda trial: (trial.rank[0], -trial.openings, trial.rank))
 
-    def _left(self, prefixes: Sequence[tuple[int, ...]], rows: torch.Tensor, what: str, depth: int) -> list[Trial]:
-        """A trial of each of `prefixes`: what it leaves on openings `rows`, up to layer `depth`."""
+    def _left(self, prefixes: Sequence[tuple[int, ...]], rows: torch.Tensor, what: str) -> list[Trial]:
+        """A trial of each of `prefixes`: what it leaves on openings `rows`, as deep as massive activations are born."""
         left = [MassiveActivations() for _ in prefixes]
-        self._pass(prefixes, rows, [[one] for one in left], what, depth)
+        self._pass(prefixes, rows, [[one] for one in left], what, self.depth)
         return [Trial(prefix, one.count, len(rows), one.loudest) for prefix, one in zip(prefixes, left, strict=True)]
 
     def _confirm(self, trials: Sequence[Trial]) -> Trial:
@@ -146,12 +147,12 @@ class PrefixSearch:
         return scored
 
     def _confirmed(self, trial: Trial) -> Trial:
-        """`trial` after all chunks and all openings, in all layers."""
+        """`trial` after all openings in all layers, and after all chunks up to where massive activations are born."""
         rest = self.chunks[trial.chunks :]
         on_rest, on_openings = MassiveActivations(), MassiveActivations()
-        if len(rest):
-            self._pass([trial.prefix], rest, [[on_rest]], f"{len(rest)} more chunks")
         self._pass([trial.prefix], self.openings, [[on_openings]], f"{len(self.openings)} openings, all layers")
+        if len(rest):
+            self._pass([trial.prefix], rest, [[on_rest]], f"{len(rest)} more chunks", self.depth)
         return replace(
             trial, on_openings=on_openings.count, on_chunks=trial.on_chunks + on_rest.count, chunks=len(self.chunks),
             confirmed=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,21 +12,32 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..anatomy.sites import Anatomy
-from ..live.likelihood import scored
+from ..live.likelihood import Likelihood
 from ..live.model import Live
 from ..live.roundings import rounds_values
 from ..live.sample import continuation, speed
 from ..live.score import Score
-from ..live.stream import Observer
+from ..live.stream import Observer, Reading, read
 from ..live.text import FEW_CHUNKS, decoded
 from ..progress import Reporter
-from ..survey.full import survey
+from ..survey.full import FullSurvey
 from ..verification.gates import Gate
 from ..verification.gates.base import VARIANTS, Judgement, Measured, Subject, Variant
 from ..verification.verdict import found_by, judged
 from .recipe import Recipe
 
 Load = Callable[[], tuple[Live, Any]]  # a model, freshly loaded, and its tokenizer
+
+
+# Variants that are read on all of the text. Those beside them are read on a part that will do to tell them apart: what
+# follows from the control is exact, and what a BOS does is large.
+MAIN: set[Variant] = {"bare", "converted"}
+FEW, PART = 16, 4  # chunks at the least, and one in so many
+
+
+def few_of(chunks: torch.Tensor) -> int:
+    """How many of `chunks` the variants beside are read on, unless a gate watches them."""
+    return max(FEW, math.ceil(len(chunks) / PART))
 
 
 @dataclass(frozen=True)
@@ -38,43 +50,56 @@ class Measuring:
     reporter: Reporter
     ready: Mapping[str, Any] = field(default_factory=dict)
 
-    def original(self, live: Live, prefix: Sequence[int], tokenizer) -> Measured:
+    def original(self, live: Live, prefix: Sequence[int], tokenizer, survey: FullSurvey | None) -> Measured:
         """The unchanged model: bare, after BOS where it has one, and after the folded prefix, if any."""
         bos = tokenizer.bos_token_id
         leads: dict[Variant, tuple[int, ...]] = {"bare": (), "control": tuple(prefix)}
         if bos is not None:
             leads["bos"] = (bos,)
-        return self._measured(live, tokenizer, leads, original=True)
+        return self._measured(live, tokenizer, leads, survey, original=True)
 
-    def converted(self, live: Live, tokenizer) -> Measured:
-        return self._measured(live, tokenizer, {"converted": ()}, original=False)
+    def converted(self, live: Live, tokenizer, survey: FullSurvey | None) -> Measured:
+        return self._measured(live, tokenizer, {"converted": ()}, survey, original=False)
 
     def _measured(
-        self, live: Live, tokenizer, leads: Mapping[Variant, tuple[int, ...]], original: bool
+        self, live: Live, tokenizer, leads: Mapping[Variant, tuple[int, ...]], survey: FullSurvey | None, original: bool
     ) -> Measured:  # fmt: skip
-        """One pass over the text after each of `leads`, which every gate may watch; then what each measures beyond."""
+        """One pass over the weights, which every gate may watch, with the text after each of `leads`; then what each
+        gate measures beyond. What is read bare is surveyed too, as much of it as a survey takes."""
         subject = Subject(live, tokenizer, original, self.evaluation, self.calibrating, self.reporter)
-        scores: dict[str, Score] = {}
         watched: dict[str, dict[str, Any]] = {gate.name: {} for gate in self.gates}
-        passes = set(leads.values())  # variants that are read after the same tokens are one
-        with subject.bar("", len(passes) * len(self.evaluation)) as advance:
-            for lead in dict.fromkeys(leads.values()):
-                variants = [variant for variant in leads if leads[variant] == lead]
-                observers = self._observers(variants)
-                score = scored(
-                    live, self.evaluation, prefix=lead, observers=[*observers.values()], advance=advance,
-                    what=VARIANTS[variants[0]],
-                )  # fmt: skip
-                scores.update(dict.fromkeys(variants, score))
-                for (name, variant), observer in observers.items():
-                    watched[name][variant] = observer
-        further = {gate.name: gate.measure(subject, self.ready.get(gate.name)) for gate in self.gates}
-        return Measured(scores, watched, further)
+        readings: list[Reading] = []
+        likelihoods: dict[Variant, Likelihood] = {}
+        for lead in dict.fromkeys(leads.values()):  # variants that are read after the same tokens are one
+            variants = [variant for variant in leads if leads[variant] == lead]
+            observers, likelihood = self._observers(variants), Likelihood()
+            likelihoods.update(dict.fromkeys(variants, likelihood))
+            for (name, variant), observer in observers.items():
+                watched[name][variant] = observer
+            main, looking = not MAIN.isdisjoint(variants), [likelihood, *observers.values()]
+            text = self.evaluation if main or observers else self.evaluation[: few_of(self.evaluation)]
+            readings += _readings(text, lead, looking, survey if main else None, VARIANTS[variants[0]])
+        with subject.bar("", sum(len(reading.chunks) for reading in readings)) as advance:
+            read(live, readings, advance)
+        scores: dict[str, Score] = {variant: likelihood.score for variant, likelihood in likelihoods.items()}
+        beyond = {gate.name: gate.measure(subject, self.ready.get(gate.name)) for gate in self.gates}
+        return Measured(scores, watched, beyond)
 
     def _observers(self, variants: Sequence[Variant]) -> dict[tuple[str, Variant], Observer]:
         """(Gate, variant) -> its observer, of gates that have one."""
         wanted = {(gate.name, variant): gate.watch(variant) for gate in self.gates for variant in variants}
         return {key: observer for key, observer in wanted.items() if observer is not None}
+
+
+def _readings(
+    text: torch.Tensor, lead: tuple[int, ...], observers: list[Observer], survey: FullSurvey | None, what: str
+) -> list[Reading]:  # fmt: skip
+    """`text` to be read after `lead`, the first of it by `survey` as well."""
+    if survey is None:
+        return [Reading(text, observers, lead, what=what)]
+    some, rest = text[: FEW_CHUNKS.count], text[FEW_CHUNKS.count :]
+    surveyed = Reading(some, [*observers, *survey.observers], lead, what=what)
+    return [surveyed, Reading(rest, observers, lead, what=what)] if len(rest) else [surveyed]
 
 
 # ---- both models, one after the other
@@ -112,13 +137,15 @@ def measure_pair(pair: Pair, original: Load | None, converted: Load, reporter: R
     measuring = Measuring(pair.evaluation, pair.calibrating, pair.gates, reporter, pair.ready)
     surveys: list[dict[str, Any]] = []
 
-    def of(load: Load, whose: str, name: str | None, measure: Callable[[Live, Any], Measured]):
+    def of(load: Load, whose: str, name: str | None, measure: Callable[[Live, Any, FullSurvey | None], Measured]):
         reporter.step(f"load {whose}")
         live, tokenizer = load()
-        found = measure(live, tokenizer)
-        if name is not None:
-            heads = [(shown["block"], shown["head"]) for survey in surveys for shown in survey["attention_maps"]]
-            surveys.append({"source": name, **_surveyed(live, tokenizer, pair.evaluation, heads, whose, reporter)})
+        heads = [(shown["block"], shown["head"]) for survey in surveys for shown in survey["attention_maps"]]
+        survey = None if name is None else FullSurvey(live, pair.evaluation.shape[1], heads)
+        found = measure(live, tokenizer, survey)
+        if survey is not None:
+            shown = {"source": name, **survey.to_dict(tokenizer), **_tried(live, tokenizer, pair.evaluation[0])}
+            surveys.append(shown)
         config, steps = live.model.config, rounds_values(live.model)
         del live
         gc.collect()
@@ -127,8 +154,10 @@ def measure_pair(pair: Pair, original: Load | None, converted: Load, reporter: R
     names = pair.names or (None, None)
     before = None
     if original is not None:
-        before, *_ = of(original, "the original", names[0],
-                          lambda live, tokenizer: measuring.original(live, pair.prefix, tokenizer))  # fmt: skip
+        before, *_ = of(
+            original, "the original", names[0],
+            lambda live, reader, survey: measuring.original(live, pair.prefix, reader, survey),
+        )  # fmt: skip
     after, tokenizer, config, steps = of(converted, "the converted model", names[1], measuring.converted)
     exact = is_exact(pair.recipe, config, pair.evaluation.shape[1] + len(pair.prefix))
     if exact and steps:  # what random token ids have shown in float64
@@ -139,21 +168,14 @@ def measure_pair(pair: Pair, original: Load | None, converted: Load, reporter: R
     )
 
 
-def _surveyed(
-    live: Live, tokenizer: Any, evaluation: torch.Tensor, heads: Sequence[tuple[int, int]], whose: str,
-    reporter: Reporter,
-) -> dict[str, Any]:  # fmt: skip
-    """A survey of some of the evaluation text, with how fast it is read and how the model would go on from its start.
-
-    `heads` (block, head) are those whose attention is shown, so that both models show the same; none: it chooses.
-    """
-    some = evaluation[: FEW_CHUNKS.count]
-    reporter.step(f"survey {whose}")
-    written = continuation(live, some[0])
+def _tried(live: Live, tokenizer: Any, chunk: torch.Tensor) -> dict[str, Any]:
+    """How fast `chunk` (T,) is read, and how the model would go on from its start; of what comes layer by layer, whose
+    weights each token would read anew, neither."""
+    if live.layers is not None:
+        return {"speed": None, "sample": None}
+    written = continuation(live, chunk)
     sample = None if written is None else {part: decoded(tokenizer, ids) for part, ids in written.items()}
-    further = {"speed": speed(live, some[0]), "sample": sample}
-    with reporter.bar("survey", len(some)) as advance:
-        return {**survey(live, tokenizer, some, heads=heads, advance=advance), **further}
+    return {"speed": speed(live, chunk), "sample": sample}
 
 
 def is_exact(recipe: Recipe, config: PreTrainedConfig, length: int) -> bool:

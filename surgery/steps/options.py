@@ -47,8 +47,8 @@ class RunOptions:
     survey original and converted. keep_failed: where an output goes that failed its gates. tuning: a directory that
     keeps the state of `tune`, from which a run that was cut off goes on. adapter: a new directory for what was tuned,
     as a PEFT adapter. link: hard-link unchanged shards. dtype: what a GGUF is dequantised to. revision: of a hub id.
-    device: a torch device, or "auto". memory: bytes that may be taken, None for what is free. sign: a private key (PEM) to sign what is published with. command: the words of
-    the command line, for the manifest.
+    device: a torch device, or "auto". memory: bytes that may be taken, None for what is free. sign: a private key (PEM)
+    to sign what is published with. command: the words of the command line, for the manifest.
     """
 
     text: FilesField = FilesField()
@@ -79,9 +79,10 @@ class VerifyOptions:
 
     against: the source, a path or a hub id of this revision. text, calibration: files to measure on, and to take static
     scales from; given one, it is split. chunking: how much of them is read; None: as much as the run that wrote it did.
-    tasks: a directory of further task files. device: a torch device, or "auto". memory: bytes that may be taken, None for what is free. digest: of the manifest, as `run` said
-    it ("sha256:..."). public_key: of who signed it (PEM). require: "verified" fails a checkpoint that was written
-    without proof. command: the words of the command line, for the verdict.
+    tasks: a directory of further task files. device: a torch device, or "auto". memory: bytes that may be taken, None
+    for what is free. digest: of the manifest, as `run` said it ("sha256:..."). public_key: of who signed it (PEM).
+    require: "verified" fails a checkpoint that was written without proof. command: the words of the command line, for
+    the verdict.
     """
 
     against: Path | str | None = None
@@ -108,7 +109,7 @@ class ExportOptions:
 
     original: what the checkpoint was converted from, a path or hub id; None: what the manifest names. text: files to
     measure on, none to measure nothing. chunking: how much of them is read; None: as much as the run that wrote the
-    checkpoint did. device: a torch device, or "auto". memory: bytes that may be taken, None for what is free. command: the words of the command line, for `export.json`.
+    checkpoint did. device: a torch device, or "auto". command: the words of the command line, for `export.json`.
     engine_python: the Python that has the program, where that is another than surgery's.
     """
 
@@ -116,13 +117,8 @@ class ExportOptions:
     text: FilesField = FilesField()
     chunking: Chunking | None = None
     device: str = "cpu"
-    memory: int | None = None
     command: Sequence[str] = ()
     engine_python: PathField = PathField()
-
-    @property
-    def place(self) -> Place:
-        return Place(self.device, self.memory)
 
 
 class RunKeywords(TypedDict, total=False):
@@ -170,7 +166,6 @@ class ExportKeywords(TypedDict, total=False):
     text: Files
     chunking: Chunking | None
     device: str
-    memory: int | None
     command: Sequence[str]
     engine_python: Path | str | None
 

@@ -159,7 +159,7 @@ class Plan:
 def comes_by_layers(
     spec: object, anatomy: Anatomy, layout: Layout, place: Place, asking: Iterable[Any]
 ) -> bool:  # fmt: skip
-    """Whether the model has to come layer by layer; NoSpace where one of those `asking` (operations, gates) works on all of its weights."""
+    """Whether the model has to come layer by layer; NoSpace where one of `asking` works on all weights."""
     if place.by_layers(anatomy, layout) is None:
         return False
     whole = next((one.name for one in asking if one.whole), None)
@@ -167,8 +167,8 @@ def comes_by_layers(
         return True
     needed = Needs.of(anatomy, layout, torch.float32).resident
     raise NoSpace(
-        f"{spec} needs {human(needed)} of memory, since '{whole}' in the recipe works on all weights at once, and may take "
-        f"{human(place.allowed or 0)}; leave it out, or give more (--memory)."
+        f"{spec} needs {human(needed)} of memory, since '{whole}' in the recipe works on all weights at once, and may "
+        f"take {human(place.allowed or 0)}; leave it out, or give more (--memory)."
     )
 
 

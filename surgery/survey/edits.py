@@ -13,7 +13,7 @@ import torch
 
 from ..live.edits import Change, Touched, edit_stream, hidden, intervention
 from ..live.model import Live
-from ..live.stream import down_projections
+from ..live.places import down_projections
 from .massive import MassiveMeans, massive
 
 Dims = Mapping[int, Sequence[int]]  # layer -> dims in which the survey found massive activations

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..live.likelihood import Likelihood
 from ..live.model import Live
-from ..live.stream import Observer, normed_sites, slot_count, stream
+from ..live.places import normed_sites, slot_count
+from ..live.stream import Observer, stream
 from ..live.text import token_texts
 from ..progress import Advance, unseen
 from .across import AutoMassive, across

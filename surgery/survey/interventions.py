@@ -21,8 +21,9 @@ from ..live.edits import Change, TouchedNothing
 from ..live.likelihood import scored
 from ..live.model import Live
 from ..live.paired import paired
+from ..live.places import down_projections
 from ..live.score import Score
-from ..live.stream import Batch, Observer, down_projections
+from ..live.stream import Batch, Observer
 from ..progress import Advance, unseen
 from .attention import SINK_SCORE, AttentionStatistics
 from .edits import (

@@ -15,7 +15,8 @@ from accelerate.utils import align_module_device
 
 from ..anatomy.linears import as_rows
 from ..live.model import Live
-from ..live.stream import Batch, Observer, down_projections
+from ..live.places import down_projections
+from ..live.stream import Batch, Observer
 from .massive import at_least, median
 from .thresholds import MIN_MAGNITUDE, MIN_RATIO
 

@@ -14,8 +14,8 @@ from accelerate.utils import broadcast_object_list
 
 from ..live.likelihood import scored
 from ..live.model import Live
+from ..live.places import on_layer
 from ..live.quantised import activation_ranges, quantised
-from ..live.stream import on_layer
 from ..progress import Advance, unseen
 from ..recipe.training import Training
 from ..words import factor

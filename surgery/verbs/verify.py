@@ -110,7 +110,7 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
 
 
 def _say_how(root: Path, described: Described, recipe: Recipe, options: VerifyOptions, reporter: Reporter) -> None:
-    """Say that the models come layer by layer, where they do. NoSpace where what is to be done has to have them whole."""
+    """Say that the models come layer by layer, where they do. NoSpace where what is to be done needs them whole."""
     asking: list[Any] = [] if options.against is None else [one for one in recipe.changes if one.repeats]
     asking += recipe.verify.gates(compared=options.against is not None) if options.text else []
     layout = read_layout(root)

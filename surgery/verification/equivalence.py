@@ -164,7 +164,7 @@ def _padded(live: Live, ids: torch.Tensor, **kwargs) -> torch.Tensor:
 
 
 def _padded_control(live: Live, after: torch.Tensor) -> torch.Tensor:
-    """Original + prefix after padding: a model may count padding (llama4's temperature), and folded it must do so too."""
+    """Original + prefix after padding: a model may count it (llama4's temperature), and folded it must do so too."""
     positions = {}
     if "position_ids" in inspect.signature(live.model.forward).parameters:
         counted = torch.arange(-PADDING, after.shape[1], device=after.device).clamp(min=0)

@@ -93,7 +93,9 @@ def test_a_plan_names_what_is_added_and_what_it_takes(place: Place, tmp_path: Pa
     ended = surgery_command("plan", place.recipe, place.source, "--json", tmp_path / "p.json")
     assert ended.code == 0 and not ended.err
     planned = results(tmp_path / "p.json")
-    assert planned == surgery.plan(place.recipe, str(place.source)).to_dict() | {"disk": planned["disk"]}
+    assert planned == surgery.plan(place.recipe, str(place.source)).to_dict() | {
+        part: planned[part] for part in ("disk", "memory")
+    }
     added = {name: entry for name, entry in planned["tensors"].items() if entry["status"] == "added"}
     assert set(added) == {
         f"model.layers.{i}.self_attn.attention_bias.{part}" for i in (0, 1) for part in ("key", "value")
@@ -446,7 +448,7 @@ def test_memory_that_runs_out_is_no_bug(place: Place, monkeypatch: pytest.Monkey
         raise error
 
     verifying = ("verify", place.converted, "--text", place.text, *MEASURED)
-    monkeypatch.setattr("surgery.steps.measure.scored", large)
+    monkeypatch.setattr("surgery.steps.measure.read", large)
     ended = surgery_command(*verifying)
     assert ended.code == 2 and "Traceback" not in ended.err and "--chunk-length" in ended.error
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", large)

@@ -22,13 +22,13 @@ from surgery.steps import operate
 
 def test_no_disk_space_is_found_before_weights_are_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
-    monkeypatch.setattr(operate, "load_original", None)  # not reached
+    monkeypatch.setattr(operate, "live_original", None)  # not reached
     refused(bench, bench.run(), INPUT, "1.0 MB free", "out")
 
 
 def test_a_read_only_target_is_found_before_weights_are_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage.os, "access", lambda path, mode: Path(path) != bench.root)
-    monkeypatch.setattr(operate, "load_original", None)  # not reached
+    monkeypatch.setattr(operate, "live_original", None)  # not reached
     refused(bench, bench.run(), INPUT, "not writable")
 
 

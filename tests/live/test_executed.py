@@ -133,7 +133,7 @@ def test_what_it_needs_is_said_before_the_work(place: Place, tmp_path: Path, mon
     with pytest.raises(SourceError, match="--device meta"):
         require_int8("meta")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    monkeypatch.setattr("surgery.steps.operate.load_original", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("surgery.steps.operate.live_original", lambda *a, **k: pytest.fail("weights were read"))
     for arguments in (("plan", recipe, place.source), ("run", recipe, place.source, tmp_path / "out", *texts)):
         refused = surgery_command(*arguments)
         assert refused.code == 2 and "checkpoint-surgery[int8]" in refused.error

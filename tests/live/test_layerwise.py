@@ -184,7 +184,9 @@ def test_a_pass_that_ends_early_leaves_later_layers_alone(llama):
     read(live, [Reading(tiny_text(6), [seen], depth=2)])
     assert sorted(seen.layers) == [0, 1, 2]
     head = next(unit for unit in live.layers.units if unit.gates == ("lm_head",))
-    assert not _there(live.layers, head.homes[0]) and live.layers.bytes_read < sum(unit.stored for unit in live.layers.units)
+    assert not _there(live.layers, head.homes[0]) and live.layers.bytes_read < sum(
+        unit.stored for unit in live.layers.units
+    )
 
 
 def test_an_error_in_one_job_ends_all_and_the_model_goes_on(llama):

@@ -17,7 +17,8 @@ from surgery.anatomy.sites import examine
 from surgery.errors import SourceError, UnsupportedModel
 from surgery.live.graft import EPS, Fold, Norms, at_gate, fold, grafted, installed, norm_shapes, normed, on_the_seam
 from surgery.live.model import Live
-from surgery.live.stream import normed_sites, stream
+from surgery.live.places import normed_sites
+from surgery.live.stream import stream
 from surgery.operations.head_norm import HeadNorm as Recipe
 from surgery.operations.head_norm import fit_norms, least_squares, norm_values
 from surgery.runtime.eab_head_norm import HeadNorm

@@ -16,7 +16,8 @@ from torch import nn
 
 from surgery.anatomy.calls import Call, _Listening, observing
 from surgery.live.graft import fold, grafted, on_the_seam
-from surgery.live.stream import Batch, Observer, down_projections, stream
+from surgery.live.places import down_projections
+from surgery.live.stream import Batch, Observer, stream
 from surgery.runtime.eab_runtime import Slots
 from surgery.survey.attention import AttentionStatistics, Selection, ValueVariance, spaced
 from surgery.survey.softmax import Softmax

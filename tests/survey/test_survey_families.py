@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from surgery.anatomy.sites import examine
 from surgery.live.model import Live
-from surgery.live.stream import down_projections
+from surgery.live.places import down_projections
 from surgery.survey.full import affordable, survey
 from surgery.survey.interventions import audit, plan_interventions, run_interventions
 from surgery.verification.verdict import plain_json

@@ -152,7 +152,7 @@ def test_the_revision_of_a_checkpoint_is_written_beside_it(hub: Hub, place: Plac
 def test_pushes_are_refused_before_any_work(
     hub: Hub, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, account: dict, words
 ) -> None:
-    monkeypatch.setattr(operate, "load_original", None)  # not reached
+    monkeypatch.setattr(operate, "live_original", None)  # not reached
     hub.add("owner/model", {"model.safetensors": b"", "README.md": b""})
     hub.account |= account
     refused(run(place, place.source, tmp_path / "out", "--push", to), *words)

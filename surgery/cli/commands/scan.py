@@ -40,8 +40,9 @@ def scan(
     heads: list[tuple[int, int]] = []  # those of the first source are shown of all, where they have them
     for source in sources:
         survey = verb(
-            source, text=text, dtype=dtype, revision=revision, device=device, memory=memory, interventions=interventions,
-            chunking=Chunking(chunks, chunk_length), heads=heads, command=command(), reporter=screen.reporter,
+            source, text=text, dtype=dtype, revision=revision, device=device, memory=memory,
+            interventions=interventions, chunking=Chunking(chunks, chunk_length), heads=heads, command=command(),
+            reporter=screen.reporter,
         )  # fmt: skip
         heads = heads or [(shown["block"], shown["head"]) for shown in survey["attention_maps"]]
         surveys.append(survey)

@@ -27,7 +27,8 @@ class Equivalence(Gate):
     def judge(self, original: Measured | None, converted: Measured) -> list[Judgement]:
         if original is None:
             return []
-        difference = paired(converted.scores["converted"], original.scores["control"])
+        control = original.scores["control"]
+        difference = paired(converted.scores["converted"].on(control), control)
         return [at_most(self.name, max(abs(difference.low), abs(difference.high)), self.max_delta_nll)]
 
     @classmethod

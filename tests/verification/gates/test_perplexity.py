@@ -22,7 +22,9 @@ from surgery.steps.measure import Measuring, is_exact
 from surgery.steps.recipe import parse_recipe
 from surgery.survey.attention import SINK_SCORE, AttentionStatistics
 from surgery.survey.massive import MassiveActivations, massive
+from surgery.verification.gates.agreement import Agreement
 from surgery.verification.gates.base import at_least, at_most
+from surgery.verification.gates.perplexity import Perplexity
 from surgery.verification.verdict import judged
 from surgery.verification.verify import Verify
 
@@ -238,7 +240,7 @@ def test_the_baselines_are_what_they_are_called(llama) -> None:
 
     def original(prefix: tuple[int, ...], bos: int | None, passes: int):
         told = Told()
-        found = Measuring(chunks, None, Verify().gates(), told).original(live, prefix, Begins(bos))
+        found = Measuring(chunks, None, Verify().gates(), told).original(live, prefix, Begins(bos), None)
         assert len(told.seen) == told.total == passes * 2  # what is read after the same tokens is read once
         return found
 
@@ -252,6 +254,30 @@ def test_the_baselines_are_what_they_are_called(llama) -> None:
     unfolded = original((), 1, 2).scores
     assert unfolded["control"] == unfolded["bare"] == found.scores["bare"] != unfolded["bos"]
     assert set(original(PREFIX, None, 2).scores) == {"bare", "control"}
+
+
+def test_what_stands_beside_is_read_on_a_part_of_the_text(llama) -> None:
+    """Each fourth chunk of many, where no gate watches it; and is compared on these."""
+    chunks = tiny_text(rows=72, length=8)
+    measuring = Measuring(chunks, None, Verify().gates(), Told())
+    found = measuring.original(llama, PREFIX, Begins(1), None)
+    assert {name: len(score.chunks) for name, score in found.scores.items()} == {"bare": 72, "control": 18, "bos": 18}
+    assert found.scores["control"] == scored(llama, chunks[:18], prefix=PREFIX)
+    with grafted(llama, fold(llama, PREFIX, "as_prefix")):
+        after = measuring.converted(llama, Begins(1), None)
+    judged = {one.name: one for gate in Verify().gates() for one in gate.judge(found, after)}
+    assert judged["equivalence"].value < 1e-12
+    verdict = Perplexity().found(found, after, None)
+    beside, bare = verdict["perplexity"]["bos"], scored(llama, chunks[:18])
+    assert (
+        beside["bare_nll"] == bare.nll
+        and beside["tokens"] == 18 * 7
+        and "bare_nll" not in verdict["perplexity"]["bare"]
+    )
+    rows = {row[0]: row for row in Perplexity.table({**verdict, "prefix": {}}).rows}
+    assert rows["original + BOS"][4] == f"{math.exp(beside['nll'] - bare.nll):.3f}"
+    watching = Measuring(chunks, None, [*Verify().gates(), Agreement(min_share=0.5)], Told())
+    assert len(watching.original(llama, PREFIX, Begins(1), None).scores["control"].chunks) == 72
 
 
 def test_how_rows_are_batched_changes_nothing(llama, monkeypatch: pytest.MonkeyPatch) -> None:

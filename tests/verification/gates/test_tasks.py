@@ -71,7 +71,7 @@ def test_without_the_harness_the_way_out_is_named(place: Place, tmp_path: Path, 
     recipe = with_tasks(place, tmp_path / "r.yaml", "{names: [own_choice], max_drop: 0.1}")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    monkeypatch.setattr("surgery.steps.operate.load_original", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("surgery.steps.operate.live_original", lambda *a, **k: pytest.fail("weights were read"))
     texts = ("--text", place.text, *MEASURED)
     for arguments in (("plan", recipe, place.source), ("run", recipe, place.source, tmp_path / "out", *texts)):
         refused = surgery_command(*arguments)
@@ -189,7 +189,7 @@ def test_a_task_on_local_data(place: Place, own: Path, tmp_path: Path) -> None:
 
 def test_tasks_that_cannot_be_compared_are_refused_first(place, own: Path, tmp_path: Path, monkeypatch) -> None:
     """Tasks that cannot be compared are refused before any work is done."""
-    monkeypatch.setattr("surgery.steps.operate.load_original", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("surgery.steps.operate.live_original", lambda *a, **k: pytest.fail("weights were read"))
     texts = ("--text", place.text, *MEASURED, "--tasks", own)
     for names, said in {"[lost]": "cannot be loaded", "[own_text]": "no mean over documents"}.items():
         recipe = with_tasks(place, tmp_path / "r.yaml", f"{{names: {names}, max_drop: 0.1}}")
