@@ -5,7 +5,7 @@
 Two paths compute it. They agree to rounding; the first needs no longer mask and no concatenated keys:
 
 * merged: any flash kernel returns o = softmax(QK^T)V and its log-sum-exp L per query. With slot logits
-  s_j = q.k'_j * scale and Z = logaddexp(L, logsumexp_j s_j), the result is o * exp(L - Z) + sum_j exp(s_j - Z) v'_j.
+  s_j = q.k'_j * scale and w = softmax([L, s_1 .. s_n]), the result is w_0 * o + sum_j w_j v'_j.
   Cost O(T n d) on top of the kernel.
 * concatenated: slots are put in front of the keys and PyTorch does the rest. It carries gradients, dropout, soft-capped
   logits and attention weights, and runs on every device. Of causal attention it makes no mask, which would keep
@@ -68,8 +68,11 @@ def slot_attention(
         slot_mask = slot_mask.to(query.dtype).clamp(min=low)
     plain = softcap is None and not need_weights
     if plain and _can_merge(query, key, value, slot_key, slot_value, mask, dropout):
+        inputs = (query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits)
+        if not torch.is_autocast_enabled("cpu"):
+            return _merged(*inputs), None
         with torch.autocast("cpu", enabled=False):  # the merge is done in the dtype of the log-sum-exp
-            return _merged(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits), None
+            return _merged(*inputs), None
     if not plain or sink_logits is not None:
         out, weights = _eager(
             query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits
@@ -111,6 +114,8 @@ def _merged(
     query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float, causal: bool,
     mask: Tensor | None, slot_mask: Tensor | None, sink_logits: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    if query.shape[2] == 1 and query.dtype in (torch.float32, torch.float64):
+        return _of_one_query(query, key, value, slot_key, slot_value, scale, mask, slot_mask, sink_logits)
     if mask is not None:
         mask = _additive(mask, query.dtype)  # the kernel refuses bool; a row of -inf would report lse = 0
     out: Tensor
@@ -119,11 +124,52 @@ def _merged(
     )
     if not slot_key.shape[0] and sink_logits is None:
         return out
-    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-    wide = lse.dtype  # float32 for half precision: the merge is done there
-    grouped = query.unflatten(1, (heads, groups)).to(wide)  # (B, H, G, T, D)
+    return _with_slots(out, lse, query, slot_key, slot_value, scale, slot_mask, sink_logits)
+
+
+def _of_one_query(
+    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float,
+    mask: Tensor | None, slot_mask: Tensor | None, sink_logits: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """While text is generated, what counts is how few operations there are: few logits, all of them written out."""
+    rows, heads, n = query.shape[0], key.shape[1], slot_key.shape[0]
+    grouped = (query * scale).reshape(rows * heads, -1, query.shape[-1])  # (B H, G, D)
+    keys, values = slot_key.to(query.dtype).permute(1, 2, 0), slot_value.to(query.dtype).transpose(0, 1)
+    if rows > 1:
+        keys, values = keys.repeat(rows, 1, 1), values.repeat(rows, 1, 1)  # (B H, D, n), (B H, n, E)
+    logits = torch.cat([grouped @ keys, grouped @ key.flatten(0, 1).transpose(1, 2)], dim=-1)  # (B H, G, n + S)
+    if mask is not None or slot_mask is not None:
+        logits = _hidden(logits.view(rows, query.shape[1], 1, -1), n, mask, slot_mask).view(logits.shape)
+    if sink_logits is not None:
+        sinks = sink_logits.to(query.dtype).view(1, heads, -1, 1).expand(rows, -1, -1, -1).reshape(*logits.shape[:2], 1)
+        logits = torch.cat([logits, sinks], dim=-1)
+    weights = torch.softmax(logits, dim=-1)
+    texts = weights[..., n : n + key.shape[2]] @ value.flatten(0, 1)
+    return torch.baddbmm(texts, weights[..., :n], values).view(*query.shape[:3], value.shape[-1])
+
+
+def _hidden(logits: Tensor, n: int, mask: Tensor | None, slot_mask: Tensor | None) -> Tensor:
+    """Logits (B, Hq, 1, n + S) of slots and keys, lowest where a mask hides them."""
+    low = torch.finfo(logits.dtype).min
+    parts = []
+    for part, seen in zip((logits[..., :n], logits[..., n:]), (slot_mask, mask), strict=True):
+        if seen is None:
+            parts.append(part)
+        else:
+            parts.append(part.masked_fill(~seen, low) if seen.dtype == torch.bool else (part + seen).clamp(min=low))
+    return torch.cat(parts, dim=-1)
+
+
+def _with_slots(
+    out: Tensor, lse: Tensor, query: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float,
+    slot_mask: Tensor | None, sink_logits: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What a kernel says of the text alone, out (B, Hq, T, E) and lse (B, Hq, T), with slots in the same softmax."""
+    heads, groups, wide = slot_key.shape[1], query.shape[1] // slot_key.shape[1], lse.dtype
+    grouped = query.unflatten(1, (heads, groups))  # (B, H, G, T, D)
     # matmul, not einsum: the same sum in a tenth of the time. (1, H, 1, D, n) and (1, H, 1, n, E) broadcast.
-    logits = grouped @ slot_key.to(wide).permute(1, 2, 0)[None, :, None] * scale  # (B, H, G, T, n)
+    slots = (slot_key.to(wide) * scale).permute(1, 2, 0)[None, :, None]
+    logits = grouped.to(wide) @ slots  # (B, H, G, T, n)
     if slot_mask is not None:
         seen = _grouped_mask(slot_mask, heads)
         low = torch.finfo(wide).min
@@ -132,9 +178,9 @@ def _merged(
     terms = [lse, logits]
     if sink_logits is not None:
         terms.append(sink_logits.to(wide).view(1, heads, groups, 1, 1).expand_as(lse))
-    total = torch.logsumexp(torch.cat(terms, dim=-1), dim=-1, keepdim=True)
-    from_slots = (logits - total).exp() @ slot_value.to(wide).transpose(0, 1)[None, :, None]
-    merged = torch.addcmul(from_slots, out.unflatten(1, (heads, groups)).to(wide), (lse - total).exp())
+    weights = torch.softmax(torch.cat(terms, dim=-1), dim=-1)  # of all text, of each slot, of the sink
+    from_slots = weights[..., 1 : 1 + slot_key.shape[0]] @ slot_value.to(wide).transpose(0, 1)[None, :, None]
+    merged = torch.addcmul(from_slots, out.unflatten(1, (heads, groups)), weights[..., :1])
     return merged.flatten(1, 2).to(query.dtype)
 
 

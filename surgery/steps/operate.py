@@ -52,7 +52,8 @@ def operate(
     """
     reporter.step("load the original")
     live = live_original(directory, plan.anatomy, place, fitting_dtype(plan))
-    _require_finite(live)
+    if live.layers is None:  # layer by layer each is looked at when it comes
+        _require_finite(live)
     changes = plan.recipe.changes
     if plan.recipe.rounds_linears:
         loaded_linears(live)  # weights that are offloaded are refused before the work begins
