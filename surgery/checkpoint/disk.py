@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,9 +12,7 @@ from pathlib import Path
 from ..endings.owned import Owned
 from ..endings.temporary import FULL, as_os_error, of_temporary
 from ..errors import NoSpace, OutputError, SurgeryError
-from ..progress import Advance, unseen
 from ..words import human as human
-from .layout import CHUNK
 
 _UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES)
 
@@ -106,13 +103,3 @@ def translated(error: OSError, where: Path) -> SurgeryError:
             "kept, free some space and run again."
         )
     return OutputError(f"{where} cannot be written ({error.strerror or error}); check the path and its permissions.")
-
-
-def sha256_of(path: Path, advance: Advance = unseen) -> str:
-    """SHA-256 of a file in hexadecimal, read a chunk at a time; `advance` is told of bytes, and of its name."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            advance(len(chunk), Path(path).name)
-    return digest.hexdigest()

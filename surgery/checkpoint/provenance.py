@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import SourceError
 from ..version import VERSION
-from .disk import sha256_of
+from .copying import sha256_of
 
 EPOCH = "SOURCE_DATE_EPOCH"  # reproducible-builds.org: the date to write in place of the clock's
 LAST_SECOND = 253402300799  # of the year 9999

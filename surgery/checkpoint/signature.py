@@ -17,7 +17,8 @@ from typing import Any
 from ..endings.temporary import of_temporary, temporary
 from ..errors import DamagedCheckpoint, OutputError, SourceError, brief
 from .contents import NOT_OURS, SIGNATURE
-from .disk import replacing, sha256_of
+from .copying import sha256_of
+from .disk import replacing
 from .manifest import MANIFEST
 
 MOST_KEY, MOST_SIGNATURE = 64 << 10, 64 << 20  # bytes; both are a small part of it

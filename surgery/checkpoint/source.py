@@ -13,7 +13,7 @@ from ..errors import DamagedCheckpoint, SourceError
 from ..progress import Advance, unseen
 from ..words import named
 from .config import CONFIG, read_config, without_choices
-from .disk import sha256_of
+from .copying import sha256_of_all
 from .elsewhere import NOWHERE, Elsewhere
 from .hub import HubId, Snapshot, download, fetch_some, hub_id, weights_of
 from .layout import INDEX, SINGLE, Layout, read_layout
@@ -271,7 +271,7 @@ def source_hashes(source: Source, advance: Advance = unseen) -> dict[str, str]:
         files = [source.root]
     else:
         files = [source.root / name for name in (*source.layout.shards, CONFIG)]
-    return {file.name: sha256_of(file, advance) for file in files}
+    return dict(zip((file.name for file in files), sha256_of_all(files, advance), strict=True))
 
 
 def materialise(source: Source, into: Path, advance: Advance = unseen) -> Path:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,8 @@ from ..endings.owned import Owned
 from ..endings.signals import caught, has_published, held
 from ..endings.temporary import FULL
 from ..errors import DamagedCheckpoint, OutputError, SourceError
-from .disk import disk_errors, require_space, require_target, sha256_of, translated
+from .copying import Hashing, copy_content, copy_tree, sha256_of
+from .disk import disk_errors, require_space, require_target, translated
 from .layout import CHUNK, Layout, iter_tensor_chunks
 from .regular import is_plain_name, open_regular
 from .values import as_stored, dtype_code, tensor_bytes
@@ -84,8 +84,11 @@ class Stage:
         owned, self._owned = self._owned, None
         return None if owned is None else owned.remove()
 
-    def add_file(self, src: Path, name: str, link: bool = False) -> None:
-        """Copy `src` into the stage as `name`, or hard-link it (then it shares its bytes and mode with the source)."""
+    def add_file(self, src: Path, name: str, link: bool = False, sha256: str | None = None) -> None:
+        """Copy `src` into the stage as `name`, or hard-link it (then it shares its bytes and mode with the source).
+
+        `sha256`: of `src`, where it is known; who gives it makes sure that `src` is still the same at the end.
+        """
         target = self._new(name)
         if link:
             try:
@@ -95,17 +98,23 @@ class Stage:
                     f"{src} cannot be hard-linked into {self.out.parent} ({error.strerror}; both must be "
                     "on one filesystem that has hard links); run without hard links."
                 ) from error
-            return  # hashed when the hashes are asked for
-        digest = hashlib.sha256()
+            if sha256 is not None:  # else it is hashed when the hashes are asked for
+                self._remember(name, sha256)
+            return
         try:
             source = open_regular(Path(src))
         except OSError as error:
             raise SourceError(f"{src} cannot be read ({error.strerror}); check the source.") from error
         with source, disk_errors(self.out), _create(target) as file:
-            while chunk := source.read(CHUNK):
-                digest.update(chunk)
-                file.write(chunk)
-        self._remember(name, digest.hexdigest())
+            if sha256 is not None:
+                copy_content(source, file)
+            else:
+                with Hashing() as digest:
+                    while chunk := source.read(CHUNK):
+                        digest.update(chunk)
+                        file.write(chunk)
+                    sha256 = digest.hexdigest()
+        self._remember(name, sha256)
 
     def adopt(self, src: Path, name: str) -> None:
         """Take `src`, a file that lies in `scratch`, as `name`: linked where the filesystem has links, else copied."""
@@ -142,12 +151,12 @@ class Stage:
                 raise SourceError(f'Tensor "{key}" would be changed, but {layout.root / shard} has no such tensor.')
             as_stored(layout.tensors[key], tensor)  # all of them before a byte is written
         changed = sorted((layout.tensors[key] for key in tensors), key=lambda info: (info.start, info.stop))
-        target, digest, position = self._new(name), hashlib.sha256(), 0
+        target, position = self._new(name), 0
         try:
             source = (layout.root / shard).open("rb")
         except OSError as error:
             raise SourceError(f"{layout.root / shard} cannot be read ({error.strerror}); check the source.") from error
-        with source, disk_errors(self.out), _create(target) as file:
+        with source, disk_errors(self.out), _create(target) as file, Hashing() as digest:
 
             def write(data: bytes | memoryview) -> None:
                 digest.update(data)
@@ -171,8 +180,9 @@ class Stage:
         `header`: of what will be written, in its order. `written`: name of a tensor -> what takes its place, None where
         it stays as it is.
         """
-        target, digest = self._new(name), hashlib.sha256(header)
-        with disk_errors(self.out), _create(target) as file:
+        target = self._new(name)
+        with disk_errors(self.out), _create(target) as file, Hashing() as digest:
+            digest.update(header)
             file.write(header)
             for info in layout.of_shard(shard):
                 instead = written(info.name)
@@ -237,7 +247,7 @@ class Stage:
                 if error.errno != errno.EXDEV:
                     raise
                 with Owned(directory.parent, directory.name) as copied:
-                    _copy_tree(self.path, copied.inside)
+                    copy_tree(self.path, copied.inside)
                     os.replace(copied.inside, directory)
             has_published(directory)
             self._remove()
@@ -253,17 +263,6 @@ class Stage:
 
     def _remember(self, name: str, sha256: str) -> None:
         self._hashes[name] = (_state(self.path / name), sha256)
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    """All files below `source`; the first error ends it, where shutil would go on and make one error of all."""
-    for path in sorted(source.rglob("*")):
-        to = target / path.relative_to(source)
-        if path.is_dir():
-            to.mkdir(parents=True)
-        else:
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, to)
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from ..progress import Advance, unseen
 from .config import CONFIG
-from .disk import sha256_of
+from .copying import sha256_of, sha256_of_all
 from .layout import INDEX
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class Reading:
 
 def begin_reading(source: Source, advance: Advance = unseen) -> Reading:
     """Hash every file of the source that a run reads. OSError as it is for one that cannot be read."""
-    return Reading(source, {path.name: sha256_of(path, advance) for path in _files(source)})
+    paths = _files(source)
+    return Reading(source, dict(zip((path.name for path in paths), sha256_of_all(paths, advance), strict=True)))
 
 
 def _files(source: Source) -> list[Path]:

@@ -34,6 +34,7 @@ from .eab_positions import number_text, own_query_scale, shift_positions
 
 # What a user may ask for, and the name under which we register our version of it.
 IMPLEMENTATIONS = {"sdpa": "eab", "eager": "eab_eager"}
+NAMES = frozenset(IMPLEMENTATIONS.values())
 
 # Tensors that callers hand through the attention interface and that do not change plain attention.
 HARMLESS_TENSORS = {"position_ids", "num_items_in_batch", "cache_position", "labels"}
@@ -128,19 +129,23 @@ for _wanted, _name in IMPLEMENTATIONS.items():
 # ---- installation
 
 
-def _guard_site(
-    n: int, config: PreTrainedConfig, site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of each site: no call without its slots; queries scaled by place are scaled for place + n."""
-    for asked in (config, getattr(site, "config", config)):
-        if asked._attn_implementation not in IMPLEMENTATIONS.values():
+def _guard_site(config: PreTrainedConfig, site: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of each site, called for each token that is generated: no call without its slots."""
+    own: Any = getattr(site, "config", config)
+    for asked in (config,) if own is config else (config, own):
+        if asked._attn_implementation_internal not in NAMES:
             raise ValueError(
                 f"attention implementation {asked._attn_implementation!r} would leave out the slots and norms of this "
                 "model: use set_attn_implementation('sdpa') or 'eager'"
             )
-    if n and (scale := own_query_scale(n, site, args, kwargs)) is not None:
-        kwargs = {**kwargs, "query_scale": scale}
-    return args, kwargs
+
+
+def _scale_queries(
+    n: int, site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of sites that scale queries by place: they are scaled for place + n."""
+    scale = own_query_scale(n, site, args, kwargs)
+    return None if scale is None else (args, {**kwargs, "query_scale": scale})
 
 
 def find_trunk(model: PreTrainedModel, kind: str) -> PreTrainedModel:
@@ -168,8 +173,11 @@ def install(model: PreTrainedModel, eab: dict[str, Any], adapter: Any = None) ->
         site = trunk.get_submodule(name)
         site.attention_bias = Slots(n, kv_heads, key_dim, value_dim)
         undo.callback(delattr, site, "attention_bias")
-        guard = functools.partial(_guard_site, n, trunk.config)
-        undo.callback(site.register_forward_pre_hook(guard, with_kwargs=True).remove)
+        guard = functools.partial(_guard_site, trunk.config)
+        undo.callback(site.register_forward_pre_hook(guard).remove)
+        if n and hasattr(site, "attn_temperature_tuning"):
+            scale = functools.partial(_scale_queries, n)
+            undo.callback(site.register_forward_pre_hook(scale, with_kwargs=True).remove)
     if n:
         _move_text(model, trunk, n, eab.get("max_length"), undo)
     return undo

@@ -57,7 +57,7 @@ def emit(
         if name not in changes.replaced and differs(layout, name, weight)
     }
     rewriting = _Rewriting(plan, changes, operated, layout, weights, changed)
-    _emit_shards(plan, layout, stage, changed, rewriting, link)
+    _emit_shards(plan, layout, stage, changed, rewriting, link, hashes)
     stage.add_tensors(plan.added_shard, added, {"format": "pt"})
     emit_beside(plan, stage, directory, changes)
     return build_manifest(
@@ -127,7 +127,8 @@ class _Rewriting:
 
 
 def _emit_shards(
-    plan: Plan, layout: Layout, stage: Stage, changed: Mapping[str, torch.Tensor], rewriting: _Rewriting, link: bool
+    plan: Plan, layout: Layout, stage: Stage, changed: Mapping[str, torch.Tensor], rewriting: _Rewriting, link: bool,
+    hashes: Mapping[str, str],
 ) -> None:  # fmt: skip
     for old, new in plan.shards.items():
         others = {name: tensor for name, tensor in changed.items() if layout.tensors[name].shard == old}
@@ -139,7 +140,7 @@ def _emit_shards(
         elif plan.source.kind == "gguf":
             stage.adopt(layout.root / old, new)
         else:
-            stage.add_file(layout.root / old, new, link=link)
+            stage.add_file(layout.root / old, new, link=link, sha256=hashes.get(old))
 
 
 def _emit_companions(plan: Plan, stage: Stage, directory: Path, changes: Changes) -> None:

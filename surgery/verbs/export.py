@@ -12,7 +12,8 @@ from ..anatomy.sites import parse_config
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.config import CONFIG
 from ..checkpoint.contents import may_change
-from ..checkpoint.disk import require_target, sha256_of
+from ..checkpoint.copying import sha256_of
+from ..checkpoint.disk import require_target
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.provenance import moment, name_of, plain

@@ -254,6 +254,7 @@ def _finish(
         {*plan.changes.changed, *plan.changes.replaced},
         source,
         beside,
+        hashes=reading.recorded,
     )
     return replace(findings, checks=[*checks, check_reading(reading), *findings.checks]), manifest
 

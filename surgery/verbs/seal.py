@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.contents import SIGNATURE, all_files, may_change
-from ..checkpoint.disk import disk_errors, replacing, sha256_of
+from ..checkpoint.copying import sha256_of
+from ..checkpoint.disk import disk_errors, replacing
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from ..checkpoint.regular import read_json
 from ..checkpoint.results import json_text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout, iter_tensor_chunks
@@ -11,8 +11,9 @@ from ..checkpoint.source import Source, source_hashes
 from .checks import Found
 
 
-def same_source(source: Source, manifest: Manifest) -> Found:
-    recorded, found = manifest.source.get("sha256"), source_hashes(source)
+def same_source(source: Source, manifest: Manifest, hashes: Mapping[str, str] | None = None) -> Found:
+    """`hashes` of the source's files, where they have been computed just now."""
+    recorded, found = manifest.source.get("sha256"), source_hashes(source) if hashes is None else hashes
     recorded = recorded if isinstance(recorded, dict) else {}
     if source.kind == "gguf":  # one file, whatever it is called by now
         same = [*found.values()] == [*recorded.values()]

@@ -16,7 +16,7 @@ from ..checkpoint.contents import (
     may_change,
     names_code,
 )
-from ..checkpoint.disk import sha256_of
+from ..checkpoint.copying import sha256_of_all
 from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST, Manifest
 from ..checkpoint.own_files import in_hub_cache
@@ -51,9 +51,11 @@ def same_files(root: Path, manifest: Manifest, advance: Advance) -> Found:
     if ADAPTER in files:
         return False, f"{ADAPTER} makes transformers load what it names in place of the model, or on top of it"
     edited = set()
+    whole = [name for name in sorted(expected - gone) if present[name].stat().st_size == manifest.files[name].bytes]
+    hashes = dict(zip(whole, sha256_of_all([present[name] for name in whole], advance), strict=True))
     for name in sorted(expected - gone):
         entry, path = manifest.files[name], present[name]
-        if path.stat().st_size != entry.bytes or sha256_of(path, advance) != entry.sha256:
+        if path.stat().st_size != entry.bytes or hashes[name] != entry.sha256:
             if not may_change(name):
                 return False, f"{name} is not the file that was written (SHA-256 differs)"
             edited.add(name)

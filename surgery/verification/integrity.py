@@ -39,12 +39,13 @@ def check_integrity(
     source: Source | None,
     source_dir: Path | None,
     advance: Advance = unseen,
+    hashes: Mapping[str, str] | None = None,
 ) -> list[Check]:
     """Every check on the files in `root`; against `source` (plain files in `source_dir`) where it is given.
 
     `described`: what config.json says, or why that cannot be read (`read_config`). `operations`: all there are; each
     knows what config.json asks for on its behalf. `changeable`: tensors of the source that operations of the recipe may
-    change, None where nothing says which.
+    change, None where nothing says which. `hashes`: of the source's files, where they were computed just now.
     """
     checks = [check("files", lambda: same_files(root, manifest, advance))]
     code = check("code", lambda: same_code(root, _said(described)))
@@ -61,7 +62,7 @@ def check_integrity(
     if quantised := [name for name, entry in manifest.tensors.items() if entry.status == "quantised"]:
         checks.append(check("scales", lambda: _scales(layout, quantised)))
     if source is not None and source_dir is not None:
-        checks.append(check("source", lambda: same_source(source, manifest)))
+        checks.append(check("source", lambda: same_source(source, manifest, hashes)))
         # Where both sides' files have just been hashed, equal hashes are equal files, and need not be read once more.
         hashed = checks[0].passed and checks[-1].passed and source.kind != "gguf"
         checks.append(

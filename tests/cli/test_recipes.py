@@ -34,7 +34,7 @@ def test_commands_take_names(place: Place, tmp_path: Path, monkeypatch: pytest.M
     planned = {}
     for recipe in ("eab", EAB):
         assert surgery_command("plan", recipe, place.source, "--json", "p.json").code == 0
-        planned[recipe] = json.loads(Path("p.json").read_text()) | {"disk": None}
+        planned[recipe] = json.loads(Path("p.json").read_text()) | {"disk": None, "memory": None}
     assert planned["eab"] == planned[EAB]
     assert surgery_command("plan", "./eab", place.source).error.startswith("eab: no such file; ")
     assert surgery_command("pretrain", "eab", "out", "--text", place.text).code == 2

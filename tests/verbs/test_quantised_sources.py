@@ -26,7 +26,7 @@ from helpers.tiny_checkpoint import (
 )
 from safetensors.torch import load_file
 
-from surgery.checkpoint.disk import sha256_of
+from surgery.checkpoint.copying import sha256_of
 from surgery.live.loading import load_original
 from surgery.live.roundings import steady
 
