@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..anatomy.fit import original_tensors
 from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import Layout
 from ..checkpoint.quantised import KEY
@@ -103,7 +104,8 @@ class Needs:
         tied = len({id(end.weight) for end in (blank.get_input_embeddings(), blank.get_output_embeddings()) if end}) < 2
         outside = weights - sum(blocks) - sum(ends[:1] if tied else ends)
         most = max([*blocks, *ends])
-        packed = layout.total_bytes / max(1, weights)  # of a byte in memory, so many in the files
+        stored = sum(tensor.nbytes for tensor in original_tensors(layout).tensors.values())  # slots are small
+        packed = stored / max(1, weights)  # of a byte in memory, so many in the files
         fused = any("experts" in name for name, _ in blank.named_parameters())  # stacked in memory, and so there twice
         return cls(weights, int(max(outside, 0) + most * (1 + min(packed, 1.0) + fused)))
 

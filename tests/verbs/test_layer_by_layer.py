@@ -1,0 +1,180 @@
+"""Every verb on a model that comes layer by layer: the files and figures of a resident one, to the bit."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import build, one_thread, tiny_config
+from helpers.tiny_checkpoint import save_model, save_tokenizer, sha256_of_files, surgery_command, write_text
+
+import surgery
+from surgery.anatomy.fit import examine_stored
+from surgery.checkpoint.config import read_config
+from surgery.checkpoint.layout import read_layout
+from surgery.errors import NoSpace, SourceError
+from surgery.live.memory import PASS, PROCESS, Needs, Place, free_memory, parse_memory
+from surgery.progress import Reporter
+
+CHUNKS = surgery.Chunking(8, 32)
+GATES = {
+    "equivalence": {"max_delta_nll": 1e-3}, "perplexity": {"max_ratio": 9.0}, "massive_activations": {"max": 10**6},
+    "quantised": {"w8a8_static": {"max_ratio": 99.0}, "w4": {"max_ratio": 99.0}, "kv4": {"max_ratio": 99.0}},
+    "streaming": {"window": 16, "max_ratio": 99.0}, "agreement": {"min_share": 0.01},
+}  # fmt: skip
+SEARCHED = {
+    "surgery": 1,
+    "operations": [{"attention_bias": {"prefix": "auto", "max_slots": 2}}, {"head_norm": {}}],
+    "verify": GATES,
+}
+GIVEN = {**SEARCHED, "operations": [{"attention_bias": {"prefix": [1, 5]}}]}
+OF_EXPERTS = {**GIVEN, "verify": {key: gate for key, gate in GATES.items() if key != "quantised"}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("texts")
+    return write_text(root / "calibration.txt", 4000, 0), write_text(root / "evaluation.txt", 2000, 1)
+
+
+def source(root: Path, kind: str, text: Path) -> Path:
+    root.mkdir()
+    save_tokenizer(root, text)
+    if kind == "llama":
+        save_model(root, massive=0, shard_size="60KB")
+    else:
+        config = tiny_config(kind, vocab_size=320, bos_token_id=0, eos_token_id=1)
+        build(config).to(torch.bfloat16).save_pretrained(root, max_shard_size="60KB")
+    return root
+
+
+def least(root: Path) -> int:
+    """The least memory that will do, and too little for all weights at once."""
+    layout = read_layout(root)
+    needs = Needs.of(examine_stored(read_config(root), layout)[0], layout, torch.float32)
+    assert needs.by_layers < needs.resident
+    return needs.by_layers
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.seen.append(text)
+
+
+def found(result) -> str:
+    """All that a verb found, less what tells one run from another."""
+
+    def stripped(value):
+        if isinstance(value, dict):
+            left = {key: stripped(one) for key, one in value.items()}
+            return {key: one for key, one in left.items() if key not in ("provenance", "digest", "speed", "sample")}
+        return [stripped(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    return json.dumps(stripped(result), sort_keys=True)
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("llama", SEARCHED), ("mixtral", OF_EXPERTS), ("gpt2", GIVEN)])
+def test_all_that_is_found_and_written_is_the_same(kind, recipe, texts, tmp_path):
+    root = source(tmp_path / "source", kind, texts[0])
+    results = {}
+    for way, memory in (("resident", None), ("layers", least(root))):
+        out, notes = tmp_path / way / "out", Notes()
+        out.parent.mkdir()
+        given = {"text": texts[1], "calibration": texts[0], "chunking": CHUNKS, "memory": memory, "reporter": notes}
+        ran = surgery.run(recipe, root, out, surveys=True, **given)
+        verified = surgery.verify(out, against=root, **given)
+        scans = [
+            surgery.scan(one, text=texts[1], chunking=CHUNKS, memory=memory, reporter=notes) for one in (root, out)
+        ]
+        assert ran["passed"] and verified["passed"]
+        told = [note for note in notes.seen if "layer by layer" in note]
+        assert len(told) == (4 if memory is not None else 0), notes.seen
+        weights = {name: one for name, one in sha256_of_files(out).items() if name.endswith(".safetensors")}
+        results[way] = (found(ran), found(verified), *map(found, scans), weights)
+    for ours, theirs in zip(results["layers"], results["resident"], strict=True):
+        assert ours == theirs
+
+
+def test_interventions_find_the_same(texts, tmp_path):
+    root = source(tmp_path / "source", "llama", texts[0])
+    given = {"text": texts[1], "chunking": surgery.Chunking(2, 24), "interventions": True}
+    assert found(surgery.scan(root, memory=least(root), **given)) == found(surgery.scan(root, **given))
+
+
+def test_a_plan_says_which_and_what_it_takes(texts, tmp_path):
+    root = source(tmp_path / "source", "llama", texts[0])
+    for memory, layers in ((least(root), True), (10**11, False)):
+        planned = surgery.plan(GIVEN, root, memory=memory).to_dict()["memory"]
+        assert planned["layer_by_layer"] is layers and planned["allowed"] == memory
+        assert planned["peak"] == planned["least" if layers else "resident"]
+        stored = sum(tensor.nbytes for tensor in read_layout(root).tensors.values())
+        assert planned["read_each_pass"] == (stored if layers else 0)
+        ended = surgery_command("plan", "eab", root, "--memory", f"{memory}B")
+        assert ("layer by layer: all weights at once would take" in " ".join(ended.out.split())) is layers, ended.out
+
+
+def test_what_cannot_be_is_said_before_weights_are_read(texts, tmp_path, monkeypatch):
+    root = source(tmp_path / "source", "llama", texts[0])
+    monkeypatch.setattr("surgery.steps.operate.live_original", None)
+    given = {"text": texts[1], "chunking": CHUNKS}
+    with pytest.raises(NoSpace, match=r"needs 1.8 GB of memory even layer by layer, and 1.0 MB are given \(--memory\)"):
+        surgery.run(GIVEN, root, tmp_path / "out", memory=10**6, **given)
+    for operation in ("smoothing", "rotation", "tune"):
+        more = {"tune": {"steps": 1}} if operation == "tune" else {}
+        operations = GIVEN["operations"] + ([] if more else [{operation: {}}])
+        recipe = {"surgery": 1, "operations": operations, **more}
+        with pytest.raises(NoSpace, match=rf"since '{operation}' in the recipe works on all weights at once"):
+            surgery.run(recipe, root, tmp_path / "out", memory=least(root), **given)
+    assert not list(tmp_path.glob("*out*"))
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 2**33), ("800 MB", 8 * 10**8), ("1.5gib", 3 * 2**29), ("123456789", 123456789), ("64k", 64000)],
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "8 GiBs", "1e9", "8GB 2"])
+def test_what_is_no_size_is_refused(text, place):
+    with pytest.raises(SourceError, match="is no size; write one such as 8GiB"):
+        parse_memory(text)
+    assert surgery_command("plan", "eab", place.source, "--memory", text).code == 2
+
+
+def test_limits_of_the_process_count():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (2**36, before[1]))
+        assert free_memory() <= 2**36
+        resource.setrlimit(resource.RLIMIT_DATA, (2**31, before[1]))
+        assert free_memory() < 2**32
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_a_model_that_fits_is_resident(texts, tmp_path):
+    root = source(tmp_path / "source", "llama", texts[0])
+    anatomy, _ = examine_stored(read_config(root), layout := read_layout(root))
+    needs = Needs.of(anatomy, layout, torch.float32)
+    assert needs.weights == sum(4 * p.numel() for p in anatomy.blank.parameters())
+    assert Place(memory=needs.resident).by_layers(anatomy, layout) is None
+    by_layers = Place(memory=needs.resident - 1).by_layers(anatomy, layout)
+    assert by_layers is not None and 0 < by_layers.room <= needs.resident - PROCESS - PASS and by_layers.aside > 0
+    assert Place("auto").by_layers(anatomy, layout) is None
