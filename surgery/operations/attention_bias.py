@@ -146,7 +146,7 @@ class AttentionBias(Operation):
     def fit(self, live: Live, text: Fitting) -> Folded:
         prefix, search = text.planned.prefix, None
         if prefix is None:
-            prefix, search = self._search(live, text)
+            prefix, search = text.once("search", lambda: self._search(live, text))
         text.reporter.step("fold the prefix")
         return Folded(fold(live, prefix, self.slots_visible), search)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -88,13 +88,20 @@ class Changes:
         )  # fmt: skip
 
 
+Once = Callable[[str, Callable[[], Any]], Any]
+
+
+def _done(name: str, work: Callable[[], Any]) -> Any:
+    return work()
+
+
 @dataclass(frozen=True)
 class Fitting:
     """What an operation is fitted with: its plan, and chunks (M, T) of `calibration` text, None where there is none.
 
     `earlier`: the parts of the operations before it. And for tuning: `training`, what it reads and runs on, prepared
     before weights were read (`tuning.tune.Training`); `gate`, what the gates of head norms shall be in the end; and
-    `directory`, which holds the original.
+    `directory`, which holds the original. `once(name, work)` returns what `work` does, and may know it from before.
     """
 
     target: Target
@@ -105,6 +112,7 @@ class Fitting:
     training: Any = None
     gate: float = 0.0
     directory: Path | None = None
+    once: Once = _done
 
     @property
     def chunks(self) -> torch.Tensor:

@@ -25,6 +25,7 @@ from ..verification.gates import Gate
 from ..verification.gates.base import VARIANTS, Judgement, Measured, Subject, Variant
 from ..verification.verdict import found_by, judged
 from .recipe import Recipe
+from .resume import ALWAYS, Steps
 
 Load = Callable[[], tuple[Live, Any]]  # a model, freshly loaded, and its tokenizer
 
@@ -132,40 +133,54 @@ class Found:
     surveys: list[dict[str, Any]] | None
 
 
-def measure_pair(pair: Pair, original: Load | None, converted: Load, reporter: Reporter) -> Found:
+def measure_pair(
+    pair: Pair, original: Load | None, converted: Load, reporter: Reporter, steps: Steps = ALWAYS
+) -> Found:  # fmt: skip
     """Load and measure one model after the other, so that only one is in memory; `original` None: it is not at hand."""
     measuring = Measuring(pair.evaluation, pair.calibrating, pair.gates, reporter, pair.ready)
-    surveys: list[dict[str, Any]] = []
+    names, heads = pair.names or (None, None), []
+    before, surveyed = None, None
 
-    def of(load: Load, whose: str, name: str | None, measure: Callable[[Live, Any, FullSurvey | None], Measured]):
-        reporter.step(f"load {whose}")
-        live, tokenizer = load()
-        heads = [(shown["block"], shown["head"]) for survey in surveys for shown in survey["attention_maps"]]
-        survey = None if name is None else FullSurvey(live, pair.evaluation.shape[1], heads)
-        found = measure(live, tokenizer, survey)
-        if survey is not None:
-            shown = {"source": name, **survey.to_dict(tokenizer), **_tried(live, tokenizer, pair.evaluation[0])}
-            surveys.append(shown)
-        config, steps = live.model.config, rounds_values(live.model)
-        del live
-        gc.collect()
-        return found, tokenizer, config, steps
+    def of_original() -> tuple[Measured, dict[str, Any] | None]:
+        assert original is not None
+        reporter.step("load the original")
+        live, tokenizer = original()
+        survey = _survey(live, pair, names[0], [])
+        found = measuring.original(live, pair.prefix, tokenizer, survey)
+        return found, _shown(live, tokenizer, pair, names[0], survey)
 
-    names = pair.names or (None, None)
-    before = None
     if original is not None:
-        before, *_ = of(
-            original, "the original", names[0],
-            lambda live, reader, survey: measuring.original(live, pair.prefix, reader, survey),
-        )  # fmt: skip
-    after, tokenizer, config, steps = of(converted, "the converted model", names[1], measuring.converted)
-    exact = is_exact(pair.recipe, config, pair.evaluation.shape[1] + len(pair.prefix))
-    if exact and steps:  # what random token ids have shown in float64
+        before, surveyed = steps.once("original", of_original)
+        gc.collect()  # the model is let go before the next is loaded
+    if surveyed is not None:
+        heads = [(shown["block"], shown["head"]) for shown in surveyed["attention_maps"]]
+    reporter.step("load the converted model")
+    live, tokenizer = converted()
+    survey = _survey(live, pair, names[1], heads)
+    after = measuring.converted(live, tokenizer, survey)
+    surveys = [one for one in (surveyed, _shown(live, tokenizer, pair, names[1], survey)) if one is not None]
+    exact = is_exact(pair.recipe, live.model.config, pair.evaluation.shape[1] + len(pair.prefix))
+    if exact and rounds_values(live.model):  # what random token ids have shown in float64
         reporter.note("its layers round their inputs, so on text it is near the original after the prefix, not equal")
         exact = False
+    del live
+    gc.collect()
     return Found(
         judged(pair.gates, before, after, exact), found_by(pair.gates, before, after, tokenizer), surveys or None
     )
+
+
+def _survey(live: Live, pair: Pair, name: str | None, heads: Sequence[tuple[int, int]]) -> FullSurvey | None:
+    return None if name is None else FullSurvey(live, pair.evaluation.shape[1], heads)
+
+
+def _shown(
+    live: Live, tokenizer: Any, pair: Pair, name: str | None, survey: FullSurvey | None
+) -> dict[str, Any] | None:  # fmt: skip
+    """What a survey found, with what a model says and how fast, under the name that it is to be shown by."""
+    if survey is None:
+        return None
+    return {"source": name, **survey.to_dict(tokenizer), **_tried(live, tokenizer, pair.evaluation[0])}
 
 
 def _tried(live: Live, tokenizer: Any, chunk: torch.Tensor) -> dict[str, Any]:

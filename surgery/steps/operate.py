@@ -17,7 +17,7 @@ from ..live.memory import Place
 from ..live.model import Live
 from ..live.quantised import loaded_linears
 from ..live.roundings import rounds_values, steady
-from ..operations.base import Changes, Fitting, Operation, Parts
+from ..operations.base import Changes, Fitting, Once, Operation, Parts
 from ..progress import Reporter
 from ..verification.equivalence import Equivalence, compare_random_ids, take_control
 from .plan import Plan
@@ -43,8 +43,9 @@ class Operated:
 
 
 def operate(
-    plan: Plan, directory: Path, chunks: torch.Tensor | None, training: Any, place: Place, reporter: Reporter
-) -> Operated:
+    plan: Plan, directory: Path, chunks: torch.Tensor | None, training: Any, place: Place, reporter: Reporter,
+    once: Once,
+) -> Operated:  # fmt: skip
     """Load the original from `directory`; fit and graft each operation in its order; compare; collect the tensors.
 
     chunks (M, T): calibration text, None where there is none. UnsupportedModel where the model with all of its exact
@@ -68,7 +69,7 @@ def operate(
             if change is plan.recipe.tune:
                 parts = _in_float32(live, changes, parts)
             planned = plan.by_operation[change.name]
-            fitting = Fitting(plan.target, planned, chunks, reporter, {**parts}, training, gate, directory)
+            fitting = Fitting(plan.target, planned, chunks, reporter, {**parts}, training, gate, directory, once)
             part = parts[change.name] = change.fit(live, fitting)
             if change is changes[0]:  # the model is still as it came; only the first can stand for a prefix
                 prefix = change.plan(plan.target, part).prefix or ()

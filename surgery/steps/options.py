@@ -44,7 +44,8 @@ class RunOptions:
 
     text, calibration: files to evaluate on, and to search, scale and tune on; given one, it is split. chunking: how
     much of them is read. tasks: a directory of further task files. verify: False writes without proof. surveys: also
-    survey original and converted. keep_failed: where an output goes that failed its gates. tuning: a directory that
+    survey original and converted. keep_failed: where an output goes that failed its gates. resume: a directory that
+    keeps finished steps, from which a run that was cut off goes on. tuning: a directory that
     keeps the state of `tune`, from which a run that was cut off goes on. adapter: a new directory for what was tuned,
     as a PEFT adapter. link: hard-link unchanged shards. dtype: what a GGUF is dequantised to. revision: of a hub id.
     device: a torch device, or "auto". memory: bytes that may be taken, None for what is free. sign: a private key (PEM)
@@ -58,6 +59,7 @@ class RunOptions:
     verify: bool = True
     surveys: bool = False
     keep_failed: PathField = PathField()
+    resume: PathField = PathField()
     tuning: PathField = PathField()
     adapter: PathField = PathField()
     link: bool = False
@@ -131,6 +133,7 @@ class RunKeywords(TypedDict, total=False):
     verify: bool
     surveys: bool
     keep_failed: Path | str | None
+    resume: Path | str | None
     tuning: Path | str | None
     adapter: Path | str | None
     link: bool

@@ -12,7 +12,8 @@ from ..anatomy.sites import Anatomy
 from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
-from ..checkpoint.provenance import moment, name_of, names_only
+from ..checkpoint.provenance import Provenance, moment, name_of, names_only
+from ..checkpoint.results import require_result_folder
 from ..checkpoint.signature import Signer, manifest_digest
 from ..checkpoint.source import materialise
 from ..checkpoint.stage import Stage
@@ -41,6 +42,7 @@ from ..steps.plan import Plan, prepare
 from ..steps.reading import check_reading, reading_of
 from ..steps.ready import Ready, make_ready
 from ..steps.recipe import Given, Recipe, load_recipe
+from ..steps.resume import Steps, keeping, of_chunks
 from ..steps.tune import assist, dismiss, prepare_training
 from ..verification.checks import integrity_to_dict
 from ..verification.integrity import check_integrity, read_config
@@ -92,14 +94,20 @@ def _converted(
     if training is not None and training.assists:
         assist(plan, training)
         return None
-    with Stage(out) as stage, _aside(options.adapter) as aside, reading_of(plan.source, reporter) as reading:
+    with (
+        keeping(options.resume, reporter) as steps, Stage(out) as stage, _aside(options.adapter) as aside,
+        reading_of(plan.source, reporter) as reading,
+    ):  # fmt: skip
+        steps.begin(_identity(plan, reading, inputs, options, act))
         # 2. The source as plain files.
         plan, directory = _materialised(plan, stage, reporter)
         # 3. Fit every operation, compare with the original, tune.
         if aside is not None and training is not None:
             training = replace(training, adapter=aside.path)
         try:
-            operated = operate(plan, directory, inputs.calibrating, training, options.place, reporter)
+            operated = steps.once("operated", lambda: operate(
+                plan, directory, inputs.calibrating, training, options.place, reporter, steps.once
+            ))  # fmt: skip
         except NothingToDo as nothing:
             dismiss(training)
             return {
@@ -111,7 +119,7 @@ def _converted(
         manifest = emit(plan, stage, directory, operated, reading.recorded, act, options.link)
         operated = operated.without_tensors(plan)  # as large as the model, which is loaded anew
         # 5. Measure the original and what was written, each freshly loaded.
-        findings, surveys = _measure(plan, stage, directory, operated, inputs, texts, options, reporter)
+        findings, surveys = _measure(plan, stage, directory, operated, inputs, texts, options, reporter, steps)
         # 6. Card and manifest; then check all files against the source.
         findings, manifest = _finish(plan, stage, directory, operated, findings, manifest, reading, reporter)
         # 7. Judge, and publish or not.
@@ -151,11 +159,26 @@ def _plan(recipe: Recipe, source: str, out: Path, options: RunOptions) -> Plan:
         recipe, source, out, needs_tokenizer=options.verify or recipe.reads_text, link=options.link,
         dtype=options.dtype, revision=options.revision, place=options.place,
     )  # fmt: skip
+    apart = [plan.source.root, out, *(path for path in (options.keep_failed, options.adapter) if path is not None)]
+    require_result_folder(options.resume, "--resume", apart)
     if (kept := options.keep_failed) is not None:
         require_target(Path(kept), plan.source.root if plan.source.root.is_dir() else None)
         if Path(kept).resolve() == out.resolve():
             raise OutputError(f"{kept} is OUT itself, which only ever holds what passed; give another --keep-failed.")
     return plan
+
+
+def _identity(plan: Plan, reading: Reading, inputs: Ready, options: RunOptions, act: Provenance) -> dict[str, Any]:
+    """What makes two runs of `--resume` the same one."""
+    tasks = None if options.tasks is None else str(options.tasks)
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "source": {"files": reading.recorded, "dtype": options.dtype},
+        "evaluation text": of_chunks(inputs.evaluation),
+        "calibration text": of_chunks(inputs.calibrating),
+        "options": {"verify": options.verify, "surveys": options.surveys, "device": options.device, "tasks": tasks},
+        "versions": act.versions,
+    }
 
 
 # ---- 2. to 5.
@@ -179,7 +202,7 @@ def _materialised(plan: Plan, stage: Stage, reporter: Reporter) -> tuple[Plan, P
 
 def _measure(
     plan: Plan, stage: Stage, directory: Path, operated: Operated, ready: Ready, texts: Texts, options: RunOptions,
-    reporter: Reporter,
+    reporter: Reporter, steps: Steps,
 ) -> tuple[Findings, list[dict] | None]:  # fmt: skip
     """What the files as emitted were found to be, through their own tokenizer, beside the original; and surveys."""
     findings = Findings([], random_ids=operated.random_ids, said=_said(plan, operated))
@@ -196,6 +219,7 @@ def _measure(
         original=lambda: (live_original(directory, plan.anatomy, options.place), tokenizer),
         converted=lambda: _emitted(stage.path, plan.anatomy, options.place),
         reporter=reporter,
+        steps=steps,
     )
     if found.surveys is not None:
         gguf = plan.source.kind == "gguf"

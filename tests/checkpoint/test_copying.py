@@ -81,7 +81,9 @@ def test_several_files_are_hashed_in_their_order(tmp_path):
     told = []
     found = sha256_of_all([*paths, paths[3]], lambda count, what: told.append((count, what)))
     assert found == [sha256_of(path) for path in [*paths, paths[3]]]
-    assert sum(count for count, _ in told) == sum(range(9)) * 1000 + 3000 and {what for _, what in told} <= {*"12345678"}
+    assert sum(count for count, _ in told) == sum(range(9)) * 1000 + 3000 and {what for _, what in told} <= {
+        *"12345678"
+    }
     assert sha256_of_all([]) == []
 
 

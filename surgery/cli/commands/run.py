@@ -54,6 +54,9 @@ def require_pushing(push: str, no_verify: bool) -> None:
     click.option("--no-verify", is_flag=True, help="Write without proof; the manifest says unverified."),
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
     click.option("--report", type=RESULT, metavar="FILE", help="What was gained, and surveys of both, in one page."),
+    click.option(
+        "--resume", type=FILE, metavar="DIR", help="Keep finished steps here, and go on from those of a run cut off."
+    ),
     click.option("--tuning", type=FILE, metavar="DIR", help="Keep the state of tuning here, and go on from it."),
     click.option("--push", metavar="ID", help="Then push OUT to the hub: owner/name, or owner/name@branch."),
     click.option("--adapter", type=FILE, metavar="DIR", help="Also write what was tuned as a PEFT adapter."),
@@ -68,7 +71,7 @@ def run(recipe, source, out, no_verify, report, push, chunks, chunk_length, quie
     first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
     if first:
         texts = (*given["text"], *given["calibration"])
-        outputs = given["keep_failed"], given["adapter"]
+        outputs = given["keep_failed"], given["adapter"], given["resume"]
         paths = given_paths(recipe, source, out, *texts, *outputs, given["sign"])
         require_result_file(json_file, "--json", [*paths, *given_paths(report)])
         require_result_file(report, "--report", paths)
