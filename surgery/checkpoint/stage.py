@@ -15,7 +15,7 @@ from ..endings.owned import Owned
 from ..endings.signals import caught, has_published, held
 from ..endings.temporary import FULL
 from ..errors import DamagedCheckpoint, OutputError, SourceError
-from .copying import Hashing, copy_content, copy_tree, sha256_of
+from .copying import PART, Hashing, copy_content, copy_tree, sha256_of, to_disk
 from .disk import disk_errors, require_space, require_target, translated
 from .layout import CHUNK, Layout, iter_tensor_chunks
 from .regular import is_plain_name, open_regular
@@ -161,6 +161,8 @@ class Stage:
             def write(data: bytes | memoryview) -> None:
                 digest.update(data)
                 file.write(data)
+                if (at := file.tell()) % PART < len(data):
+                    to_disk(file, at - at % PART - PART, PART)
 
             for info in changed:
                 for data in _read(source, info.start - position):

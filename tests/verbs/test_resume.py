@@ -1,4 +1,4 @@
-"""Runs that are cut off and resumed: finished steps are not done again, and the files are those of an undisturbed run."""
+"""Runs that are cut off and resumed: finished steps are not done again, and the files are those of one undisturbed."""
 
 from __future__ import annotations
 
