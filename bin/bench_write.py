@@ -37,7 +37,7 @@ WAYS = {"copy": "shards as they are", "rewrite": "one tensor of each changed", "
 def make(root: Path, gib: float) -> Path:
     """A checkpoint of shards of half a GiB, tensors of 32 MiB of random bfloat16."""
     root.mkdir()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(max(1, round(gib * 2**30 / SHARD))):
         name = f"model-{number + 1:05d}.safetensors"
         tensors = {f"{number}.{i}": torch.randn(2048, 8192).bfloat16() for i in range(16)}

@@ -50,12 +50,18 @@ class Place:
         """How the model comes layer by layer; None where it is resident. NoSpace where neither fits."""
         needs = Needs.of(anatomy, layout, dtype)
         allowed = self.allowed
-        if allowed is None or needs.resident <= allowed or needs.layer is None:
+        if allowed is None or needs.resident <= allowed:
             return None
+        given = f"{human(allowed)} {'are given (--memory)' if self.memory is not None else 'are free'}"
+        if needs.layer is None:
+            raise NoSpace(
+                f"{layout.root} is quantised, and unpacked all at once: that needs {human(needs.resident)} of memory, "
+                f"and {given}; give it more, or --device auto."
+            )
         if needs.by_layers > allowed:
             raise NoSpace(
-                f"{layout.root} needs {human(needs.by_layers)} of memory even layer by layer, and "
-                f"{human(allowed)} {'are given (--memory)' if self.memory is not None else 'are free'}; give it more."
+                f"{layout.root} needs {human(needs.by_layers)} of memory even layer by layer, and {given}; give it "
+                "more."
             )
         waiting = min((allowed - needs.by_layers) // 2, MOST_ASIDE)
         return ByLayers(anatomy, allowed - PROCESS - PASS - waiting, waiting + PASS // 4)

@@ -180,7 +180,7 @@ class Operation(Named):
     @property
     def whole(self) -> bool:
         """Whether it works on all weights at once, so that a model cannot come layer by layer."""
-        return False
+        return self.changes_weights
 
     @property
     def reads(self) -> str | None:

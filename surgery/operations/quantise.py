@@ -114,6 +114,10 @@ class Quantise(Operation):
         return True
 
     @property
+    def whole(self) -> bool:
+        return False  # a weight at a time, when it is written
+
+    @property
     def reads(self) -> str | None:
         return "quantise sets static scales" if self._format.calibrated else None
 

@@ -113,10 +113,6 @@ class Rotation(Operation):
         added = _not_stored(target)
         return _changes(found, added, untied=bool(added))
 
-    @property
-    def whole(self) -> bool:
-        return True
-
     def require(self, live: Live) -> None:
         require_in_memory(live.model, "rotation")
 

@@ -96,10 +96,6 @@ class Smoothing(Operation):
             stored_name(target.layout, anatomy, renamed[0])  # raises
         return Changes(changed=found)
 
-    @property
-    def whole(self) -> bool:
-        return True
-
     def require(self, live: Live) -> None:
         require_in_memory(live.model, "smoothing")
 

@@ -22,7 +22,7 @@ from ..converted.card import Shown, model_card
 from ..converted.origin import origin
 from ..converted.reading import live_converted
 from ..endings.leftovers import clear_for
-from ..errors import OutputError, SourceError
+from ..errors import NoSpace, OutputError, SourceError
 from ..live.loading import live_original, load_tokenizer, require_device
 from ..live.memory import Place
 from ..live.model import Live
@@ -84,6 +84,11 @@ def _converted(
     for note in plan.notes:
         reporter.note(note)
     if not plan.resident:
+        if plan.changes.replaced and options.verify:
+            raise NoSpace(
+                f"{plan.source.name} comes layer by layer, and what 'quantise' writes is measured whole, for which "
+                "there is not enough memory; give more (--memory), or --no-verify to write it without proof."
+            )
         reporter.note(f"{plan.source.name} comes layer by layer: {_memory_words(plan)}")
     inputs = make_ready(plan, texts, options, reporter)
     act = provenance(

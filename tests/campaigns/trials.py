@@ -74,17 +74,20 @@ class Bench:
 
     def left(self) -> list[str]:
         """What lies about, hidden or temporary; not what the command was to write."""
-        names = sorted(path.name for path in self.trial.iterdir() if path.name not in ("tmp", "out", "found.json"))
+        names = sorted(
+            path.name for path in self.trial.iterdir() if path.name not in ("tmp", "out", "found.json", "steps")
+        )
         return names + sorted(f"tmp/{path.name}" for path in self.temporary.iterdir())
 
-    def start(self, arguments: Sequence[str]) -> int:
-        """Fork a child that is the command; its id."""
+    def start(self, arguments: Sequence[str], before: Callable[[], None] = lambda: None) -> int:
+        """Fork a child that is the command, and calls `before` first; its id."""
         output = self.root / f"output-{len(self.outputs)}.txt"
         if child := os.fork():
             self.outputs[child] = output
             return child
         code = 99
         try:
+            before()
             code = self._command(arguments, output)
         except BaseException:
             traceback.print_exc()
@@ -117,8 +120,8 @@ class Bench:
             took[name] = ended.seconds
         return took
 
-    def call(self, arguments: Sequence[str]) -> Ended:
-        return self.wait(self.start(arguments), time.monotonic())
+    def call(self, arguments: Sequence[str], before: Callable[[], None] = lambda: None) -> Ended:
+        return self.wait(self.start(arguments, before), time.monotonic())
 
     def _command(self, arguments: Sequence[str], output: Path) -> int:
         os.setsid()

@@ -140,6 +140,25 @@ def test_what_cannot_be_is_said_before_weights_are_read(texts, tmp_path, monkeyp
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.parametrize("scheme", ["w8a8_static", "w4a16"])
+def test_layers_are_written_in_few_bits_alike(scheme, texts, tmp_path):
+    """Scales come from a pass layer by layer, and weights one at a time from their files."""
+    root, given = source(tmp_path / "source", "llama", texts[0]), {"calibration": texts[0], "chunking": CHUNKS}
+    settings = {"scheme": scheme, **({"group": 16} if scheme == "w4a16" else {})}
+    recipe = {"surgery": 1, "operations": [*GIVEN["operations"], {"quantise": settings}]}
+    with pytest.raises(NoSpace, match="what 'quantise' writes is measured whole"):
+        surgery.run(recipe, root, tmp_path / "out", memory=least(root), text=texts[1], **given)
+    written = []
+    for way, memory in (("resident", None), ("layers", least(root))):
+        surgery.run(recipe, root, tmp_path / way, memory=memory, verify=False, **given)
+        written.append(
+            {k: v for k, v in sha256_of_files(tmp_path / way).items() if k.endswith((".safetensors", "g.json"))}
+        )
+    assert written[0] == written[1] and len(written[0]) > 2
+    with pytest.raises(NoSpace, match="is quantised, and unpacked all at once: that needs 1.8 GB of memory"):
+        surgery.scan(tmp_path / "layers", text=texts[1], chunking=CHUNKS, memory=least(root))
+
+
 # ---- memory
 
 
