@@ -7,6 +7,7 @@ Two paths compute it. They agree to rounding; the first needs no longer mask and
 * merged: any flash kernel returns o = softmax(QK^T)V and its log-sum-exp L per query. With slot logits
   s_j = q.k'_j * scale and w = softmax([L, s_1 .. s_n]), the result is w_0 * o + sum_j w_j v'_j.
   Cost O(T n d) on top of the kernel.
+  FlexAttention gives the same on GPUs (`eab_flex`). Of a single query all logits are written out instead.
 * concatenated: slots are put in front of the keys and PyTorch does the rest. It carries gradients, dropout, soft-capped
   logits and attention weights, and runs on every device. Of causal attention it makes no mask, which would keep
   PyTorch from its flash kernels: with as many queries in front as there are slots, it is causal again.
@@ -19,6 +20,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .eab_flex import flexible
 
 
 def slot_attention(
@@ -37,6 +40,7 @@ def slot_attention(
     sink_logits: Tensor | None = None,
     need_weights: bool = False,
     slot_weights: bool = False,
+    flex: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over text and slots in one softmax.
 
@@ -50,6 +54,7 @@ def slot_attention(
         dropout: probability on the attention weights. softcap: c * tanh(logits / c) before masking.
         sink_logits: (Hq,) learned logits that take a share of the softmax and give no value (GPT-OSS).
         need_weights: also return the weights over the S real keys, (B, Hq, T, S); their rows sum to less than 1.
+        flex: take FlexAttention for the text, on whatever device, where nothing needs gradients or weights.
         slot_weights: those weights shall be over slots and keys, slots first, (B, Hq, T, n + S); rows sum to 1.
 
     Returns:
@@ -67,12 +72,15 @@ def slot_attention(
     if slot_mask is not None and slot_mask.dtype != torch.bool:
         slot_mask = slot_mask.to(query.dtype).clamp(min=low)
     plain = softcap is None and not need_weights
-    if plain and _can_merge(query, key, value, slot_key, slot_value, mask, dropout):
-        inputs = (query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits)
-        if not torch.is_autocast_enabled("cpu"):
-            return _merged(*inputs), None
-        with torch.autocast("cpu", enabled=False):  # the merge is done in the dtype of the log-sum-exp
-            return _merged(*inputs), None
+    one = query.shape[2] == 1 and query.dtype in (torch.float32, torch.float64)
+    if plain and not dropout and not _needs_grad(query, key, value, slot_key, slot_value, mask):
+        merging = _of_one_query if one else _by_flex if flex else _merged if _has_kernel(query, value) else None
+        if merging is not None:
+            inputs = (query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits)
+            if not torch.is_autocast_enabled(query.device.type):
+                return merging(*inputs), None
+            with torch.autocast(query.device.type, enabled=False):  # merged in the dtype of the log-sum-exp
+                return merging(*inputs), None
     if not plain or sink_logits is not None:
         out, weights = _eager(
             query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout, softcap, sink_logits
@@ -100,22 +108,20 @@ def _concatenated(
     return out[:, :, extra:]
 
 
-def _can_merge(
-    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, mask: Tensor | None, dropout: float
-) -> bool:
-    """Whether a kernel that returns its log-sum-exp takes these inputs. Only the CPU's has been tested."""
-    # The lse of the CPU kernel never carries a gradient, so this is a question of requires_grad, not of training mode.
-    inputs = (query, key, value, slot_key, slot_value, mask)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return query.device.type == "cpu" and not needs_grad and not dropout and query.shape[-1] == value.shape[-1]
+def _needs_grad(*inputs: Tensor | None) -> bool:
+    """The lse of the CPU's kernel never carries a gradient, so this is a question of requires_grad, not of training."""
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs)
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether a flash kernel returns its log-sum-exp here: the CPU's does."""
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
 
 
 def _merged(
     query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float, causal: bool,
     mask: Tensor | None, slot_mask: Tensor | None, sink_logits: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    if query.shape[2] == 1 and query.dtype in (torch.float32, torch.float64):
-        return _of_one_query(query, key, value, slot_key, slot_value, scale, mask, slot_mask, sink_logits)
     if mask is not None:
         mask = _additive(mask, query.dtype)  # the kernel refuses bool; a row of -inf would report lse = 0
     out: Tensor
@@ -127,11 +133,22 @@ def _merged(
     return _with_slots(out, lse, query, slot_key, slot_value, scale, slot_mask, sink_logits)
 
 
-def _of_one_query(
-    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float,
+def _by_flex(
+    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float, causal: bool,
     mask: Tensor | None, slot_mask: Tensor | None, sink_logits: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """While text is generated, what counts is how few operations there are: few logits, all of them written out."""
+    out, lse = flexible(query, key, value, scale, causal, mask)
+    return _with_slots(out, lse, query, slot_key, slot_value, scale, slot_mask, sink_logits)
+
+
+def _of_one_query(
+    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float, causal: bool,
+    mask: Tensor | None, slot_mask: Tensor | None, sink_logits: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """While text is generated, what counts is how few operations there are: few logits, all of them written out.
+
+    No key of the cache is copied, on any device. In half precision the logits would be rounded.
+    """
     rows, heads, n = query.shape[0], key.shape[1], slot_key.shape[0]
     grouped = (query * scale).reshape(rows * heads, -1, query.shape[-1])  # (B H, G, D)
     keys, values = slot_key.to(query.dtype).permute(1, 2, 0), slot_value.to(query.dtype).transpose(0, 1)

@@ -121,6 +121,14 @@ def own_query_scale(n: int, site: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return (scale(place + n) / scale(place)).view(1, 1, -1, 1)
 
 
+def scale_queries(
+    n: int, site: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of sites that scale queries by place: they are scaled for place + n."""
+    scale = own_query_scale(n, site, args, kwargs)
+    return None if scale is None else (args, {**kwargs, "query_scale": scale})
+
+
 def slot_count(site: Any) -> int:
     """Slots of a site; 0 where none are installed."""
     n: int = site.attention_bias.key.shape[0] if hasattr(site, "attention_bias") else 0

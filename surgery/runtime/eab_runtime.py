@@ -30,10 +30,10 @@ from transformers.modeling_utils import AttentionInterface
 
 from .eab_kernel import slot_attention
 from .eab_masks import biased, eab_mask, slots_and_text
-from .eab_positions import number_text, own_query_scale, shift_positions
+from .eab_positions import number_text, scale_queries, shift_positions
 
 # What a user may ask for, and the name under which we register our version of it.
-IMPLEMENTATIONS = {"sdpa": "eab", "eager": "eab_eager"}
+IMPLEMENTATIONS = {"sdpa": "eab", "eager": "eab_eager", "flex_attention": "eab_flex"}
 NAMES = frozenset(IMPLEMENTATIONS.values())
 
 # Tensors that callers hand through the attention interface and that do not change plain attention.
@@ -53,9 +53,7 @@ class Added(nn.Module):
 
 class Slots(Added):
     """The slots of one site: key (n, kv_heads, key_dim), value (n, kv_heads, value_dim), as if rotary was applied.
-
-    `shown`: attention weights that a caller asks for have columns for them too.
-    """
+    `shown`: attention weights that a caller asks for have columns for them too."""
 
     key: Tensor
     value: Tensor
@@ -80,7 +78,7 @@ def eab_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, softcap: float | None = None,
     s_aux: Tensor | None = None, query_scale: Tensor | None = None, logit_bias: Tensor | None = None,
-    need_weights: bool = False, **kwargs: Any,
+    need_weights: bool = False, flex: bool = False, **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The attention function of a site with slots, in the calling convention of `ALL_ATTENTION_FUNCTIONS`.
 
@@ -89,9 +87,8 @@ def eab_attention(
     `logit_bias` (B or 1, Hq, 1, n + S), slots first, is added to the scaled logits (ALiBi). A site with a `head_norm`
     (`eab_head_norm`) has its output normed here, before the model's own code sees it.
     """
-    for name, argument in kwargs.items():
-        if isinstance(argument, Tensor) and name not in HARMLESS_TENSORS:
-            raise ValueError(f"attention with slots does not know the argument {name!r} and will not ignore it")
+    if unknown := [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in HARMLESS_TENSORS]:
+        raise ValueError(f"attention with slots does not know the argument {unknown[0]!r} and will not ignore it")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(
             "attention with slots is defined for causal attention only: a prefix is not constant without it"
@@ -116,13 +113,15 @@ def eab_attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=causal, mask=mask, slot_mask=slot_mask, dropout=dropout, softcap=softcap, sink_logits=s_aux,
         need_weights=need_weights, slot_weights=module.attention_bias.shown,
+        flex=flex,
     )  # fmt: skip
     out = out.transpose(1, 2).contiguous()
     return module.head_norm(out) if hasattr(module, "head_norm") else out, weights
 
 
 for _wanted, _name in IMPLEMENTATIONS.items():
-    AttentionInterface.register(_name, functools.partial(eab_attention, need_weights=_wanted == "eager"))
+    _attend = functools.partial(eab_attention, need_weights=_wanted == "eager", flex=_wanted == "flex_attention")
+    AttentionInterface.register(_name, _attend)
     AttentionMaskInterface.register(_name, eab_mask)
 
 
@@ -136,16 +135,8 @@ def _guard_site(config: PreTrainedConfig, site: nn.Module, args: tuple[Any, ...]
         if asked._attn_implementation_internal not in NAMES:
             raise ValueError(
                 f"attention implementation {asked._attn_implementation!r} would leave out the slots and norms of this "
-                "model: use set_attn_implementation('sdpa') or 'eager'"
+                f"model: set_attn_implementation takes {', '.join(IMPLEMENTATIONS)}"
             )
-
-
-def _scale_queries(
-    n: int, site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of sites that scale queries by place: they are scaled for place + n."""
-    scale = own_query_scale(n, site, args, kwargs)
-    return None if scale is None else (args, {**kwargs, "query_scale": scale})
 
 
 def find_trunk(model: PreTrainedModel, kind: str) -> PreTrainedModel:
@@ -176,7 +167,7 @@ def install(model: PreTrainedModel, eab: dict[str, Any], adapter: Any = None) ->
         guard = functools.partial(_guard_site, trunk.config)
         undo.callback(site.register_forward_pre_hook(guard).remove)
         if n and hasattr(site, "attn_temperature_tuning"):
-            scale = functools.partial(_scale_queries, n)
+            scale = functools.partial(scale_queries, n)
             undo.callback(site.register_forward_pre_hook(scale, with_kwargs=True).remove)
     if n:
         _move_text(model, trunk, n, eab.get("max_length"), undo)
@@ -228,7 +219,7 @@ class AttentionBiasMixin(Mixed):
     """Mixed into a model class of transformers, it makes the class load and run with slots."""
 
     _supports_flash_attn = False
-    _supports_flex_attn = False
+    _supports_flex_attn = True
     adapter: Any = None  # of eab_families, for a family that needs one
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:

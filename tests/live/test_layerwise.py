@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.families import EXACT, families
 from helpers.planted import planted, planted_text
 from helpers.tiny import VOCAB, build, live_of, one_thread, tiny_config, tiny_text
 
@@ -75,6 +76,16 @@ def test_every_family_is_itself_to_the_bit(kind, tmp_path):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, part.name
     with grafted(ours, mine), grafted(theirs, other):
         assert compare_random_ids(ours, controls[0]) == compare_random_ids(theirs, controls[1])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", EXACT)
+def test_every_exact_type_reads_text_to_the_bit(kind, tmp_path):
+    family = families()[kind]
+    with family.default_dtype():
+        build(family.config()).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40KB")
+    text = tiny_text(4, 24)
+    assert scored(opened(tmp_path), text) == scored(opened(tmp_path, layers=False), text)
 
 
 def test_a_survey_says_the_same(tmp_path):

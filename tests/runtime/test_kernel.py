@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from surgery.runtime import eab_kernel
 from surgery.runtime.eab_kernel import slot_attention
 
+# What PyTorch says of FlexAttention on a CPU, where it is tested and not fast.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
@@ -131,6 +134,7 @@ def cases(draw):
         "softcap": draw(st.sampled_from([None, None, 1.5])),
         "sinks": draw(st.booleans()),
         "need_weights": draw(st.booleans()),
+        "flex": draw(st.booleans()),
     }  # fmt: skip
 
 
@@ -153,7 +157,9 @@ def test_agrees_with_the_reference(case):
     arguments = {"scale": 0.4, "causal": case["kind"] == "causal", "mask": mask, "slot_mask": slot_mask}
     arguments["softcap"] = case["softcap"]
     expected, expected_weights, sees = reference(*inputs, **arguments, sinks=sinks)
-    out, weights = slot_attention(*inputs, **arguments, sink_logits=sinks, need_weights=case["need_weights"])
+    out, weights = slot_attention(
+        *inputs, **arguments, sink_logits=sinks, need_weights=case["need_weights"], flex=case["flex"]
+    )
     assert out.dtype == dtype and torch.isfinite(out).all()
     error = (out.double() - expected)[sees]
     assert error.numel() == 0 or error.abs().max() < TOLERANCE[dtype]
@@ -166,7 +172,7 @@ def test_agrees_with_the_reference(case):
 
 
 def without_merge():
-    return mock.patch.object(eab_kernel, "_can_merge", return_value=False)
+    return mock.patch.object(eab_kernel, "_has_kernel", return_value=False)
 
 
 def only_merge():
@@ -185,9 +191,11 @@ def test_both_paths_agree_on_the_same_input(kind, dtype):
     }  # fmt: skip
     with only_merge():
         merged, _ = slot_attention(*inputs, **arguments)
+        flexible, _ = slot_attention(*inputs, **arguments, flex=True)
     with without_merge():
         concatenated, _ = slot_attention(*inputs, **arguments)
     assert (merged - concatenated).abs().max() < TOLERANCE[dtype]
+    assert (flexible - concatenated).abs().max() < TOLERANCE[dtype]
 
 
 def test_sink_logits_take_part_in_the_merge():

@@ -23,7 +23,7 @@ def _one_thread_for_this_module():
 def test_another_attention_implementation_is_refused():
     """It is refused when it is set, and when it is called."""
     model = derived_model()
-    for name in ("flash_attention_2", "flex_attention", "paged|sdpa", "kernels-community/flash-attn"):
+    for name in ("flash_attention_2", "flash_attention_3", "paged|sdpa", "kernels-community/flash-attn"):
         with pytest.raises(ValueError, match="no version with slots"):
             model.set_attn_implementation(name)
     model.set_attn_implementation("eager")

@@ -21,6 +21,7 @@ FAMILIES = [  # the rest of TINY is only tested for exactness
     "llama", "mistral", "qwen2", "gpt2", "opt", "gpt_neox", "mixtral", "gpt_oss", "gemma2", "gemma3_text",
     "llama4_text",
 ]  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 WINDOWED = {"mistral": 8, "gpt_oss": 8, "gemma2": 8, "gemma3_text": 8, "llama4_text": 16}
 ROUNDS_TO_FLOAT32 = set(TINY) - {"gpt2", "opt", "gpt_neox", "phi", "stablelm"}
 
@@ -63,7 +64,7 @@ def test_text_behind_the_slots_is_text_behind_the_prefix(family):
     with torch.no_grad():
         bare = pair.model(input_ids=ids, use_cache=False).logits
     assert worst(bare[:, :3], expected[:, :3]) > 0.05, "the prefix makes no difference: this test would prove nothing"
-    for implementation in ("eab", "eab_eager"):
+    for implementation in ("eab", "eab_eager", "eab_flex"):
         with pair.converted(implementation=implementation) as model:
             assert worst(model(input_ids=ids, use_cache=False).logits, expected) < tolerance(family)
             assert worst(model(input_ids=ids, use_cache=True).logits, expected) < tolerance(family)
