@@ -85,7 +85,10 @@ def found(result) -> str:
     return json.dumps(stripped(result), sort_keys=True)
 
 
-@pytest.mark.parametrize(("kind", "recipe"), [("llama", SEARCHED), ("mixtral", OF_EXPERTS), ("gpt2", GIVEN)])
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [("llama", SEARCHED), ("mixtral", OF_EXPERTS), pytest.param("gpt2", GIVEN, marks=pytest.mark.slow)],
+)
 def test_all_that_is_found_and_written_is_the_same(kind, recipe, texts, tmp_path):
     root = source(tmp_path / "source", kind, texts[0])
     results = {}

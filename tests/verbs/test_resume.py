@@ -83,7 +83,7 @@ class Cut(BaseException):
 
 
 @pytest.mark.parametrize("step", [*resuming.STEPS, "publish"])
-@pytest.mark.parametrize("memory", [None, "least"])
+@pytest.mark.parametrize("memory", [None, pytest.param("least", marks=pytest.mark.slow)])
 def test_a_run_that_is_cut_off_goes_on(step, memory, ground, tmp_path, monkeypatch):
     """After each step, and at the very end."""
     steps, out, done = tmp_path / "steps", tmp_path / "out", []
@@ -128,8 +128,8 @@ def least(root: Path) -> int:
     ("what", "changed"),
     [
         ("recipe", {"recipe": {**RECIPE, "operations": [{"attention_bias": {"prefix": [1, 5]}}]}}),
-        ("evaluation text", {"chunking": surgery.Chunking(6, 32)}),
-        ("options", {"surveys": False}),
+        pytest.param("evaluation text", {"chunking": surgery.Chunking(6, 32)}, marks=pytest.mark.slow),
+        pytest.param("options", {"surveys": False}, marks=pytest.mark.slow),
         ("source", {}),
     ],
 )
