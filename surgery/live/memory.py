@@ -23,9 +23,9 @@ from .by_layers import ByLayers
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 # What a process takes besides weights: the interpreter with torch and transformers, and what a pass makes (logits of a
-# batch in two forms, `stream.LOGIT_BYTES`, and activations).
+# batch in two forms, `stream.LOGIT_BYTES`, and activations), which for a small model is less.
 PROCESS = 700 * 2**20
-PASS = 1024 * 2**20
+PASS, SMALL_PASS, BY_WEIGHTS = 2**30, 64 * 2**20, 4
 MOST_ASIDE = 4 * 2**30  # of hidden states that wait in memory
 RESERVE = 16  # of what is free, one part in so many is left to others
 
@@ -64,7 +64,7 @@ class Place:
                 "more."
             )
         waiting = min((allowed - needs.by_layers) // 2, MOST_ASIDE)
-        return ByLayers(anatomy, allowed - PROCESS - PASS - waiting, waiting + PASS // 4)
+        return ByLayers(anatomy, allowed - PROCESS - needs.work - waiting, waiting + needs.work // 4)
 
     @property
     def allowed(self) -> int | None:
@@ -92,12 +92,17 @@ class Needs:
     layer: int | None
 
     @property
+    def work(self) -> int:
+        """What a pass makes besides."""
+        return min(PASS, SMALL_PASS + BY_WEIGHTS * self.weights)
+
+    @property
     def resident(self) -> int:
-        return PROCESS + PASS + self.weights
+        return PROCESS + self.work + self.weights
 
     @property
     def by_layers(self) -> int:
-        return PROCESS + PASS + (self.weights if self.layer is None else self.layer)
+        return PROCESS + self.work + (self.weights if self.layer is None else self.layer)
 
     @classmethod
     def of(cls, anatomy: Anatomy, layout: Layout, dtype: torch.dtype) -> Needs:

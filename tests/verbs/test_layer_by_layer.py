@@ -16,7 +16,7 @@ from surgery.anatomy.fit import examine_stored
 from surgery.checkpoint.config import read_config
 from surgery.checkpoint.layout import read_layout
 from surgery.errors import NoSpace, SourceError
-from surgery.live.memory import PASS, PROCESS, Needs, Place, free_memory, parse_memory
+from surgery.live.memory import Needs, Place, free_memory, parse_memory
 from surgery.progress import Reporter
 
 CHUNKS = surgery.Chunking(8, 32)
@@ -132,7 +132,9 @@ def test_what_cannot_be_is_said_before_weights_are_read(texts, tmp_path, monkeyp
     root = source(tmp_path / "source", "llama", texts[0])
     monkeypatch.setattr("surgery.steps.operate.live_original", None)
     given = {"text": texts[1], "chunking": CHUNKS}
-    with pytest.raises(NoSpace, match=r"needs 1.8 GB of memory even layer by layer, and 1.0 MB are given \(--memory\)"):
+    with pytest.raises(
+        NoSpace, match=r"needs 8..\.. MB of memory even layer by layer, and 1.0 MB are given \(--memory\)"
+    ):
         surgery.run(GIVEN, root, tmp_path / "out", memory=10**6, **given)
     for operation in ("smoothing", "rotation", "tune"):
         more = {"tune": {"steps": 1}} if operation == "tune" else {}
@@ -158,7 +160,7 @@ def test_layers_are_written_in_few_bits_alike(scheme, texts, tmp_path):
             {k: v for k, v in sha256_of_files(tmp_path / way).items() if k.endswith((".safetensors", "g.json"))}
         )
     assert written[0] == written[1] and len(written[0]) > 2
-    with pytest.raises(NoSpace, match="is quantised, and unpacked all at once: that needs 1.8 GB of memory"):
+    with pytest.raises(NoSpace, match=r"is quantised, and unpacked all at once: that needs 8..\.. MB of memory"):
         surgery.scan(tmp_path / "layers", text=texts[1], chunking=CHUNKS, memory=least(root))
 
 
@@ -198,5 +200,5 @@ def test_a_model_that_fits_is_resident(texts, tmp_path):
     assert needs.weights == sum(4 * p.numel() for p in anatomy.blank.parameters())
     assert Place(memory=needs.resident).by_layers(anatomy, layout) is None
     by_layers = Place(memory=needs.resident - 1).by_layers(anatomy, layout)
-    assert by_layers is not None and 0 < by_layers.room <= needs.resident - PROCESS - PASS and by_layers.aside > 0
+    assert by_layers is not None and 0 < by_layers.room <= needs.weights and by_layers.aside > 0
     assert Place("auto").by_layers(anatomy, layout) is None
