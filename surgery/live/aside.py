@@ -32,11 +32,18 @@ class Aside:
     @contextlib.contextmanager
     def put(self, states: torch.Tensor | None) -> Iterator[None]:
         """Within the block nobody looks at `states`: all that shares their storage has them back afterwards."""
-        if states is None or states.device.type != "cpu":
+        if states is None:
             yield
             return
         storage = states.untyped_storage()
         size = storage.nbytes()
+        if states.device.type != "cpu":  # a GPU has less memory than the machine that it is in
+            host = storage.cpu()
+            storage.resize_(0)
+            yield
+            storage.resize_(size)
+            storage.copy_(host)
+            return
         if self.held + size <= self.room:
             self.held += size
             try:
@@ -47,13 +54,11 @@ class Aside:
         with temporary_errors():
             at = self._write(storage)
         storage.resize_(0)
-        try:
-            yield
-        finally:
-            storage.resize_(size)
-            with temporary_errors():
-                _whole(os.preadv, self._file, storage, at)
-            self._free[size].append(at)
+        yield  # whoever is ended here does not need them back
+        storage.resize_(size)
+        with temporary_errors():
+            _whole(os.preadv, self._file, storage, at)
+        self._free[size].append(at)
 
     def _write(self, storage: torch.UntypedStorage) -> int:
         """Where in the file it now is."""

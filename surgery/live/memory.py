@@ -46,6 +46,10 @@ class Place:
     device: str = "cpu"
     memory: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.device == "auto" and self.memory is not None:
+            raise SourceError("--device auto places the model by itself, within what is free; leave --memory out.")
+
     def by_layers(self, anatomy: Anatomy, layout: Layout, dtype: torch.dtype = torch.float32) -> ByLayers | None:
         """How the model comes layer by layer; None where it is resident. NoSpace where neither fits."""
         needs = Needs.of(anatomy, layout, dtype)
@@ -70,7 +74,7 @@ class Place:
     def allowed(self) -> int | None:
         """Bytes that this process, or a model on a GPU, may take; None where that is accelerate's business."""
         if self.device == "auto":
-            return self.memory
+            return None
         if torch.device(self.device).type == "cuda" and torch.cuda.is_available():
             free = torch.cuda.mem_get_info(self.device)[0]
             return PROCESS + (free if self.memory is None else min(free, self.memory))

@@ -54,11 +54,13 @@ class _Passing:
                 self._pass(min(self.parked.values(), key=self.layers.order.__getitem__))
             return [self.results[one] for one in started]
         finally:
-            for one in started:
-                if not one.dead:
-                    one.throw()  # unwinds what it has open
-            self.layers.waiting = None
-            self.layers.release()
+            try:
+                for one in started:
+                    if not one.dead:
+                        one.throw()  # unwinds what it has open
+            finally:
+                self.layers.waiting = None
+                self.layers.release()
 
     def _pass(self, gate: str) -> None:
         """Load the unit of `gate`, and let all pass it that wait for it."""

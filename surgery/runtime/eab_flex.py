@@ -39,7 +39,7 @@ def flexible(
 def _seen(mask: Tensor, query: Tensor) -> Callable[[Tensor, Place, Place, Place, Place], Tensor]:
     """What FlexAttention asks of each logit: hidden ones are lowest, not -inf, so that each row has a log-sum-exp."""
     rows = mask.expand(query.shape[0], query.shape[1], -1, -1)
-    low = torch.finfo(query.dtype).min
+    low = torch.finfo(query.dtype).min / 2  # compiled kernels multiply it by log2(e)
 
     def hide(logit: Tensor, row: Place, head: Place, at: Place, to: Place) -> Tensor:
         return torch.where(rows[row, head, at, to], logit, low)

@@ -138,6 +138,8 @@ def _by_flex(
     mask: Tensor | None, slot_mask: Tensor | None, sink_logits: Tensor | None,
 ) -> Tensor:  # fmt: skip
     out, lse = flexible(query, key, value, scale, causal, mask)
+    if not slot_key.shape[0] and sink_logits is None:
+        return out
     return _with_slots(out, lse, query, slot_key, slot_value, scale, slot_mask, sink_logits)
 
 

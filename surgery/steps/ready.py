@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ..errors import SourceError
+from ..errors import NoSpace, SourceError
 from ..live.text import Chunking
 from ..progress import Reporter
 from ..verification.gates.base import Inputs
+from ..words import human
 from .inputs import Texts, fit_chunks, require_inputs, room_after
 from .options import RunOptions
 from .plan import Plan
@@ -63,3 +64,24 @@ def _require_calibration(recipe: Recipe, texts: Texts, tokenizer: object) -> Non
         )
     if (reads := recipe.reads) is not None:
         raise SourceError(f"{reads} on text: give --calibration FILE (or --text), and a model with a tokenizer.")
+
+
+def say_notes(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
+    """Say what there is to know of the plan: how tensors fit the model, and that it comes layer by layer where it does.
+
+    NoSpace where it does not fit into memory, and cannot come so.
+    """
+    for note in plan.notes:
+        reporter.note(note)
+    if plan.resident:
+        return
+    if plan.changes.replaced and options.verify:
+        raise NoSpace(
+            f"{plan.source.name} comes layer by layer, and what 'quantise' writes is measured whole, for which there "
+            "is not enough memory; give more (--memory), or --no-verify to write it without proof."
+        )
+    found = plan.memory()
+    reporter.note(
+        f"{plan.source.name} comes layer by layer: all of it would take {human(found['resident'])} of memory, and "
+        f"{human(found['allowed'])} may be taken"
+    )

@@ -11,21 +11,30 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import importlib
 import json
 import os
+import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from ..checkpoint.copying import sha256_of
 from ..checkpoint.disk import disk_errors, replacing
-from ..checkpoint.regular import read_json
+from ..checkpoint.regular import open_regular, read_json
+from ..endings.leftovers import clear_for
 from ..errors import OutputError, SurgeryError, brief
 from ..live.stream import Observer
 from ..progress import Reporter
+
+if TYPE_CHECKING:
+    from ..checkpoint.witness import Reading
+    from .options import RunOptions
+    from .plan import Plan
+    from .ready import Ready
 
 IDENTITY, LOCK, SUFFIX = "steps.json", "lock", ".step"
 # Names of steps -> what they are called.
@@ -71,18 +80,18 @@ class KeptSteps(Steps):
             other = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
             self.reporter.note(
                 f"{self.directory} holds steps of another run (not the same: {', '.join(other)}), "
-                "which are not taken up"
+                "which are not taken up, and go"
             )
         with disk_errors(self.directory):
             path.unlink(missing_ok=True)  # first: what is there without it belongs to no run
-            for step in self.directory.glob(f"*{SUFFIX}"):
-                step.unlink()
+            for name in STEPS:
+                self._file(name).unlink(missing_ok=True)
             with replacing(path) as partial:
                 partial.write_text(json.dumps(identity, indent=2), encoding="utf-8")
 
     def once(self, name: str, work: Callable[[], T]) -> T:
-        path = self.directory / f"{name}{SUFFIX}"
-        if path.exists():
+        path = self._file(name)
+        if os.path.lexists(path):
             try:
                 found: T = _read(path)
                 self.reporter.note(f"{STEPS[name]} is taken up from {self.directory}")
@@ -90,9 +99,15 @@ class KeptSteps(Steps):
             except Exception as error:  # whatever is in the way, the work can be done again
                 self.reporter.note(f"{path} cannot be taken up ({brief(error)}), so that is done again")
         value = work()
-        with disk_errors(self.directory), replacing(path) as partial:
-            torch.save(value, partial)
+        try:
+            with disk_errors(self.directory), replacing(path) as partial:
+                torch.save(value, partial)
+        except SurgeryError as error:  # the work is done, and the run goes on with it
+            self.reporter.note(f"{STEPS[name]} is not kept for --resume: {str(error).rstrip('.')}")
         return value
+
+    def _file(self, name: str) -> Path:
+        return self.directory / f"{name}{SUFFIX}"
 
 
 @contextlib.contextmanager
@@ -102,7 +117,10 @@ def keeping(directory: Path | None, reporter: Reporter) -> Iterator[Steps]:
         yield Steps()
         return
     with disk_errors(directory):
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        _require_ours(directory)
+        for name in (IDENTITY, *(f"{step}{SUFFIX}" for step in STEPS)):
+            clear_for(directory / name)  # what a run left that was killed while it wrote
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -116,15 +134,50 @@ def keeping(directory: Path | None, reporter: Reporter) -> Iterator[Steps]:
         os.close(lock)
 
 
-def of_chunks(chunks: torch.Tensor | None) -> str | None:
+def _require_ours(directory: Path) -> None:
+    """OutputError for a directory with other things in it, or to which others write: steps decide what is written."""
+    state = directory.stat()
+    if state.st_uid != os.geteuid() or state.st_mode & stat.S_IWOTH:
+        raise OutputError(f"{directory} (--resume) is another user's, or can be written by all; give one of your own.")
+    if not (directory / IDENTITY).exists() and any(path.name != LOCK for path in directory.iterdir()):
+        raise OutputError(f"{directory} (--resume) holds other files and no {IDENTITY}; give an empty directory.")
+
+
+def identity(
+    plan: Plan, reading: Reading, ready: Ready, options: RunOptions, versions: Mapping[str, str]
+) -> dict[str, Any]:  # fmt: skip
+    """What makes two runs the same one."""
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "source": {"files": reading.recorded, "dtype": options.dtype},
+        "evaluation text": _of_chunks(ready.evaluation),
+        "calibration text": _of_chunks(ready.calibrating),
+        "options": {"verify": options.verify, "surveys": options.surveys, "device": options.device},
+        "tasks": _of_files(options.tasks),
+        "versions": dict(versions),
+    }
+
+
+def _of_files(folder: Path | None) -> dict[str, str] | None:
+    """SHA-256 of each file below `folder`, by its name in there."""
+    if folder is None:
+        return None
+    return {
+        path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def _of_chunks(chunks: torch.Tensor | None) -> str | None:
     """Which token ids these are."""
     return None if chunks is None else hashlib.sha256(chunks.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _read(path: Path) -> Any:
-    kinds: list[Any] = [_plain(name) for name in get_unsafe_globals_in_checkpoint(path)]
-    with safe_globals(kinds):
-        return torch.load(path, weights_only=True, map_location="cpu")
+    with open_regular(path) as file:
+        kinds: list[Any] = [_plain(name) for name in get_unsafe_globals_in_checkpoint(file)]
+        file.seek(0)
+        with safe_globals(kinds):
+            return torch.load(file, weights_only=True, map_location="cpu")
 
 
 def _plain(name: str) -> type:
@@ -133,7 +186,7 @@ def _plain(name: str) -> type:
         return frozenset
     module, _, kind = name.rpartition(".")
     if module.split(".")[0] == __package__.split(".")[0]:
-        found = getattr(importlib.import_module(module), kind, None)
+        found = getattr(sys.modules.get(module), kind, None)
         if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, Observer)):
             return found
     raise ValueError(f"it names {name[:60]}, which is no plain data of surgery's")

@@ -12,7 +12,7 @@ from ..anatomy.sites import Anatomy
 from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
-from ..checkpoint.provenance import Provenance, moment, name_of, names_only
+from ..checkpoint.provenance import moment, name_of, names_only
 from ..checkpoint.results import require_result_folder
 from ..checkpoint.signature import Signer, manifest_digest
 from ..checkpoint.source import materialise
@@ -22,7 +22,7 @@ from ..converted.card import Shown, model_card
 from ..converted.origin import origin
 from ..converted.reading import live_converted
 from ..endings.leftovers import clear_for
-from ..errors import NoSpace, OutputError, SourceError
+from ..errors import OutputError, SourceError
 from ..live.loading import live_original, load_tokenizer, require_device
 from ..live.memory import Place
 from ..live.model import Live
@@ -40,9 +40,9 @@ from ..steps.operate import Operated, operate
 from ..steps.options import RUN, RunKeywords, RunOptions, with_keywords
 from ..steps.plan import Plan, prepare
 from ..steps.reading import check_reading, reading_of
-from ..steps.ready import Ready, make_ready
+from ..steps.ready import Ready, make_ready, say_notes
 from ..steps.recipe import Given, Recipe, load_recipe
-from ..steps.resume import Steps, keeping, of_chunks
+from ..steps.resume import ALWAYS, Steps, identity, keeping
 from ..steps.tune import assist, dismiss, prepare_training
 from ..verification.checks import integrity_to_dict
 from ..verification.integrity import check_integrity, read_config
@@ -81,15 +81,7 @@ def _converted(
     _clear_leftovers(out, options, reporter)
     reporter.step(f"plan {source}")
     plan = _plan(recipe, source, out, options)
-    for note in plan.notes:
-        reporter.note(note)
-    if not plan.resident:
-        if plan.changes.replaced and options.verify:
-            raise NoSpace(
-                f"{plan.source.name} comes layer by layer, and what 'quantise' writes is measured whole, for which "
-                "there is not enough memory; give more (--memory), or --no-verify to write it without proof."
-            )
-        reporter.note(f"{plan.source.name} comes layer by layer: {_memory_words(plan)}")
+    say_notes(plan, options, reporter)
     inputs = make_ready(plan, texts, options, reporter)
     act = provenance(
         date, command=options.command, device=options.device, files=texts.files, evaluation=inputs.evaluation,
@@ -103,14 +95,15 @@ def _converted(
         keeping(options.resume, reporter) as steps, Stage(out) as stage, _aside(options.adapter) as aside,
         reading_of(plan.source, reporter) as reading,
     ):  # fmt: skip
-        steps.begin(_identity(plan, reading, inputs, options, act))
+        steps.begin(identity(plan, reading, inputs, options, act.versions))
         # 2. The source as plain files.
         plan, directory = _materialised(plan, stage, reporter)
         # 3. Fit every operation, compare with the original, tune.
         if aside is not None and training is not None:
             training = replace(training, adapter=aside.path)
         try:
-            operated = steps.once("operated", lambda: operate(
+            kept = steps if training is None else ALWAYS  # training keeps its own state, and others take part in it
+            operated = kept.once("operated", lambda: operate(
                 plan, directory, inputs.calibrating, training, options.place, reporter, steps.once
             ))  # fmt: skip
         except NothingToDo as nothing:
@@ -135,11 +128,6 @@ def _converted(
 
 
 # ---- 1. before weights
-
-
-def _memory_words(plan: Plan) -> str:
-    found = plan.memory()
-    return f"all of it would take {human(found['resident'])} of memory, and {human(found['allowed'])} may be taken"
 
 
 def _clear_leftovers(out: Path, options: RunOptions, reporter: Reporter) -> None:
@@ -171,19 +159,6 @@ def _plan(recipe: Recipe, source: str, out: Path, options: RunOptions) -> Plan:
         if Path(kept).resolve() == out.resolve():
             raise OutputError(f"{kept} is OUT itself, which only ever holds what passed; give another --keep-failed.")
     return plan
-
-
-def _identity(plan: Plan, reading: Reading, inputs: Ready, options: RunOptions, act: Provenance) -> dict[str, Any]:
-    """What makes two runs of `--resume` the same one."""
-    tasks = None if options.tasks is None else str(options.tasks)
-    return {
-        "recipe": plan.recipe.to_dict(),
-        "source": {"files": reading.recorded, "dtype": options.dtype},
-        "evaluation text": of_chunks(inputs.evaluation),
-        "calibration text": of_chunks(inputs.calibrating),
-        "options": {"verify": options.verify, "surveys": options.surveys, "device": options.device, "tasks": tasks},
-        "versions": act.versions,
-    }
 
 
 # ---- 2. to 5.

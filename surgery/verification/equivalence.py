@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..errors import UnsupportedModel, brief, out_of_memory
+from ..errors import SurgeryError, UnsupportedModel, brief, out_of_memory
 from ..live.model import Live
 from ..live.together import together
 
@@ -103,6 +103,8 @@ def compare_random_ids(live: Live, control: Control) -> Equivalence:
             for answer, wanted in zip(answers, (control.plain, control.padded, control.cached), strict=True)
         )
         assert plain is not None and padded is not None
+    except SurgeryError:  # of the files that the weights come from
+        raise
     except Exception as error:  # the runtime refuses a call, or foreign model code breaks on it: either way, no fold
         if out_of_memory(error):
             raise

@@ -202,3 +202,5 @@ def test_a_model_that_fits_is_resident(texts, tmp_path):
     by_layers = Place(memory=needs.resident - 1).by_layers(anatomy, layout)
     assert by_layers is not None and 0 < by_layers.room <= needs.weights and by_layers.aside > 0
     assert Place("auto").by_layers(anatomy, layout) is None
+    with pytest.raises(SourceError, match="--device auto places the model by itself"):
+        Place("auto", 2**33)
