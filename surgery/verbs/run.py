@@ -260,7 +260,7 @@ def _finish(
         beside,
         hashes=reading.recorded,
     )
-    return replace(findings, checks=[*checks, check_reading(reading), *findings.checks]), manifest
+    return replace(findings, checks=[check_reading(reading), *checks, *findings.checks]), manifest
 
 
 def _shown(stage: Stage, findings: Findings, manifest: Manifest, recipe: Recipe) -> Shown:
