@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..checkpoint.allowance import Allowance, within
 from ..checkpoint.config import CONFIG, require_countable
 from ..checkpoint.layout import Layout
-from ..checkpoint.reading import DTYPES
+from ..checkpoint.reading import without_values
 from ..errors import DamagedCheckpoint, SurgeryError, brief
 from ..words import count_of, named
 from .packed import from_headers, require_patterns, require_plain_sites
@@ -103,10 +103,7 @@ def fit(anatomy: Anatomy, layout: Layout) -> Fit:
 def _loaded(anatomy: Anatomy, layout: Layout, config: PreTrainedConfig) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """The model as transformers loads it from these names and shapes, on the meta device, and its report."""
     kind: Any = anatomy.model_class
-    empty = {
-        info.name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta")
-        for info in layout.tensors.values()
-    }
+    empty = without_values(layout)
     try:
         with quiet(), within(Allowance.of(len(empty))):
             return kind.from_pretrained(

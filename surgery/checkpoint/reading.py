@@ -21,6 +21,14 @@ DTYPES = {
 }  # fmt: skip
 
 
+def without_values(layout: Layout) -> dict[str, torch.Tensor]:
+    """Tensors of the names, shapes and dtypes in `layout`, on the meta device."""
+    return {
+        info.name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta")
+        for info in layout.tensors.values()
+    }
+
+
 def read_tensors(layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor]:
     """The tensors of these names as they are stored.
 

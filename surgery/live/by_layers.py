@@ -22,11 +22,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import Layout, read_layout
-from ..checkpoint.reading import DTYPES
+from ..checkpoint.reading import without_values
 from .layerwise import Layerwise, Unit
 
 OUTSIDE = "what is outside of the blocks"
-_META = torch.device("meta")
 
 Finish = Callable[[PreTrainedModel], PreTrainedModel]
 
@@ -74,13 +73,8 @@ def _weights_left(layout: Layout) -> Iterator[list[LoadStateDictConfig]]:
     def load(model: PreTrainedModel, *args: Any, **kwargs: Any) -> tuple[Any, None]:
         config = next(one for one in (*args, *kwargs.values()) if isinstance(one, LoadStateDictConfig))
         kept.append(config)
-        empty = {
-            info.name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device=_META)
-            for info in layout.tensors.values()
-        }
-        report, _ = convert_and_load_state_dict_in_model(
-            model, empty, dataclasses.replace(config, device_map={"": _META})
-        )
+        on_meta = dataclasses.replace(config, device_map={"": torch.device("meta")})
+        report, _ = convert_and_load_state_dict_in_model(model, without_values(layout), on_meta)
         return report, None
 
     kind: Any = PreTrainedModel

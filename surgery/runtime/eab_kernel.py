@@ -17,6 +17,8 @@ Notation: B batch, Hq query heads, H key/value heads, T queries, S keys, D key d
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,9 +76,9 @@ def slot_attention(
     plain = softcap is None and not need_weights
     one = query.shape[2] == 1 and query.dtype in (torch.float32, torch.float64)
     if plain and not dropout and not _needs_grad(query, key, value, slot_key, slot_value, mask):
-        merging = _of_one_query if one else _by_flex if flex else _merged if _has_kernel(query, value) else None
-        if merging is not None:
+        if one or flex or _has_kernel(query, value):
             inputs = (query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, sink_logits)
+            merging = _of_one_query if one else functools.partial(_merged, flex=flex)
             if not torch.is_autocast_enabled(query.device.type):
                 return merging(*inputs), None
             with torch.autocast(query.device.type, enabled=False):  # merged in the dtype of the log-sum-exp
@@ -120,24 +122,16 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 
 def _merged(
     query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float, causal: bool,
-    mask: Tensor | None, slot_mask: Tensor | None, sink_logits: Tensor | None,
+    mask: Tensor | None, slot_mask: Tensor | None, sink_logits: Tensor | None, flex: bool,
 ) -> Tensor:  # fmt: skip
-    if mask is not None:
-        mask = _additive(mask, query.dtype)  # the kernel refuses bool; a row of -inf would report lse = 0
     out: Tensor
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-    )
-    if not slot_key.shape[0] and sink_logits is None:
-        return out
-    return _with_slots(out, lse, query, slot_key, slot_value, scale, slot_mask, sink_logits)
-
-
-def _by_flex(
-    query: Tensor, key: Tensor, value: Tensor, slot_key: Tensor, slot_value: Tensor, scale: float, causal: bool,
-    mask: Tensor | None, slot_mask: Tensor | None, sink_logits: Tensor | None,
-) -> Tensor:  # fmt: skip
-    out, lse = flexible(query, key, value, scale, causal, mask)
+    if flex:
+        out, lse = flexible(query, key, value, scale, causal, mask)
+    else:  # this kernel refuses bool; of a row of -inf it would report lse = 0
+        added = None if mask is None else _additive(mask, query.dtype)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=added, scale=scale
+        )
     if not slot_key.shape[0] and sink_logits is None:
         return out
     return _with_slots(out, lse, query, slot_key, slot_value, scale, slot_mask, sink_logits)
@@ -156,27 +150,23 @@ def _of_one_query(
     keys, values = slot_key.to(query.dtype).permute(1, 2, 0), slot_value.to(query.dtype).transpose(0, 1)
     if rows > 1:
         keys, values = keys.repeat(rows, 1, 1), values.repeat(rows, 1, 1)  # (B H, D, n), (B H, n, E)
-    logits = torch.cat([grouped @ keys, grouped @ key.flatten(0, 1).transpose(1, 2)], dim=-1)  # (B H, G, n + S)
-    if mask is not None or slot_mask is not None:
-        logits = _hidden(logits.view(rows, query.shape[1], 1, -1), n, mask, slot_mask).view(logits.shape)
+    by_head = (rows, query.shape[1], 1, -1)  # (B, Hq, 1, ..)
+    to_slots = _masked((grouped @ keys).view(by_head), slot_mask)
+    to_text = _masked((grouped @ key.flatten(0, 1).transpose(1, 2)).view(by_head), mask)
+    terms = [to_slots, to_text]
     if sink_logits is not None:
-        sinks = sink_logits.to(query.dtype).view(1, heads, -1, 1).expand(rows, -1, -1, -1).reshape(*logits.shape[:2], 1)
-        logits = torch.cat([logits, sinks], dim=-1)
-    weights = torch.softmax(logits, dim=-1)
+        terms.append(sink_logits.to(query.dtype).view(1, -1, 1, 1).expand(rows, -1, -1, -1))
+    weights = torch.softmax(torch.cat(terms, dim=-1), dim=-1).view(*grouped.shape[:2], -1)  # (B H, G, n + S ..)
     texts = weights[..., n : n + key.shape[2]] @ value.flatten(0, 1)
     return torch.baddbmm(texts, weights[..., :n], values).view(*query.shape[:3], value.shape[-1])
 
 
-def _hidden(logits: Tensor, n: int, mask: Tensor | None, slot_mask: Tensor | None) -> Tensor:
-    """Logits (B, Hq, 1, n + S) of slots and keys, lowest where a mask hides them."""
+def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """`logits`, lowest where `mask` hides them; what an additive one adds, added."""
+    if mask is None:
+        return logits
     low = torch.finfo(logits.dtype).min
-    parts = []
-    for part, seen in zip((logits[..., :n], logits[..., n:]), (slot_mask, mask), strict=True):
-        if seen is None:
-            parts.append(part)
-        else:
-            parts.append(part.masked_fill(~seen, low) if seen.dtype == torch.bool else (part + seen).clamp(min=low))
-    return torch.cat(parts, dim=-1)
+    return logits.masked_fill(~mask, low) if mask.dtype == torch.bool else (logits + mask).clamp(min=low)
 
 
 def _with_slots(
@@ -189,10 +179,7 @@ def _with_slots(
     # matmul, not einsum: the same sum in a tenth of the time. (1, H, 1, D, n) and (1, H, 1, n, E) broadcast.
     slots = (slot_key.to(wide) * scale).permute(1, 2, 0)[None, :, None]
     logits = grouped.to(wide) @ slots  # (B, H, G, T, n)
-    if slot_mask is not None:
-        seen = _grouped_mask(slot_mask, heads)
-        low = torch.finfo(wide).min
-        logits = logits.masked_fill(~seen, low) if seen.dtype == torch.bool else (logits + seen).clamp(min=low)
+    logits = _masked(logits, None if slot_mask is None else _grouped_mask(slot_mask, heads))
     lse = lse.unflatten(1, (heads, groups)).unsqueeze(-1)  # (B, H, G, T, 1)
     terms = [lse, logits]
     if sink_logits is not None:
