@@ -72,9 +72,8 @@ class Layerwise:
         self._ahead: tuple[Unit, Future[dict[str, torch.Tensor]]] | None = None
         self._reader: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
-        self.waiting: Callable[[str, torch.Tensor | None], None] | None = (
-            None  # set by `together`: called by who comes to a gate
-        )
+        # Set by `together`: called by who comes to a gate.
+        self.waiting: Callable[[str, torch.Tensor | None], None] | None = None
         for gate in self.order:
             self._watch(model, gate)
 

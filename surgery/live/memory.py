@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,6 +71,32 @@ class Place:
         waiting = min((allowed - needs.by_layers) // 2, MOST_ASIDE)
         return ByLayers(anatomy, allowed - PROCESS - needs.work - waiting, waiting + needs.work // 4)
 
+    def comes_by_layers(self, spec: object, anatomy: Anatomy, layout: Layout, asking: Iterable[Any]) -> bool:
+        """Whether the model `spec` has to come layer by layer; NoSpace where an operation or gate of `asking` works on
+        all weights."""
+        if self.by_layers(anatomy, layout) is None:
+            return False
+        whole = next((one.name for one in asking if one.whole), None)
+        if whole is None:
+            return True
+        needed = Needs.of(anatomy, layout, torch.float32).resident
+        raise NoSpace(
+            f"{spec} needs {human(needed)} of memory, since '{whole}' in the recipe works on all weights at once, and "
+            f"may take {human(self.allowed or 0)}; leave it out, or give more (--memory)."
+        )
+
+    def told(self, anatomy: Anatomy, layout: Layout, layers: bool) -> dict[str, Any]:
+        """`memory` of a plan: what a run takes, by layers or resident, and what each pass over weights reads."""
+        needs = Needs.of(anatomy, layout, torch.float32)
+        return {
+            "layer_by_layer": layers,
+            "peak": needs.by_layers if layers else needs.resident,
+            "allowed": self.allowed,
+            "resident": needs.resident,
+            "least": needs.by_layers,
+            "read_each_pass": sum(tensor.nbytes for tensor in layout.tensors.values()) if layers else 0,
+        }
+
     @property
     def allowed(self) -> int | None:
         """Bytes that this process, or a model on a GPU, may take; None where that is accelerate's business."""
@@ -115,10 +142,10 @@ class Needs:
         if getattr(anatomy.config, KEY, None) is not None:  # packed weights are unpacked all at once
             return cls(weights, None)
         blocks = [_size(blank.get_submodule(f"{anatomy.lead}{name}"), dtype) for name in anatomy.blocks]
-        ends = [_size(end, dtype) for end in (blank.get_input_embeddings(), blank.get_output_embeddings()) if end]
-        tied = len({id(end.weight) for end in (blank.get_input_embeddings(), blank.get_output_embeddings()) if end}) < 2
-        outside = weights - sum(blocks) - sum(ends[:1] if tied else ends)
-        most = max([*blocks, *ends])
+        both = (blank.get_input_embeddings(), blank.get_output_embeddings())
+        ends = {id(end.weight): _size(end, dtype) for end in both if end}  # one where they are tied
+        outside = weights - sum(blocks) - sum(ends.values())
+        most = max([*blocks, *ends.values()])
         stored = sum(tensor.nbytes for tensor in original_tensors(layout).tensors.values())  # slots are small
         packed = stored / max(1, weights)  # of a byte in memory, so many in the files
         fused = any("experts" in name for name, _ in blank.named_parameters())  # stacked in memory, and so there twice

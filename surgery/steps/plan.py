@@ -6,30 +6,27 @@ import functools
 import json
 import operator
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..anatomy.fit import Fit, examine_stored
 from ..anatomy.linears import linears
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.disk import free_space, require_space, require_target, same_disk
 from ..checkpoint.gguf_tokenizer import write_tokenizer
-from ..checkpoint.layout import INDEX, Layout
+from ..checkpoint.layout import INDEX
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import Source, has_tokenizer, open_source, without_tokenizer
 from ..converted.derived import Derived, derive
 from ..converted.files import added_layout, is_rewritten, lowered_limits, may_rewrite, rewritten_layout, shard_names
 from ..endings.temporary import temporary
-from ..errors import NoSpace, SourceError, UnsupportedModel
+from ..errors import SourceError, UnsupportedModel
 from ..live.graft import eab_config
 from ..live.loading import load_tokenizer, require_generation
-from ..live.memory import HERE, Needs, Place
+from ..live.memory import HERE, Place
 from ..operations.base import Changes, Parts, Target
-from ..words import human
 from .inputs import Reader
 from .recipe import Recipe
 
@@ -108,22 +105,13 @@ class Plan:
 
     def memory(self) -> dict[str, Any]:
         """What a run takes of it, resident or layer by layer, and what each pass over the weights reads then."""
-        needs = Needs.of(self.anatomy, self.source.layout, torch.float32)
-        layers = not self.resident
-        return {
-            "layer_by_layer": layers,
-            "peak": needs.by_layers if layers else needs.resident,
-            "allowed": self.place.allowed,
-            "resident": needs.resident,
-            "least": needs.by_layers,
-            "read_each_pass": sum(t.nbytes for t in self.source.layout.tensors.values()) if layers else 0,
-        }
+        return self.place.told(self.anatomy, self.source.layout, not self.resident)
 
     @functools.cached_property
     def resident(self) -> bool:
         """Whether all weights are in memory at once. NoSpace where they do not fit, and cannot come layer by layer."""
         asking = (*self.recipe.changes, *self.recipe.verify.gates())
-        return not comes_by_layers(self.source.spec, self.anatomy, self.source.layout, self.place, asking)
+        return not self.place.comes_by_layers(self.source.spec, self.anatomy, self.source.layout, asking)
 
     def final(self, parts: Mapping[str, Parts]) -> Changes:
         """What is done, now that everything is fitted; of what is not, the most there can be."""
@@ -154,22 +142,6 @@ class Plan:
             "disk": {"needed": self.bytes_needed, "free": self.bytes_free},
             "download": sum(self.source.missing.values()),
         }
-
-
-def comes_by_layers(
-    spec: object, anatomy: Anatomy, layout: Layout, place: Place, asking: Iterable[Any]
-) -> bool:  # fmt: skip
-    """Whether the model has to come layer by layer; NoSpace where one of `asking` works on all weights."""
-    if place.by_layers(anatomy, layout) is None:
-        return False
-    whole = next((one.name for one in asking if one.whole), None)
-    if whole is None:
-        return True
-    needed = Needs.of(anatomy, layout, torch.float32).resident
-    raise NoSpace(
-        f"{spec} needs {human(needed)} of memory, since '{whole}' in the recipe works on all weights at once, and may "
-        f"take {human(place.allowed or 0)}; leave it out, or give more (--memory)."
-    )
 
 
 def prepare(

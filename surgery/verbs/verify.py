@@ -32,7 +32,6 @@ from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inpu
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyKeywords, VerifyOptions, with_keywords
 from ..steps.original import open_original, plain_files
-from ..steps.plan import comes_by_layers
 from ..steps.recipe import Recipe
 from ..verification.checks import Check
 from ..verification.gates import Gate
@@ -114,7 +113,7 @@ def _say_how(root: Path, described: Described, recipe: Recipe, options: VerifyOp
     asking: list[Any] = [] if options.against is None else [one for one in recipe.changes if one.repeats]
     asking += recipe.verify.gates(compared=options.against is not None) if options.text else []
     layout = read_layout(root)
-    if comes_by_layers(root, described.anatomy, layout, options.place, asking) and (options.text or options.against):
+    if options.place.comes_by_layers(root, described.anatomy, layout, asking) and (options.text or options.against):
         reporter.note(f"{root} does not fit into memory, and comes layer by layer")
 
 
