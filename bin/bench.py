@@ -47,7 +47,6 @@ def kernel_rows() -> list[tuple[str, dict[str, float]]]:
         slot_key, slot_value = torch.randn(2, 3, 64), torch.randn(2, 3, 64)
         wide_key, wide_value = (t.repeat_interleave(3, dim=1) for t in (key, value))
         keys, values, mask = eab_kernel._concatenate(query, key, value, slot_key, slot_value, True, None, None)
-        keys, values = (t.repeat_interleave(3, dim=1) for t in (keys, values))
 
         def plain(q=query, k=wide_key, v=wide_value):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)

@@ -26,6 +26,7 @@ FLOORS = (
     ("converted",),
     ("survey",),
     ("live",),
+    ("parts",),
     ("anatomy", "recipe"),
     ("checkpoint",),
     ("endings",),

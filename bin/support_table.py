@@ -19,7 +19,9 @@ from ruamel.yaml import YAML
 TERMS = (
     "grouped", "multi-query", "latent", "window", "chunked", "mixed layers", "shared keys/values", "q/k norm",
     "clipped q/k/v", "softcap", "sink logits", "temperature by position", "per-head gate", "output gate",
-    "parallel block", "logit scaling", "final softcap", "MoE", "multimodal",
+    "parallel block", "shared attention", "logit scaling", "final softcap", "gated delta net", "delta attention",
+    "lightning attention", "Mamba", "Mamba-2", "Mamba-2 beside attention", "short convolution",
+    "indexer", "MoE", "multimodal",
 )  # fmt: skip
 
 

@@ -51,15 +51,19 @@ def linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
     """Name in the trunk -> every linear layer inside its blocks.
 
     UnsupportedModel where blocks hold matrices in other modules (experts fused into one tensor): a figure of a model
-    quantised in part would look like one of the whole.
+    quantised in part would look like one of the whole. What a mixer holds itself, and its depthwise convolutions, are
+    a few numbers a channel, which quantisers leave alone.
     """
     trunk, left = model.get_submodule(anatomy.trunk), []
+    mixers = {mixer.name for mixer in anatomy.mixers}
     found: dict[str, nn.Module] = {}
     for block in anatomy.blocks:
         for name, module in trunk.get_submodule(block).named_modules(prefix=block):
             if isinstance(module, LINEAR):
                 found[name] = module
-            elif any(part in ADDED for part in name.split(".")):
+            elif any(part in ADDED for part in name.split(".")) or name in mixers:
+                continue
+            elif isinstance(module, nn.Conv1d) and module.groups == module.in_channels:
                 continue
             elif any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 left.append(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from torch import nn
@@ -18,20 +18,23 @@ from ..runtime.eab_families import ADAPTERS
 from ..words import named
 from .calls import Call
 from .limits import max_length, max_positions
-from .structure import run_structure
+from .mixers import Indexer, Mixer, described
+from .structure import MIXED_TOKENS, run_mixers, run_structure
 
 # Arguments that a site may pass on and that leave attention what it is. All others that are not None are refused.
 KNOWN_ARGUMENTS = {
     "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux",
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
-    "return_dict", "layer_idx", "logit_bias", "logits_to_keep",
+    "return_dict", "layer_idx", "logit_bias", "logits_to_keep", "indices",
 }  # fmt: skip
 
 # Modules that a converted site may hold and an original must not.
-ADDED = ("attention_bias", "head_norm")
+ADDED = ("attention_bias", "head_norm", "remembered_inputs", "index_keys")
 
-# Kinds of layer (`config.layer_types`) that hand nothing but keys and values from token to token.
-PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Kinds of layer (`config.layer_types`) that hand nothing but keys and values from token to token, and those that hand
+# on a state too, or instead; or choose keys.
+PLAIN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+MIXED_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "indexed_attention"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a config says about a model: classes, the trunk's name within the causal LM, its blocks and sites.
+    """What a config says about a model: classes, the trunk's name within the causal LM, its blocks, sites and mixers.
 
     Made once for a source, since it takes a parse of the config and a model on the meta device; both are kept, as
     `config` and `blank`. The blank model has modules and shapes and no weights, and nothing is changed on it.
@@ -63,6 +66,8 @@ class Anatomy:
     trunk_class: str
     blocks: tuple[str, ...]
     sites: tuple[Site, ...]
+    mixers: tuple[Mixer, ...]
+    indexers: tuple[Indexer, ...]
     max_positions: int | None
     max_length: int | None
     vocab_size: int | None
@@ -82,6 +87,11 @@ class Anatomy:
             "slots_visible": slots_visible,
             "trunk": self.trunk_class,
             "sites": {site.name: [site.kv_heads, site.key_dim, site.value_dim] for site in self.sites},
+            **{
+                key: {part.name: part.entry for part in parts}
+                for key, parts in (("mixers", self.mixers), ("indexers", self.indexers))
+                if parts and n_slots
+            },
             **({"whole_mask": True} if adapter is not None and adapter.whole_mask else {}),
             **({} if self.max_length is None else {"max_length": self.max_length}),
         }
@@ -136,10 +146,10 @@ def _refuse_config(config) -> None:
             f"{config.model_type}: attends to an encoder, and a prefix of the decoder is then not constant"
         )
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
-    if other := sorted(set(kinds) - PLAIN_LAYERS):
+    if other := sorted(set(kinds) - PLAIN_LAYERS - MIXED_LAYERS):
         raise UnsupportedModel(
-            f"{config.model_type}: layers of type {other[0]!r} are not plain attention over keys and values, "
-            "so slots cannot carry all of a prefix"
+            f"{config.model_type}: layers of type {other[0]!r} are neither plain attention over keys and values nor "
+            "mixers with a state, so nothing that could be stored carries all of a prefix"
         )
 
 
@@ -166,7 +176,11 @@ def _describe(config: PreTrainedConfig, model: PreTrainedModel, calls: list[Call
             raise UnsupportedModel(
                 f"{kind}: {names[call.module]} already has an attribute {taken[0]}, where what is added would live"
             )
-    trunk_name, trunk = _innermost(model, [names[call.module] for call in calls])
+    others = _others(config, model)
+    trunk_name, trunk = _innermost(model, [names[call.module] for call in calls] + [other.name for other in others])
+    lead = f"{trunk_name}." if trunk_name else ""
+    others = [replace(other, name=other.name.removeprefix(lead)) for other in others]
+    mixers = tuple(other for other in others if isinstance(other, Mixer))
     if kind not in ADAPTERS and "position_ids" not in inspect.signature(trunk.forward).parameters:
         raise UnsupportedModel(
             f"{kind}: {type(trunk).__name__} takes no position_ids, so its text cannot be shifted to after the prefix"
@@ -177,7 +191,7 @@ def _describe(config: PreTrainedConfig, model: PreTrainedModel, calls: list[Call
             "prefix is constant for both"
         )
     within = {module: name for name, module in trunk.named_modules()}
-    blocks, block_of = _blocks(kind, trunk, [within[call.module] for call in calls])
+    blocks, block_of = _blocks(kind, trunk, [within[call.module] for call in calls], [mixer.name for mixer in mixers])
     sites = tuple(
         Site(
             name=within[call.module], block=block_of[within[call.module]], heads=call.query.shape[1],
@@ -188,10 +202,32 @@ def _describe(config: PreTrainedConfig, model: PreTrainedModel, calls: list[Call
     vocab_size = getattr(config.get_text_config(), "vocab_size", None)
     return Anatomy(
         model_type=kind, model_class=type(model), config_class=type(config), trunk=trunk_name,
-        trunk_class=type(trunk).__name__, blocks=blocks, sites=sites, max_positions=max_positions(config),
+        trunk_class=type(trunk).__name__, blocks=blocks, sites=sites, mixers=mixers,
+        indexers=tuple(other for other in others if isinstance(other, Indexer)),
+        max_positions=max_positions(config),
         max_length=max_length(config), vocab_size=vocab_size if isinstance(vocab_size, int) else None, config=config,
         blank=model,
     )  # fmt: skip
+
+
+def _others(config: PreTrainedConfig, model: PreTrainedModel) -> list[Mixer | Indexer]:
+    """Mixers and indexers by their names in the model. Looked for where the config says that there are some."""
+    mixed = sorted(MIXED_LAYERS & set(getattr(config.get_text_config(), "layer_types", None) or ()))
+    if not mixed:
+        return []
+    names = {module: name for name, module in model.named_modules()}
+    found: list[Mixer | Indexer] = []
+    for asking in run_mixers(model):
+        part = described(asking, names[asking.module], 1, MIXED_TOKENS)
+        if isinstance(part, str):
+            raise UnsupportedModel(f"{config.model_type}: {part}")
+        found.append(part)
+    if not found:
+        raise UnsupportedModel(
+            f"{config.model_type}: layers of type {mixed[0]!r} keep their state in themselves and not in a cache, "
+            "where one text's cannot be told from another's"
+        )
+    return found
 
 
 def _innermost(model: PreTrainedModel, sites: list[str]) -> tuple[str, PreTrainedModel]:
@@ -203,29 +239,32 @@ def _innermost(model: PreTrainedModel, sites: list[str]) -> tuple[str, PreTraine
     return best
 
 
-def _blocks(kind: str, trunk: nn.Module, sites: list[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The list of blocks that hold the sites, in order, and each site's block. All must hold equally many."""
+def _blocks(kind: str, trunk: nn.Module, sites: list[str], mixers: list[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The list of blocks that hold sites and mixers, in order, and the block of each site.
+
+    Without mixers all must hold equally many sites.
+    """
     owner = {}
     stacks: dict[str, int] = {}
-    for site in sites:
-        parts = site.split(".")
+    for part in (*sites, *mixers):
+        parts = part.split(".")
         depth = next(
             (i for i in range(1, len(parts)) if isinstance(trunk.get_submodule(".".join(parts[:i])), nn.ModuleList)),
             None,
         )
         if depth is None:
-            raise UnsupportedModel(f"{kind}: {site} does not sit in a list of blocks, so its layer is unknown")
+            raise UnsupportedModel(f"{kind}: {part} does not sit in a list of blocks, so its layer is unknown")
         stack = ".".join(parts[:depth])
         stacks[stack] = len(cast(nn.ModuleList, trunk.get_submodule(stack)))
-        owner[site] = f"{stack}.{parts[depth]}"
+        owner[part] = f"{stack}.{parts[depth]}"
     blocks = tuple(f"{stack}.{i}" for stack, length in stacks.items() for i in range(length))
-    held = collections.Counter(owner.values())
+    held = collections.Counter(owner[site] for site in sites)
     usual = max(held.values())
-    without = [block for block in blocks if held[block] != usual]
+    without = [] if mixers else [block for block in blocks if held[block] != usual]
     if without:
         raise UnsupportedModel(
             f"{kind}: {without[0]} (one of {len(without)} such blocks) holds {held[without[0]]} attention sites "
-            f"instead of {usual}: state-space, linear or looped layers carry the prefix in ways that slots do not"
+            f"instead of {usual}: looped layers carry the prefix in ways that slots do not"
         )
     order = {block: i for i, block in enumerate(blocks)}
-    return blocks, {site: order[block] for site, block in owner.items()}
+    return blocks, {site: order[owner[site]] for site in sites}

@@ -16,8 +16,10 @@ from ..checkpoint.allowance import Allowance, within
 from ..errors import SurgeryError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS, Adapter
 from .calls import Call, observing
+from .mixers import Asking, asking
 
 TOKENS = 4
+MIXED_TOKENS = 11  # no count of heads, groups or states is the same number by chance
 _NAME = "surgery_structure_only"
 
 
@@ -38,7 +40,7 @@ def run_structure(
     without_values = (torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _NoValues(), allowed)
     try:
         with contextlib.ExitStack() as stack:
-            for context in (_registered(with_mask=adapter is not None), *without_values):
+            for context in (_registered(with_mask=adapter is not None or _chooses(config)), *without_values):
                 stack.enter_context(context)
             model = _built(config, adapter) if blank is None else blank.eval()
             stack.enter_context(_asking(model, adapter))
@@ -52,8 +54,35 @@ def run_structure(
         how = "be read without weights" if adapter is None else "be brought onto AttentionInterface by its adapter"
         raise UnsupportedModel(f"{config.model_type}: its structure could not {how} ({brief(error)})") from error
     if not calls:
+        kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+        if kinds and not any("attention" in kind.replace("linear_attention", "") for kind in kinds):
+            raise UnsupportedModel(
+                f"{config.model_type}: no layer attends, so there are no sinks, and nothing that slots could take over"
+            )
         raise off_the_seam(config.model_type)
     return model, calls
+
+
+def run_mixers(model: PreTrainedModel) -> list[Asking]:
+    """The modules of a model on the meta device that ask a cache for states, in one forward pass that has one."""
+    without_values = (torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _NoValues())
+    try:
+        with contextlib.ExitStack() as stack:
+            for context in (_registered(with_mask=_chooses(model.config)), *without_values):
+                stack.enter_context(context)
+            stack.enter_context(_asking(model, None))
+            found = stack.enter_context(asking(model))
+            with observing(None, compute=False):
+                model(input_ids=torch.zeros(1, MIXED_TOKENS, dtype=torch.long), use_cache=True)
+    except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
+        kind = model.config.model_type
+        raise UnsupportedModel(f"{kind}: its mixers could not be read without weights ({brief(error)})") from error
+    return found
+
+
+def _chooses(config: PreTrainedConfig) -> bool:
+    """Whether attention chooses keys, and so looks into the mask."""
+    return "indexed_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def _built(config: PreTrainedConfig, adapter: Adapter | None) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from ..errors import DamagedCheckpoint, SourceError
+from .header import TensorInfo
 from .layout import Layout
 from .regular import open_regular
 
@@ -19,6 +20,8 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+
+_ALIGNMENT = 64  # bytes: what vector instructions care for
 
 
 def without_values(layout: Layout) -> dict[str, torch.Tensor]:
@@ -43,7 +46,7 @@ def read_tensors(layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor
                 for info in infos:
                     if info.shard != shard:
                         continue
-                    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+                    raw = _aligned(info)
                     file.seek(info.start)
                     if info.nbytes and file.readinto(raw.numpy()) != info.nbytes:  # type: ignore[attr-defined]
                         raise DamagedCheckpoint(f"{path} was truncated while it was read; restore it.")
@@ -51,3 +54,13 @@ def read_tensors(layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor
         except OSError as error:
             raise SourceError(f"{path} cannot be read ({error.strerror}); check the disk that it is on.") from error
     return found
+
+
+def _aligned(info: TensorInfo) -> torch.Tensor:
+    """Memory for the bytes of a tensor, aligned as they are where a file is mapped: products of a matrix and a vector
+    round differently by where the matrix begins, and the two ways of reading are to give the same bits."""
+    raw = torch.empty(info.nbytes + _ALIGNMENT, dtype=torch.uint8)
+    shift = (info.start - raw.data_ptr()) % _ALIGNMENT
+    if shift % DTYPES[info.dtype].itemsize:  # no tensor can begin there
+        shift = 0
+    return raw[shift : shift + info.nbytes]

@@ -32,7 +32,10 @@ from ..endings.temporary import lasting_temporary, temporary_errors
 from ..runtime.eab_families import ADAPTERS
 from .parts import NORMS, PARTS, SLOTS, Part, added, class_prefix, converted_type
 
-RUNTIME_FILES = ("eab_flex.py", "eab_kernel.py", "eab_masks.py", "eab_positions.py", "eab_runtime.py")
+RUNTIME_FILES = (
+    "eab_added.py", "eab_flex.py", "eab_indexer.py", "eab_kernel.py", "eab_masks.py", "eab_mixers.py",
+    "eab_positions.py", "eab_runtime.py",
+)  # fmt: skip
 ADAPTER_FILE = "eab_families.py"  # carried only by families that need an adapter
 NORM_FILE = f"{PARTS[NORMS].file}.py"  # carried only where heads are normed
 ONLY_SLOTS = frozenset({SLOTS})

@@ -19,6 +19,7 @@ Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(gt=0)]
 Two = Annotated[tuple[Size, Size], _AsTuple, _AsList]
 Three = Annotated[tuple[Size, Size, Size], _AsTuple, _AsList]
+Counts = Annotated[tuple[Count, ...], _AsTuple, _AsList]
 
 
 class Entry(BaseModel):
@@ -31,14 +32,35 @@ class Entry(BaseModel):
         return self.model_dump(exclude_defaults=True)
 
 
+class MixerEntry(Entry):
+    """What `config.eab` says of a mixer: see `anatomy.mixers.Mixer`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: Annotated[dict[str, Size], Field(min_length=1)]
+    outputs: Counts
+    state: Annotated[tuple[Count, Count], _AsTuple, _AsList]
+
+
+class IndexerEntry(Entry):
+    """What `config.eab` says of an indexer: see `anatomy.mixers.Indexer`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    key: Size
+    cache: str
+
+
 class EabEntry(Entry):
-    """`config.eab`: the slots, in the order of the file.
+    """`config.eab`: what a prefix was folded into, in the order of the file.
 
     Args:
         prefix_ids: the prefix that was folded; empty where slots were trained from nothing.
         n_slots: slots of each site; 0 only beside norms.
         trunk: the class of the innermost model that holds all sites.
         sites: name of each site in the trunk -> [kv_heads, key_dim, value_dim].
+        mixers: name of each mixer in the trunk -> what it is given, gives and keeps.
+        indexers: name of each indexer in the trunk -> the width of its keys, and how its cache comes.
         whole_mask: the model's code looks into the mask, and cannot do with None.
         max_length: how many positions the fold is exact on, if that is bounded.
     """
@@ -51,6 +73,8 @@ class EabEntry(Entry):
     slots_visible: Literal["as_prefix", "always"]
     trunk: str
     sites: Annotated[dict[str, Three], Field(min_length=1)]
+    mixers: dict[str, MixerEntry] = {}
+    indexers: dict[str, IndexerEntry] = {}
     whole_mask: bool = False
     max_length: int | None = None
 

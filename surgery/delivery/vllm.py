@@ -77,6 +77,10 @@ class Vllm(Engine):
             raise UnsupportedModel(f"{root} norms its heads (head_norm), and vLLM's attention has no place for norms.")
         if not finished.described.eab.n_slots:
             raise UnsupportedModel(f"{root} has no slots, so there is nothing to export; fold a prefix first.")
+        if finished.described.eab.mixers:
+            raise UnsupportedModel(
+                f"{root} remembers its prefix in mixers of {kind}, and the plugin knows slots alone."
+            )
         if finished.described.eab.slots_visible == "always" and (window := windowed(anatomy)):
             raise UnsupportedModel(
                 f"{root} shows its slots to every query, also in the windowed layers of {kind} ({window}), where "

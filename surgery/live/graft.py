@@ -1,4 +1,4 @@
-"""What a live model is given besides its weights: slots of a folded prefix, and norms of its heads.
+"""What a live model is given besides its weights: the parts of a folded prefix, and norms of its heads.
 
 They are put in place and taken out again here, and what `config.json` says of them is defined here. Families that are
 off the seam are brought onto it.
@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..anatomy.calls import Call, observing
 from ..anatomy.sites import Anatomy
 from ..errors import DamagedCheckpoint, UnsupportedModel
+from ..parts import KINDS, every_shape
+from ..runtime.eab_added import require_added
 from ..runtime.eab_families import ADAPTERS
 from ..runtime.eab_head_norm import install_norms
-from ..runtime.eab_runtime import install, require_added
+from ..runtime.eab_runtime import install
 from .model import Live
 from .together import together
 
-Slots = dict[str, tuple[torch.Tensor, torch.Tensor]]  # site name -> key (n, H, D), value (n, H, E)
 Norms = dict[str, dict[str, torch.Tensor]]  # site name -> weight (E,) or (Hq, E), and gate (Hq,) unless it is pure
 
 EAB_FORMAT = 1
@@ -32,15 +32,16 @@ HEAD_NORM_FORMAT = 1
 EPS = 1e-6  # added to the mean square of a head, so that one that brings nothing back is not divided by zero
 
 
-# ---- slots
+# ---- a prefix
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A prefix (token ids) as slots, visible "as_prefix" or "always". Of an empty prefix there are none."""
+    """A prefix (token ids) as parts of the model, slots visible "as_prefix" or "always". Of an empty prefix there are
+    none. `tensors`: what each holds, by its name within the trunk."""
 
     prefix: tuple[int, ...]
-    slots: Slots
+    tensors: Mapping[str, torch.Tensor]
     visible: str
 
 
@@ -50,10 +51,10 @@ def eab_config(anatomy: Anatomy, prefix: Sequence[int], visible: str) -> dict:
 
 
 def fold(live: Live, prefix: Sequence[int], visible: str) -> Fold:
-    """Keys and values of `prefix` (token ids) at every site of the original model, in the dtype it runs in.
+    """What `prefix` (token ids) leaves at every site and mixer of the original model, in the dtype it runs in.
 
     An empty prefix gives an empty fold. UnsupportedModel where attention runs elsewhere than in the sites,
-    DamagedCheckpoint where they are not finite.
+    DamagedCheckpoint where something is not finite.
     """
     return folds(live, [prefix], visible)[0]
 
@@ -61,70 +62,72 @@ def fold(live: Live, prefix: Sequence[int], visible: str) -> Fold:
 @torch.no_grad()
 def folds(live: Live, prefixes: Sequence[Sequence[int]], visible: str) -> list[Fold]:
     """The fold of each of `prefixes`, in one pass over the weights; errors as `fold`."""
-    names = {live.trunk.get_submodule(site.name): site.name for site in live.anatomy.sites}
-    now: ContextVar[Slots] = ContextVar("now")  # of whichever prefix computes
+    kind = live.anatomy.model_type
+    now: ContextVar[dict[str, torch.Tensor]] = ContextVar("now")  # of whichever prefix computes
 
-    def keep(call: Call) -> None:
-        name, slots = names.get(call.module), now.get()
-        if name is None or name in slots:
+    def keep(name: str, tensor: torch.Tensor) -> None:
+        if name in now.get():
             raise UnsupportedModel(
-                f"{live.anatomy.model_type}: attention ran outside of the sites found at plan "
-                f"({name or type(call.module).__name__})"
+                f"{kind}: {name.rpartition('.')[0]} would be filled twice while the prefix runs once"
             )
-        slots[name] = (call.key[0].transpose(0, 1).contiguous(), call.value[0].transpose(0, 1).contiguous())
+        now.get()[name] = tensor
 
-    def slots_of(prefix: Sequence[int]) -> Slots:
-        slots: Slots = {}
+    def parts_of(prefix: Sequence[int]) -> dict[str, torch.Tensor]:
+        parts: dict[str, torch.Tensor] = {}
         if prefix:
-            now.set(slots)
+            now.set(parts)
             tokens = torch.tensor([list(prefix)], device=live.device)
             live.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        return slots
+        return parts
 
-    with on_the_seam(live), observing(keep):
+    with on_the_seam(live), contextlib.ExitStack() as reading:
+        for part in KINDS:
+            reading.enter_context(part.reading(live.anatomy, live.trunk, keep))
         try:
-            found = together(live.layers, [functools.partial(slots_of, prefix) for prefix in prefixes])
+            found = together(live.layers, [functools.partial(parts_of, prefix) for prefix in prefixes])
         except ValueError as refusal:  # what the runtime says to a call that it cannot serve
-            raise UnsupportedModel(f"{live.anatomy.model_type}: {refusal}") from refusal
-    for prefix, slots in zip(prefixes, found, strict=True):
-        if prefix:
-            _require_sound(live, slots)
-    return [Fold(tuple(prefix), slots, visible) for prefix, slots in zip(prefixes, found, strict=True)]
+            raise UnsupportedModel(f"{kind}: {refusal}") from refusal
+    return [
+        Fold(tuple(prefix), _sound(live, len(prefix), parts), visible)
+        for prefix, parts in zip(prefixes, found, strict=True)
+    ]
 
 
-def _require_sound(live: Live, slots: Slots) -> None:
-    kind, sites = live.anatomy.model_type, live.anatomy.sites
-    if missing := [site.name for site in sites if site.name not in slots]:
-        raise UnsupportedModel(f"{kind}: {missing[0]} did not attend while the prefix ran")
-    for site in sites:
-        if not all(bool(torch.isfinite(part).all()) for part in slots[site.name]):
+def _sound(live: Live, n: int, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`parts` of a prefix of n tokens in the order of the file."""
+    names = every_shape(live.anatomy.eab(n, "as_prefix"))
+    if missing := [name for name in names if name not in parts]:
+        module = missing[0].rpartition(".")[0].rpartition(".")[0]
+        raise UnsupportedModel(f"{live.anatomy.model_type}: {module} did not run while the prefix did")
+    for name in names:
+        if not bool(torch.isfinite(parts[name]).all()):
             raise DamagedCheckpoint(
-                f"{site.name}: keys and values of the prefix are NaN or Inf, as its weights or config.json make them; "
-                "correct config.json, or download the checkpoint again."
+                f"{name}: what the prefix leaves there is NaN or Inf, as its weights or config.json make it; correct "
+                "config.json, or download the checkpoint again."
             )
+    return {name: parts[name] for name in names}
 
 
 def grafted(live: Live, fold: Fold) -> contextlib.AbstractContextManager[None]:
-    """The original model with the slots of `fold` in place, within a `with` block."""
-    return installed(live, eab_config(live.anatomy, fold.prefix, fold.visible), fold.slots)
+    """The original model with the parts of `fold` in place, within a `with` block."""
+    return installed(live, eab_config(live.anatomy, fold.prefix, fold.visible), fold.tensors)
 
 
 @contextlib.contextmanager
-def installed(live: Live, eab: dict, slots: Slots) -> Iterator[None]:
-    """The model with `slots` in place, described by `eab`; taken out again at the end, weights untouched.
+def installed(live: Live, eab: dict, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The model with `tensors` in the parts that `eab` describes; taken out again at the end, weights untouched.
 
-    The slots keep their own dtype, so that a float64 model can be compared exactly.
+    They keep their own dtype, so that a float64 model can be compared exactly.
     """
     trunk = live.trunk
     configs = {id(m.config): m.config for m in (live.model, trunk)}.values()
     before = [(config, config._attn_implementation_internal) for config in configs]
     with install(live.model, eab, ADAPTERS.get(live.anatomy.model_type)):
-        for name, (key, value) in slots.items():
-            module: Any = trunk.get_submodule(name).attention_bias
-            module.key = torch.nn.Parameter(key, requires_grad=False)
-            module.value = torch.nn.Parameter(value, requires_grad=False)
-        for name in () if slots else eab["sites"]:  # of no slots, but several processes compare what a model holds
-            module = trunk.get_submodule(name)
+        for name, tensor in tensors.items():
+            held, _, part = name.rpartition(".")
+            setattr(trunk.get_submodule(held), part, torch.nn.Parameter(tensor, requires_grad=False))
+        for name in () if tensors else eab["sites"]:  # of no slots, but several processes compare what a model holds
+            module: Any = trunk.get_submodule(name)
             if (beside := next(module.parameters(), None)) is not None and not beside.is_meta:
                 module.attention_bias.to(beside.device)
         require_added(trunk)

@@ -15,19 +15,20 @@ from .model import Live
 def down_projections(live: Live) -> dict[int, nn.Module]:
     """Block -> the module that projects its MLP's activations down to the residual stream.
 
-    By shape and place: inside the block, outside of its attention sites, from a wider space to the hidden size. A block
+    By shape and place: inside the block, outside of sites and mixers, from a wider space to the hidden size. A block
     with none or with several (two MLPs), or with experts, whatever stands beside them, is left out: which unit is meant
     would not be known.
     """
     trunk = live.trunk
     width = trunk.config.get_text_config().hidden_size
-    sites = tuple(f"{site.name}." for site in live.anatomy.sites)
+    names = [site.name for site in live.anatomy.sites] + [mixer.name for mixer in live.anatomy.mixers]
+    apart = tuple(f"{name}." for name in names)
     found = {}
     for index, name in enumerate(live.anatomy.blocks):
         outside = [
             (path, module)
             for path, module in trunk.get_submodule(name).named_modules(prefix=name)
-            if not f"{path}.".startswith(sites)
+            if not f"{path}.".startswith(apart)
         ]
         inside = [module for _, module in outside if widths(module)[1] == width and widths(module)[0] > width]
         if len(inside) == 1 and not any(path.endswith(".experts") for path, _ in outside):

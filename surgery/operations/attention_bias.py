@@ -25,6 +25,8 @@ from ..errors import SourceError
 from ..live.graft import Fold, eab_config, fold, grafted
 from ..live.model import Live
 from ..live.text import token_texts, tokenize
+from ..parts import every_shape
+from ..parts import shapes as declared
 from ..recipe.fields import Prefix
 from ..words import count_of, listing, quoted
 from .base import Changes, Exact, Fitting, NothingToDo, Operation, Stand, Target, Trained
@@ -120,15 +122,29 @@ class AttentionBias(Operation):
         told, few = (n, "") if prefix is not None else ({"max": n}, "up to ")
         slots = f"{few}{count_of(n, 'slot')}"
         anatomy = target.anatomy
+        mixers = count_of(len(anatomy.mixers), "mixer")
         return Changes(
-            added={name: Stored("F32", shape) for name, shape in slot_tensors(anatomy, n).items()},
+            added={
+                f"{anatomy.lead}{name}": Stored("F32", shape)
+                for name, shape in every_shape(anatomy.eab(n, self.slots_visible)).items()
+            },
             config={"eab": eab_config(anatomy, prefix or (), self.slots_visible)},
             parts=frozenset({"slots"}),
             prefix=prefix,
             positions=n,
             told={"n_slots": told},
-            words=(f"{slots} in each of {count_of(len(anatomy.sites), 'attention site')}",),
-            trains=(Trained("slots", told, f"{slots} at each site", "the slots"),),
+            words=(
+                f"{slots} in each of {count_of(len(anatomy.sites), 'attention site')}",
+                *([f"the prefix's inputs in {mixers}"] if anatomy.mixers else []),
+            ),
+            trains=(
+                Trained("slots", told, f"{slots} at each site", "the slots"),
+                *(
+                    [Trained("mixers", len(anatomy.mixers), f"what {mixers} remember", "remembered inputs")]
+                    if anatomy.mixers
+                    else []
+                ),
+            ),
         )
 
     def _prefix(self, target: Target) -> tuple[int, ...] | None:
@@ -171,30 +187,24 @@ class AttentionBias(Operation):
         return grafted(live, parts.fold)
 
     def held(self, live: Live, parts: Folded) -> Folded:
-        slots = {}
-        for site in live.anatomy.sites:
-            key, value = live.trunk.get_submodule(f"{site.name}.attention_bias")()
-            slots[site.name] = key.detach().clone(), value.detach().clone()
-        return Folded(Fold(parts.fold.prefix, slots, parts.fold.visible), parts.search)
+        held: dict[str, torch.Tensor] = {}
+        for kind, shapes in declared(eab_config(live.anatomy, parts.fold.prefix, parts.fold.visible)).items():
+            for module in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
+                values = kind.values(live.trunk.get_submodule(module))
+                held |= {f"{module}.{part}": value.detach().clone() for part, value in values.items()}
+        return Folded(Fold(parts.fold.prefix, held, parts.fold.visible), parts.search)
 
     def tensors(self, live: Live, parts: Folded) -> Mapping[str, torch.Tensor]:
-        slots = parts.fold.slots
         return {
-            name: slots[site][part].to("cpu", torch.float32).contiguous()
-            for name, (site, part) in slot_names(live.anatomy).items()
+            f"{live.anatomy.lead}{name}": tensor.to("cpu", torch.float32).contiguous()
+            for name, tensor in parts.fold.tensors.items()
         }
 
     @classmethod
     def asks(cls, described: Described) -> Mapping[str, Mapping[str, Stored]]:
-        eab = described.eab
-        if not eab.n_slots:
-            return {}
         return {
-            "slots": {
-                f"{site}.attention_bias.{part}": Stored("F32", (eab.n_slots, kv_heads, dim))
-                for site, (kv_heads, key_dim, value_dim) in eab.sites.items()
-                for part, dim in (("key", key_dim), ("value", value_dim))
-            }
+            kind.name: {name: Stored("F32", shape) for name, shape in shapes.items()}
+            for kind, shapes in declared(described.eab.to_dict()).items()
         }
 
     def found(self, parts: Folded, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -230,28 +240,21 @@ class AttentionBias(Operation):
             title="explicit attention bias",
             adds="slots",
             text=f"an **explicit attention bias**: {n} constant key/value pair(s) k', v' in each of "
-            f"{len(target.anatomy.sites)} attention sites, folded from the token prefix {named}. {visible}",
+            f"{len(target.anatomy.sites)} attention sites, folded from the token prefix {named}. "
+            f"{_of_mixers(target.anatomy)}{visible}",
             loading="Do not put the prefix in front of the text: it is inside.",
             limits=f"{places} Rows of `output_attentions` sum to less than 1: the rest is the slots'. Inside "
             "`with model.slot_attentions():` they have columns of their own, in front.",
         )
 
 
-def slot_names(anatomy: Anatomy) -> dict[str, tuple[str, int]]:
-    """Tensor name in the checkpoint -> (site name, 0 for key or 1 for value)."""
-    parts = ("key", "value")
-    return {
-        f"{anatomy.lead}{site.name}.attention_bias.{part}": (site.name, i)
-        for site in anatomy.sites
-        for i, part in enumerate(parts)
-    }
-
-
-def slot_tensors(anatomy: Anatomy, n_slots: int) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape of every slot tensor, in the order of the file; none without slots."""
-    dims = {site.name: (site.kv_heads, (site.key_dim, site.value_dim)) for site in anatomy.sites}
-    names = slot_names(anatomy) if n_slots else {}
-    return {name: (n_slots, dims[site][0], dims[site][1][part]) for name, (site, part) in names.items()}
+def _of_mixers(anatomy: Anatomy) -> str:
+    if not anatomy.mixers:
+        return ""
+    return (
+        f"{count_of(len(anatomy.mixers), 'layer')} that hand on a state (state space, linear attention, convolution) "
+        "remember what they were given of the prefix, and are given it again where a text begins. "
+    )
 
 
 def one_token(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -24,7 +24,6 @@ Notation: B batch, H heads, T queries, S keys, D head dim, n slots.
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .eab_added import put_in_front
 from .eab_positions import places, slot_count
 
 Attended = tuple[Tensor, Tensor | None]  # output and weights; these are None unless the implementation is eager
@@ -266,15 +266,10 @@ class Adapter:
         return undo
 
     def _adapt(self, module: Any, config: PreTrainedConfig, undo: contextlib.ExitStack) -> None:
-        native = type(module)
-        module.__class__ = type(native.__name__, (self.mixin, native), {"__module__": native.__module__})
-        undo.callback(setattr, module, "__class__", native)
+        put_in_front(module, self.mixin, undo)
         if not hasattr(module, "config"):
             module.config = config
             undo.callback(delattr, module, "config")
-        if (forward := vars(module).get("_old_forward")) is not None:  # accelerate holds the forward that it wrapped
-            module._old_forward = types.MethodType(type(module).forward, module)
-            undo.callback(setattr, module, "_old_forward", forward)
 
 
 ADAPTERS: dict[str, Adapter] = {

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .eab_runtime import Added, AttentionBiasMixin, find_trunk
+from .eab_added import Added
+from .eab_runtime import AttentionBiasMixin, find_trunk
 
 
 class HeadNorm(Added):

@@ -117,6 +117,15 @@ def slots_and_text(mask: Tensor | None, n: int, keys: int) -> tuple[Tensor | Non
     return slots if slots.dtype == torch.bool else slots >= 0, mask[..., n:]
 
 
+def selected(mask: Tensor | None, indices: Tensor, places: int) -> Tensor:
+    """A mask (B, 1, T, P) less what an indexer left out: `indices` (B, T, k) of the `places` P that each query sees."""
+    chosen = torch.zeros(*indices.shape[:2], places, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    if mask is None:
+        return chosen
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+
+
 def biased(
     bias: Tensor, n: int, keys: int, mask: Tensor | None, slot_mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor, bool]:

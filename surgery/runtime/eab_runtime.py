@@ -9,7 +9,9 @@ visible to a query exactly where the model's own mask would have shown it the pr
 * a forward hook on the trunk (the innermost model that contains all sites) that shifts positions by n.
 
 `config.eab` describes what is installed: `n_slots`, `slots_visible` ("as_prefix" or "always"), `trunk`, the name of the
-trunk's class, and `sites`, which maps the name of each site in it to [kv_heads, key_dim, value_dim]. Where needed,
+trunk's class, and `sites`, which maps the name of each site in it to [kv_heads, key_dim, value_dim]. `mixers` are those
+modules beside the sites that hand a state from token to token (`eab_mixers`), `indexers` those that choose what sparse
+attention sees (`eab_indexer`). Where needed,
 `max_length` bounds the positions on which the fold is exact, and `whole_mask` says that the model's code cannot do
 without a mask.
 """
@@ -28,8 +30,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from .eab_added import Added, require_added
+from .eab_indexer import install_indexers
 from .eab_kernel import slot_attention
-from .eab_masks import biased, eab_mask, slots_and_text
+from .eab_masks import biased, eab_mask, selected, slots_and_text
+from .eab_mixers import install_mixers
 from .eab_positions import number_text, scale_queries, shift_positions
 
 # What a user may ask for, and the name under which we register our version of it.
@@ -39,16 +44,11 @@ NAMES = frozenset(IMPLEMENTATIONS.values())
 # Tensors that callers hand through the attention interface and that do not change plain attention.
 HARMLESS_TENSORS = {"position_ids", "num_items_in_batch", "cache_position", "labels"}
 
+# Modules whose parameters stay float32.
+HELD = {"attention_bias", "remembered_inputs", "index_keys"}
+
 # Arguments of `from_pretrained` that would split the model over devices by tensor.
 PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
-
-
-class Added(nn.Module):
-    """What a site holds that the original does not. Its parameters stay float32 whatever the model is loaded in."""
-
-    def add_parameter(self, name: str, *shape: int) -> None:
-        # Never uninitialised memory: what no checkpoint fills is NaN, and `require_added` refuses it.
-        setattr(self, name, nn.Parameter(torch.full(shape, float("nan"), dtype=torch.float32)))
 
 
 class Slots(Added):
@@ -78,13 +78,14 @@ def eab_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, softcap: float | None = None,
     s_aux: Tensor | None = None, query_scale: Tensor | None = None, logit_bias: Tensor | None = None,
-    need_weights: bool = False, flex: bool = False, **kwargs: Any,
+    indices: Tensor | None = None, need_weights: bool = False, flex: bool = False, **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The attention function of a site with slots, in the calling convention of `ALL_ATTENTION_FUNCTIONS`.
 
     query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E) -> output (B, T, Hq, E) and weights (B, Hq, T, S) or None;
     (B, Hq, T, n + S), slots first, where slots are `shown`.
-    `logit_bias` (B or 1, Hq, 1, n + S), slots first, is added to the scaled logits (ALiBi). A site with a `head_norm`
+    `logit_bias` (B or 1, Hq, 1, n + S), slots first, is added to the scaled logits (ALiBi). `indices` (B, T, k) are the
+    places, slots first, that an indexer has chosen for each query. A site with a `head_norm`
     (`eab_head_norm`) has its output normed here, before the model's own code sees it.
     """
     if unknown := [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in HARMLESS_TENSORS]:
@@ -97,6 +98,8 @@ def eab_attention(
         query = (query * query_scale).to(query.dtype)
     slot_key, slot_value = module.attention_bias()
     n = slot_key.shape[0]
+    if indices is not None:
+        attention_mask = selected(attention_mask, indices, n + key.shape[2])
     slot_mask, mask = slots_and_text(attention_mask, n, key.shape[2])
     queries, keys = query.shape[2], key.shape[2]
     causal = mask is None and queries > 1
@@ -170,6 +173,8 @@ def install(model: PreTrainedModel, eab: dict[str, Any], adapter: Any = None) ->
             scale = functools.partial(scale_queries, n)
             undo.callback(site.register_forward_pre_hook(scale, with_kwargs=True).remove)
     if n:
+        undo.enter_context(install_mixers(trunk, n, eab.get("mixers", {})))
+        undo.enter_context(install_indexers(trunk, n, eab.get("indexers", {})))
         _move_text(model, trunk, n, eab.get("max_length"), undo)
     return undo
 
@@ -196,19 +201,6 @@ def _put_back(config: PreTrainedConfig, eab: dict[str, Any] | None) -> None:
         config.eab = eab
 
 
-def require_added(model: nn.Module) -> None:
-    """Raise unless the model has slots (and norms), and all of them that are in memory are finite."""
-    added = [(name, module) for name, module in model.named_modules() if isinstance(module, Added)]
-    if not added:
-        raise ValueError(f"{type(model).__name__} has no slots of this runtime")
-    for name, module in added:
-        for part, tensor in module.named_parameters():
-            if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"{name}.{part} is missing from the checkpoint or not finite: without it this is another model"
-                )
-
-
 if TYPE_CHECKING:
     Mixed = PreTrainedModel  # what the mixins stand in front of; they derive from no model themselves
 else:
@@ -230,12 +222,21 @@ class AttentionBiasMixin(Mixed):
         # Inner models, which know no slots, may have written their own choice into the config they share or keep.
         for held in (config, find_trunk(self, config.eab["trunk"]).config):
             held._attn_implementation_internal = self._check_and_adjust_attn_implementation(asked)
-        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | {"attention_bias"}
+        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | {
+            "attention_bias",
+            "remembered_inputs",
+        }
 
     def initialize_weights(self) -> None:
         # transformers initialises what a checkpoint lacks through each inner model's own class, which knows no slots:
         # they would stay uninitialised memory.
-        super().initialize_weights()  # type: ignore[no-untyped-call]
+        # And it takes no class outside of it to look at what is filled already, and passes over modules (Falcon-H1's
+        # trunk fills buffers of its blocks). The code that fills is its own here.
+        self.is_custom_code = lambda: False  # type: ignore[method-assign]
+        try:
+            super().initialize_weights()  # type: ignore[no-untyped-call]
+        finally:
+            del self.is_custom_code
         for module in self.modules():
             for added in module.parameters() if isinstance(module, Added) else ():
                 if not added.is_meta and not getattr(added, "_is_hf_initialized", False):

@@ -25,7 +25,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from ..checkpoint.copying import sha256_of
 from ..checkpoint.disk import disk_errors, replacing
 from ..checkpoint.regular import open_regular, read_json
-from ..endings.leftovers import clear_for
+from ..endings.leftovers import clear, leftovers
 from ..errors import OutputError, SurgeryError, brief
 from ..live.stream import Observer
 from ..progress import Reporter
@@ -83,8 +83,7 @@ class KeptSteps(Steps):
                 "which are not taken up, and go"
             )
         with disk_errors(self.directory):
-            path.unlink(missing_ok=True)  # first: what is there without it belongs to no run
-            for name in STEPS:
+            for name in STEPS:  # first: whoever is killed here leaves what still goes together
                 self._file(name).unlink(missing_ok=True)
             with replacing(path) as partial:
                 partial.write_text(json.dumps(identity, indent=2), encoding="utf-8")
@@ -118,9 +117,11 @@ def keeping(directory: Path | None, reporter: Reporter) -> Iterator[Steps]:
         return
     with disk_errors(directory):
         directory.mkdir(mode=0o700, exist_ok=True)
-        _require_ours(directory)
-        for name in (IDENTITY, *(f"{step}{SUFFIX}" for step in STEPS)):
-            clear_for(directory / name)  # what a run left that was killed while it wrote
+        _require_own(directory)
+        for left in leftovers(directory):  # of a run that was killed while it wrote, or looked whether it can
+            clear(left)
+        if not (directory / IDENTITY).exists() and any(path.name != LOCK for path in directory.iterdir()):
+            raise OutputError(f"{directory} (--resume) holds other files and no {IDENTITY}; give an empty directory.")
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -134,13 +135,11 @@ def keeping(directory: Path | None, reporter: Reporter) -> Iterator[Steps]:
         os.close(lock)
 
 
-def _require_ours(directory: Path) -> None:
-    """OutputError for a directory with other things in it, or to which others write: steps decide what is written."""
+def _require_own(directory: Path) -> None:
+    """OutputError for a directory to which others write: steps decide what is written."""
     state = directory.stat()
     if state.st_uid != os.geteuid() or state.st_mode & stat.S_IWOTH:
         raise OutputError(f"{directory} (--resume) is another user's, or can be written by all; give one of your own.")
-    if not (directory / IDENTITY).exists() and any(path.name != LOCK for path in directory.iterdir()):
-        raise OutputError(f"{directory} (--resume) holds other files and no {IDENTITY}; give an empty directory.")
 
 
 def identity(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ..anatomy.calls import Call
+from ..runtime.eab_masks import selected
 
 BLOCK = 128  # rows at a time where logits or masks are written out
 
@@ -70,6 +71,8 @@ class Softmax:
         self.softcap: float | None = arguments.get("softcap")
         self.bias: torch.Tensor | None = arguments.get("logit_bias")  # (B or 1, Hq, 1, P)
         self.mask: torch.Tensor | None = call.mask  # (B or 1, Hq or 1, T, P), None: causal
+        if (indices := arguments.get("indices")) is not None:
+            self.mask = selected(self.mask, indices, self.slot_key.shape[1] + self.key.shape[2])
         learned = arguments.get("s_aux")
         self.learned = None if learned is None else learned.detach().to(dtype)  # (Hq,)
         self.n = self.slot_key.shape[1]

@@ -76,7 +76,7 @@ def take_control(live: Live, prefix: Sequence[int], comparable: Callable[[int], 
             lambda: _log_probabilities(live, after, use_cache=False)[:, n:],
             lambda: _eager(other, after, n),
             lambda: _padded_control(live, after)[:, n:],
-            lambda: _cached(live, after, n)[:, n:] if _has_cache(live) else None,
+            lambda: _cached(live, after, n, numbered=True)[:, n:] if _has_cache(live) else None,
         ])  # fmt: skip
     assert plain is not None and padded is not None
     floor, ceiling = BOUNDS.get(next(live.model.parameters()).dtype, BOUNDS_HALF)
@@ -136,6 +136,10 @@ def _has_cache(live: Live) -> bool:
     return "past_key_values" in inspect.signature(live.model.forward).parameters
 
 
+def _takes_positions(live: Live) -> bool:
+    return "position_ids" in inspect.signature(live.model.forward).parameters
+
+
 def _log_probabilities(live: Live, tokens: torch.Tensor, **kwargs) -> torch.Tensor:
     return live.model(input_ids=tokens, **kwargs).logits.float().log_softmax(-1)
 
@@ -168,18 +172,24 @@ def _padded(live: Live, ids: torch.Tensor, **kwargs) -> torch.Tensor:
 def _padded_control(live: Live, after: torch.Tensor) -> torch.Tensor:
     """Original + prefix after padding: a model may count it (llama4's temperature), and folded it must do so too."""
     positions = {}
-    if "position_ids" in inspect.signature(live.model.forward).parameters:
+    if _takes_positions(live):
         counted = torch.arange(-PADDING, after.shape[1], device=after.device).clamp(min=0)
         positions = {"position_ids": counted.expand(ROWS, -1)}
     return _padded(live, after, **positions)
 
 
-def _cached(live: Live, ids: torch.Tensor, lead: int) -> torch.Tensor:
-    """The text in three pieces through a growing cache, `lead` tokens more in the first, one token in the last."""
+def _cached(live: Live, ids: torch.Tensor, lead: int, numbered: bool = False) -> torch.Tensor:
+    """The text in three pieces through a growing cache, `lead` tokens more in the first, one token in the last.
+
+    `numbered`: positions are given, as `generate` gives them: some originals count wrong from their cache (Bamba). Some
+    forget a state between pieces of more than one token (Jamba), so the two are compared on the same pieces.
+    """
     length = ids.shape[1] - lead
+    numbered = numbered and _takes_positions(live)
     cuts, cache, parts = (0, lead + length // 2, ids.shape[1] - 1, ids.shape[1]), None, []
     for start, stop in zip(cuts, cuts[1:], strict=False):
-        out = live.model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+        places = {"position_ids": torch.arange(start, stop, device=ids.device).expand(ROWS, -1)} if numbered else {}
+        out = live.model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **places)
         cache = out.past_key_values
         parts.append(out.logits.float().log_softmax(-1))
     return torch.cat(parts, dim=1)

@@ -197,6 +197,9 @@ class Table:
         self.notes.setdefault(what, Counter())[note] += 1
         if faults:
             self.failures.append(f"{what}: {note}: {'; '.join(faults)}\n    " + ended.err.replace("\n", "\n    "))
+            print(self.failures[-1], file=sys.stderr, flush=True)
+        if (tried := sum(self.tried.values())) % 50 == 0:
+            print(f"{tried} trials, {len(self.failures)} failures", file=sys.stderr, flush=True)
 
     def show(self) -> int:
         """Print it; the exit code."""

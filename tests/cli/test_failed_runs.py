@@ -78,7 +78,8 @@ def test_a_fold_that_is_not_exact_is_never_written(
 
     def wrong(*arguments):
         found = fold(*arguments)
-        return replace(found, slots={site: (key + 0.5, value) for site, (key, value) in found.slots.items()})
+        moved = {name: part + 0.5 * name.endswith(".key") for name, part in found.tensors.items()}
+        return replace(found, tensors=moved)
 
     monkeypatch.setattr(attention_bias, "fold", wrong)
     refused(bench, bench.run(None, RECIPE, *options), INPUT, "random token ids", "not exact")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.families import EXACT, any_model, in_tiers
 from helpers.fresh_process import ask, load
-from helpers.pair import PREFIX, N, Pair, padded, worst
+from helpers.pair import PREFIX, N, Pair, padded, slots_of, worst
 from helpers.tiny import one_thread, tiny_model, tiny_text
 from transformers.models.auto import modeling_auto
 
@@ -62,8 +62,9 @@ def test_trunk_of_every_head_is_that_after_the_prefix(family):
         # BERT's pooler stands in the trunk, and not in that of the causal language model.
         assert all(".attention_bias." in key or key.startswith("pooler.") for key in left.missing_keys), name
         sites = [part for part in model.modules() if hasattr(part, "attention_bias")]
-        assert len(sites) == len(pair.folded.slots), name
-        for site, (key, value) in zip(sites, pair.folded.slots.values(), strict=True):
+        slots = slots_of(pair.folded)
+        assert len(sites) == len(slots), name
+        for site, (key, value) in zip(sites, slots.values(), strict=True):
             site.attention_bias.load_state_dict({"key": key, "value": value})
         assert worst(states(model, input_ids=ids), expected) < 1e-5, name
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 
 from helpers.families import PREFIX
+from helpers.pair import slots_of
 from surgery.checkpoint.stage import Stage
 from surgery.delivery import Engine
 from surgery.live.graft import Fold, fold
@@ -25,12 +26,14 @@ class InMemory:
     name: str = "OUT"
     original: object = None
 
-    slots = property(lambda self: self.folded.slots)
+    slots = property(lambda self: slots_of(self.folded))
     operations = ("attention_bias",)
 
     @property
     def described(self) -> SimpleNamespace:
-        eab = SimpleNamespace(n_slots=len(PREFIX), slots_visible=self.folded.visible, prefix_ids=PREFIX)
+        eab = SimpleNamespace(
+            n_slots=len(PREFIX), slots_visible=self.folded.visible, prefix_ids=PREFIX, mixers={}, indexers={}
+        )
         return SimpleNamespace(anatomy=self.live.anatomy, eab=eab, head_norm=None, config={})
 
     @property

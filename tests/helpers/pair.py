@@ -10,7 +10,7 @@ import torch
 
 from helpers.tiny import live_of, tiny_model
 from surgery.converted.derived import load_derived
-from surgery.live.graft import eab_config, fold, grafted
+from surgery.live.graft import Fold, eab_config, fold, grafted
 
 PREFIX = [5, 7, 9]
 N = len(PREFIX)
@@ -59,11 +59,17 @@ def derived_model(family="llama", prefix=PREFIX, pair=None):
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # grouped_mm knows no float64
     lost = model.load_state_dict(pair.model.state_dict(), strict=False)
-    assert not lost.unexpected_keys and all(".attention_bias." in name for name in lost.missing_keys)
-    trunk = model.get_submodule(pair.live.anatomy.trunk)
-    for name, (key, value) in pair.folded.slots.items():
-        trunk.get_submodule(name).attention_bias.load_state_dict({"key": key, "value": value})
+    lead, folded = pair.live.anatomy.lead, pair.folded.tensors
+    assert not lost.unexpected_keys and set(lost.missing_keys) == {f"{lead}{name}" for name in folded}
+    model.load_state_dict({f"{lead}{name}": tensor for name, tensor in folded.items()}, strict=False)
     return model
+
+
+def slots_of(folded: Fold) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Site -> its slots, key and value."""
+    key, value = ".attention_bias.key", ".attention_bias.value"
+    sites = [name.removesuffix(key) for name in folded.tensors if name.endswith(key)]
+    return {site: (folded.tensors[f"{site}{key}"], folded.tensors[f"{site}{value}"]) for site in sites}
 
 
 def padded(rows, side):

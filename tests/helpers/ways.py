@@ -13,22 +13,30 @@ def plain(model, text):
     return model(input_ids=text, use_cache=False).logits
 
 
-def padded(model, text):
+def padded(model, text, lead=0):
+    """After padding. With `lead` tokens of the text left out, positions are given, which padding does not move."""
     padding = torch.zeros(len(text), PADDING, dtype=torch.long)
     mask = torch.cat([padding, torch.ones_like(text)], dim=1)
-    return model(input_ids=torch.cat([padding, text], dim=1), attention_mask=mask, use_cache=False).logits[:, PADDING:]
+    ids, given = torch.cat([padding, text], dim=1), {}
+    if lead and "position_ids" in inspect.signature(model.forward).parameters:
+        given = {"position_ids": torch.arange(-PADDING, text.shape[1]).clamp(min=0).expand(ids.shape)}
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **given).logits[:, PADDING + lead :]
 
 
-def cached(model, text):
-    """In three pieces, the last of them one token."""
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+def cached(model, text, lead=0):
+    """In three pieces, the last of them one token. With `lead` tokens in front, which belong to the first piece and are
+    left out, positions are given, as `generate` gives them."""
+    known = inspect.signature(model.forward).parameters
+    if "past_key_values" not in known:
         return None
-    cache, pieces = None, []
-    for piece in text.tensor_split((LENGTH // 2, LENGTH - 1), dim=1):
-        output = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+    cache, pieces, start = None, [], 0
+    for piece in text.tensor_split((lead + LENGTH // 2, lead + LENGTH - 1), dim=1):
+        places = torch.arange(start, start + piece.shape[1]).expand(piece.shape)
+        given = {"position_ids": places} if lead and "position_ids" in known else {}
+        output = model(input_ids=piece, past_key_values=cache, use_cache=True, **given)
+        cache, start = output.past_key_values, start + piece.shape[1]
         pieces.append(output.logits)
-    return torch.cat(pieces, dim=1)
+    return torch.cat(pieces, dim=1)[:, lead:]
 
 
 def only_the_last(model, text):

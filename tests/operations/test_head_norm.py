@@ -170,11 +170,10 @@ def test_norms_behind_slots_are_those_behind_the_prefix():
                 model(input_ids=torch.tensor([PREFIX]), use_cache=False)
         trunk = live.trunk
         folded = {
-            site.name: tuple(
-                part[0].transpose(0, 1).contiguous()
-                for part in (slots[trunk.get_submodule(site.name)].key, slots[trunk.get_submodule(site.name)].value)
-            )
+            f"{site.name}.attention_bias.{name}": part[0].transpose(0, 1).contiguous()
             for site in live.anatomy.sites
+            for call in [slots[trunk.get_submodule(site.name)]]
+            for name, part in (("key", call.key), ("value", call.value))
         }
         with grafted(live, Fold(tuple(PREFIX), folded, "as_prefix")), normed(live, head_norm, norms):
             found = model(input_ids=text, use_cache=False).logits

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.families import EXACT, any_model, families, in_tiers
+from helpers.pair import slots_of
 from helpers.tiny import build, live_of, one_thread, tiny_model, tiny_text
 from helpers.tiny_checkpoint import Place, edit_json, rehash, save_tokenizer, write_text
 from transformers import AutoModelForCausalLM
@@ -174,7 +175,7 @@ def test_what_computes_infinities_is_damage() -> None:
 def test_slots_turn_with_the_heads(model_type: str, heads: bool) -> None:
     live, text = live_of(any_model(model_type)), tiny_text()
     folded = fold(live, [1, 5], "as_prefix")
-    before = {name: tuple(part.clone() for part in slots) for name, slots in folded.slots.items()}
+    before = {name: tuple(part.clone() for part in slots) for name, slots in slots_of(folded).items()}
     with grafted(live, folded):
         expected = logits(live.model, text)
         turns = rotate(live, heads=heads)
@@ -186,8 +187,8 @@ def test_slots_turn_with_the_heads(model_type: str, heads: bool) -> None:
             assert torch.equal(module.key, before[site.name][0])
             assert torch.equal(module.value, before[site.name][1]) != heads
     again = fold(live, [1, 5], "as_prefix")
-    for name, (_, value) in again.slots.items():
-        assert torch.allclose(value, folded.slots[name][1], rtol=0, atol=1e-5), "the slots of the rotated model"
+    for name, (_, value) in slots_of(again).items():
+        assert torch.allclose(value, slots_of(folded)[name][1], rtol=0, atol=1e-5), "the slots of the rotated model"
 
 
 def test_heads_that_are_normed_stay_as_they_are() -> None:

@@ -126,8 +126,8 @@ def test_slots_stay_and_the_model_with_them_is_the_same(model_type: str) -> None
             assert changed.keys() <= dict(model.named_parameters()).keys()
         assert not any("attention_bias" in name for name in changed)
         assert torch.equal(logits(model, text), bare)
-        again, slots = fold(live, [1, 5], "as_prefix").slots, folded.slots
-        assert all(torch.equal(a, b) for site in slots for a, b in zip(slots[site], again[site], strict=True))
+        again = fold(live, [1, 5], "as_prefix").tensors
+        assert all(torch.equal(part, again[name]) for name, part in folded.tensors.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -6,6 +6,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from helpers.tiny import live_of, one_thread, tiny_model
 from peft import PeftModel
 
 from surgery.errors import SourceError
-from surgery.live.graft import Fold, Norms, Slots, at_gate, fold, grafted, normed
+from surgery.live.graft import Fold, Norms, at_gate, fold, grafted, normed
 from surgery.live.model import Live
 from surgery.operations.attention_bias import AttentionBias, Folded
 from surgery.operations.head_norm import HeadNorm
@@ -56,7 +57,7 @@ def text(count: int = 4000) -> list[int]:
 class Trained:
     """What came of a tuning: slots and norms as operations find them in the model, and what `tune` returned."""
 
-    slots: Slots
+    slots: Mapping[str, torch.Tensor]
     norms: Norms
     weights: dict[str, torch.Tensor]
     record: Record
@@ -66,7 +67,7 @@ def trained(
     live: Live, folded: Fold, training: Training, settings: Tune, gate: float = 0.0, advance: Advance = unseen
 ) -> Trained:
     found = tune(live, settings, training, gate, advance)
-    slots = AttentionBias().held(live, Folded(folded)).fold.slots
+    slots = AttentionBias().held(live, Folded(folded)).fold.tensors
     sites = {site.name: {} for site in live.anatomy.sites if hasattr(live.trunk.get_submodule(site.name), "head_norm")}
     return Trained(slots, HeadNorm().held(live, sites), found.weights, found.record)
 
@@ -80,9 +81,8 @@ def tuned(model, settings: Tune, ids=None, advance: Advance = unseen, **options)
 
 
 def same(a: Trained, b: Trained, tolerance: float = 0.0) -> None:
-    for site, parts in a.slots.items():
-        for mine, other in zip(parts, b.slots[site], strict=True):
-            torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+    for name, mine in a.slots.items():
+        torch.testing.assert_close(mine, b.slots[name], rtol=tolerance, atol=tolerance)
     for name, weight in a.weights.items():
         torch.testing.assert_close(weight, b.weights[name], rtol=tolerance, atol=tolerance)
 
@@ -153,7 +153,7 @@ def test_the_model_is_left_as_it_came(quantised: str | None) -> None:
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert any(not torch.equal(found.slots[site][0], key) for site, (key, _) in folded.slots.items())
+    assert any(not torch.equal(found.slots[name], part) for name, part in folded.tensors.items())
 
 
 def test_lora_trains_what_it_names_and_gives_back_merged_weights() -> None:
@@ -178,7 +178,7 @@ def test_a_run_repeats_and_micro_batches_do_not_change_it() -> None:
 
     same(run(), run())
     same(run(), run(accumulate=2), 1e-9)
-    assert any(not torch.equal(run().slots[s][0], run(seed=1).slots[s][0]) for s in run().slots)
+    assert any(not torch.equal(run().slots[name], run(seed=1).slots[name]) for name in run().slots)
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(tmp_path: Path, monkeypatch) -> None:
@@ -232,8 +232,8 @@ def test_a_loss_that_is_not_a_number_ends_with_the_best_state(at: int, monkeypat
     kept = 0 if at == 0 else 3
     assert f"the loss of step {at + 1} is not a number; kept is the state of step {kept}" in found.record.stopped
     assert len(calls) == at + 1
-    assert all(part.isfinite().all() for parts in found.slots.values() for part in parts)
-    changed = any(not torch.equal(found.slots[site][0], folded.slots[site][0]) for site in folded.slots)
+    assert all(part.isfinite().all() for part in found.slots.values())
+    changed = any(not torch.equal(found.slots[name], part) for name, part in folded.tensors.items())
     assert changed == (found.record.best["step"] > 0)
 
 
@@ -258,7 +258,7 @@ def test_the_adapter_loads_with_stock_peft(tmp_path: Path) -> None:
     for name in ("README.md", "adapter_config.json"):
         written = (tmp_path / name).read_text(encoding="utf-8")
         assert "somebody" not in written and "owner/name" in written
-    with grafted(live, replace(folded, slots=found.slots)):
+    with grafted(live, replace(folded, tensors=found.slots)):
         kept = {name: model.get_parameter(name).data for name in found.weights}
         for name, weight in found.weights.items():
             model.get_parameter(name).data = weight
@@ -382,7 +382,7 @@ def test_half_precision_multiplies_so_and_trains_float32() -> None:
     full, _ = tuned(model, settings_of(**options))
     assert half.record.best["nll"] == pytest.approx(full.record.best["nll"], rel=0.01)
     assert half.record.losses != full.record.losses
-    assert {part.dtype for parts in half.slots.values() for part in parts} == {torch.float32}
+    assert {part.dtype for part in half.slots.values()} == {torch.float32}
 
 
 def test_what_is_judged_is_what_will_be_stored() -> None:
@@ -410,9 +410,9 @@ def test_a_corpus_is_told_by_its_tokens() -> None:
 
 def test_parts_move_to_a_device_whatever_holds_them() -> None:
     """Slots in a dataclass, norms in a dict, and what a function is bound to."""
-    folded = Folded(Fold((5,), {"a": (torch.ones(2), torch.ones(3))}, "as_prefix"))
+    folded = Folded(Fold((5,), {"a.key": torch.ones(2), "a.value": torch.ones(3)}, "as_prefix"))
     parts = {"slots": folded, "norms": {"a": {"weight": torch.ones(1)}}, "turn": functools.partial(sum, torch.ones(4))}
     there = moved(parts, "meta")
-    found = [*there["slots"].fold.slots["a"], there["norms"]["a"]["weight"], *there["turn"].args]
+    found = [*there["slots"].fold.tensors.values(), there["norms"]["a"]["weight"], *there["turn"].args]
     assert all(part.is_meta for part in found) and [len(part) for part in found] == [2, 3, 1, 4]
     assert there["slots"].fold.prefix == (5,) and there["turn"].func is sum

@@ -176,10 +176,7 @@ def live(source: Path, out: Path, use):
     whole = Live(model, anatomy)
     stored = {name.removeprefix(anatomy.lead): tensor for name, tensor in load_tensors(out / ADDED).items()}
     norms = {site: {"weight": stored[f"{site}.head_norm.weight"]} for site in head_norm["sites"]}
-    slots = {
-        site: tuple(stored[f"{site}.attention_bias.{part}"] for part in ("key", "value"))
-        for site in (eab["sites"] if eab["n_slots"] else ())
-    }
+    slots = {name: tensor for name, tensor in stored.items() if ".attention_bias." in name}
     with torch.no_grad(), installed(whole, eab, slots), normed(whole, head_norm, norms):
         return use(model)
 
