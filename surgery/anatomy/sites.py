@@ -11,12 +11,12 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import SourceError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS
 from ..words import named
 from .calls import Call
+from .classes import causal_class
 from .limits import max_length, max_positions
 from .mixers import Indexer, Mixer, described
 from .structure import MIXED_TOKENS, run_mixers, run_structure
@@ -114,7 +114,7 @@ def parse_config(config: dict) -> PreTrainedConfig:
         parsed = kind.from_dict(kind._decode_special_floats(copy.deepcopy(config)))
     except Exception as error:  # each config class validates in its own way, with its own errors
         raise SourceError(f"config.json: transformers does not accept it as {model_type!r} ({brief(error)})") from error
-    if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if causal_class(type(parsed)) is None:
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold"
         )
@@ -144,6 +144,10 @@ def _refuse_config(config) -> None:
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModel(
             f"{config.model_type}: attends to an encoder, and a prefix of the decoder is then not constant"
+        )
+    if getattr(config.get_text_config(), "cross_attention_layers", None):
+        raise UnsupportedModel(
+            f"{config.model_type}: some of its layers attend to images, and a prefix that sees one is not constant"
         )
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
     if other := sorted(set(kinds) - PLAIN_LAYERS - MIXED_LAYERS):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -16,6 +16,7 @@ from ..checkpoint.allowance import Allowance, within
 from ..errors import SurgeryError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS, Adapter
 from .calls import Call, observing
+from .classes import causal_class
 from .mixers import Asking, asking
 
 TOKENS = 4
@@ -88,7 +89,9 @@ def _chooses(config: PreTrainedConfig) -> bool:
 def _built(config: PreTrainedConfig, adapter: Adapter | None) -> PreTrainedModel:
     # Families with adapters choose attention classes by this name while they are built, and know only their own.
     config._attn_implementation = _NAME if adapter is None else "eager"
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    kind: Any = causal_class(type(config))
+    model: PreTrainedModel = kind._from_config(config, dtype=torch.bfloat16).eval()
+    return model
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import runtime
+from ..anatomy.classes import CAUSAL, causal_class, of_auto
 from ..checkpoint.manifest import TYPE_PREFIX
 from ..endings.temporary import lasting_temporary, temporary_errors
 from ..runtime.eab_families import ADAPTERS
@@ -39,7 +40,7 @@ RUNTIME_FILES = (
 ADAPTER_FILE = "eab_families.py"  # carried only by families that need an adapter
 NORM_FILE = f"{PARTS[NORMS].file}.py"  # carried only where heads are normed
 ONLY_SLOTS = frozenset({SLOTS})
-TRUNK, CAUSAL = "AutoModel", "AutoModelForCausalLM"
+TRUNK = "AutoModel"
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,13 @@ def _models(config: type) -> dict[str, type]:
 
     Some heads belong to another model that reads this one's config. KeyError without a causal language model.
     """
-    if (causal := _loaded(CAUSAL, config)) is None:
+    if (causal := causal_class(config)) is None:
         raise KeyError(config)
-    models = {TRUNK: _loaded(TRUNK, config), CAUSAL: causal}
+    models = {TRUNK: of_auto(TRUNK, config), CAUSAL: causal}
     if models[TRUNK] is causal:
         del models[TRUNK]
     autos = (name for name in vars(modeling_auto) if name.startswith("AutoModelFor"))
-    models.update({name: _loaded(name, config) for name in sorted(autos)})
+    models.update({name: of_auto(name, config) for name in sorted(autos) if name != CAUSAL})
     return {name: model for name, model in models.items() if model is not None and _together(model, causal)}
 
 
@@ -128,12 +129,6 @@ def other_heads(config: PreTrainedConfig) -> list[str]:
         linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
         names += [name for name, module in linear if module not in inside]
     return sorted(set(names))
-
-
-def _loaded(auto: str, config: type) -> type | None:
-    """What an Auto class loads for a config: where it chooses by architecture, its first choice."""
-    found: Any = getattr(modeling_auto, auto)._model_mapping.get(config, None)
-    return found[0] if isinstance(found, (tuple, list)) else found
 
 
 def _together(model: type, causal: type) -> bool:

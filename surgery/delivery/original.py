@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..anatomy.classes import causal_class
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy
 from ..live.loading import require_in_memory
@@ -21,7 +23,8 @@ def original_within(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel
     config = copy.deepcopy(anatomy.config)
     config._attn_implementation = None
     with quiet(), init_empty_weights(include_buffers=False):
-        original = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+        kind: Any = causal_class(type(config))
+        original: Any = kind._from_config(config, dtype=model.dtype)
     for name, module in model.named_modules():
         if hasattr(module, "quantization_scheme"):  # rounds its inputs, which plain layers of the same weights do not
             original.set_submodule(name, module)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -18,6 +17,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..anatomy.classes import causal_class
 from ..anatomy.fit import belonging
 from ..anatomy.packed import loadable, unpacked
 from ..anatomy.quiet import quiet
@@ -87,7 +87,8 @@ def load_original(
         with quiet(), loading_by(by_layers, directory) as finish:
             config = loadable(parse_config(without_choices(read_config(directory), directory / CONFIG)))
             config._attn_implementation = None
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            kind: Any = causal_class(type(config))
+            loaded: Any = kind.from_pretrained(
                 directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
                 local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip

@@ -187,7 +187,8 @@ def _move_text(
     if "position_ids" in names:  # without them positions are relative, and after a prefix the same
         shift = functools.partial(shift_positions, n, max_length, names)
         undo.callback(trunk.register_forward_pre_hook(shift, with_kwargs=True).remove)
-    if model.config is not trunk.config:
+    # A wrapper that finds places of images itself (M-RoPE) numbers its text with them.
+    if model.config is not trunk.config and not any(hasattr(part, "get_rope_index") for part in model.modules()):
         names = list(inspect.signature(model.forward).parameters)
         if {"position_ids", "attention_mask"} <= set(names):
             number = functools.partial(number_text, names)

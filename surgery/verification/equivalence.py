@@ -79,7 +79,10 @@ def take_control(live: Live, prefix: Sequence[int], comparable: Callable[[int], 
             lambda: _cached(live, after, n, numbered=True)[:, n:] if _has_cache(live) else None,
         ])  # fmt: skip
     assert plain is not None and padded is not None
-    floor, ceiling = BOUNDS.get(next(live.model.parameters()).dtype, BOUNDS_HALF)
+    dtype = next(live.model.parameters()).dtype
+    if live.anatomy.mixers and dtype == torch.float64:
+        dtype = torch.float32  # as kernels of a state compute, whatever they are given
+    floor, ceiling = BOUNDS.get(dtype, BOUNDS_HALF)
     noise = 0.0 if eager is None else _distance(eager, plain)
     limit = min(max(floor, NOISE_FACTOR * noise), ceiling)
     # Where the original breaks on padding, the control without it.

@@ -28,14 +28,18 @@ TOLERANCE = 2e-5
 
 def save(family: Family, source: Path, dtype: torch.dtype, shard: str) -> None:
     with family.default_dtype():
-        build(family.config()).to(dtype).save_pretrained(source, max_shard_size=shard)
+        model = build(family.config())
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():  # rotary tables of vision towers are complex
+                tensor.data = tensor.data.to(dtype)
+        model.save_pretrained(source, max_shard_size=shard)
 
 
 @torch.no_grad()
 def control(family: Family, source: Path) -> dict:
     """Logits of the text behind the prefix, and greedy tokens of the prompt with each cache that the original takes."""
     with family.default_dtype():
-        model, _ = load(source, trust_remote_code=False)
+        model, _ = load(source, auto=type(build(family.config())), trust_remote_code=False)
         found = {"logits": model(input_ids=behind(text()), use_cache=False).logits[:, len(PREFIX) :]}
         for cache in ("dynamic", "static"):
             try:

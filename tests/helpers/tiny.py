@@ -7,10 +7,17 @@ a text of 40 tokens runs past them. Nothing is downloaded.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from surgery.anatomy.sites import examine
 from surgery.live.model import Live
@@ -75,7 +82,10 @@ def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
 
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A causal language model in float64, in evaluation mode, with random weights that depend on `seed` alone."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float64)
+    if type(model.config) is not type(config):  # only the text model inside
+        model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float64)
+    model = model.eval()
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # grouped_mm knows no float64
     source = torch.Generator().manual_seed(seed)
