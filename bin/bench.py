@@ -6,24 +6,39 @@ all of them.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import surgery
+from surgery.anatomy.sites import examine
+from surgery.live.graft import fold, grafted
+from surgery.live.model import Live
 from surgery.runtime import eab_kernel
 from surgery.steps.recipe import parse_recipe
 
 ROUNDS = 7
+WIDE: dict[str, Any] = {
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+HYBRIDS: dict[str, dict] = {
+    "lfm2": {},
+    "falcon_h1": {"mamba_d_ssm": 512, "mamba_n_heads": 16, "mamba_d_head": 32, "mamba_d_state": 32},
+    "olmo_hybrid": {},
+}
 
 
 def medians(variants: dict, rounds: int = ROUNDS) -> dict[str, float]:
@@ -88,11 +103,33 @@ def model_rows(gguf: Path) -> list[tuple[str, dict[str, float]]]:
         ]
 
 
+def hybrid_rows() -> list[tuple[str, dict[str, float]]]:
+    """Random models whose mixers remember two tokens, 12 layers of width 512: 512 tokens at once, and 32 generated."""
+    rows = []
+    for kind, settings in HYBRIDS.items():
+        config = CONFIG_MAPPING[kind](**WIDE, **settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            original = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        live = Live(copy.deepcopy(original), examine(config.to_dict()))
+        ids = torch.randint(5, 4000, (1, 512), generator=torch.Generator().manual_seed(0))
+        new = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+        with grafted(live, fold(live, (5, 7), "as_prefix")), torch.inference_mode():
+            both = {"plain": original, "merged": live.model}
+            forward = {name: partial(model, input_ids=ids, use_cache=False) for name, model in both.items()}
+            generate = {name: partial(model.generate, input_ids=ids[:, :8], **new) for name, model in both.items()}
+            rows += [
+                (f"{kind} forward, 512 tokens", medians(forward)),
+                (f"{kind} generate, 32 tokens", medians(generate, 3)),
+            ]
+    return rows
+
+
 def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    rows = [*kernel_rows(), *model_rows(Path(sys.argv[1]))]
+    rows = [*kernel_rows(), *model_rows(Path(sys.argv[1])), *hybrid_rows()]
     table = Table(
         title=f"Median of {ROUNDS} interleaved rounds, {torch.get_num_threads()} threads", title_justify="left"
     )

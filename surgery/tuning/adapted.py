@@ -44,7 +44,8 @@ class Adapted:
         self.trunk, self.lead, self.gate, self.stored = live.trunk, anatomy.lead, gate, stored
         names = list(linears(model, anatomy)) if lora is not None or settings.quantised is not None else []
         targets = DUMMY_TARGET_MODULES if lora is None else [self.lead + name for name in lora.targeted(names)]
-        added = {part for part in ADDED for site in anatomy.sites if self._holds(site.name, part)}
+        held = (name for name, part in self.trunk.named_modules() if next(part.parameters(), None) is not None)
+        added = {name.rpartition(".")[2] for name in held} & set(ADDED)
         rank: dict[str, Any] = {} if lora is None else {"r": lora.rank, "lora_alpha": lora.rank * lora.scale}
         model.requires_grad_(False)
         config = LoraConfig(
@@ -55,7 +56,7 @@ class Adapted:
             torch.manual_seed(settings.seed)  # half of LoRA begins at random
             self.peft: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
         self.layers = {name: self.trunk.get_submodule(name) for name in names}
-        sites = [site.name for site in anatomy.sites if self._holds(site.name, "head_norm")]
+        sites = [site.name for site in anatomy.sites if hasattr(self.trunk.get_submodule(site.name), "head_norm")]
         norms: list[Any] = [self.trunk.get_submodule(f"{site}.head_norm") for site in sites]
         self.gates: list[nn.Parameter] = [norm.modules_to_save[ADAPTER].gate for norm in norms]
         if gate:
@@ -63,10 +64,6 @@ class Adapted:
                 parameter.requires_grad_(False)
         # Kept by name: whoever disables adapters and enables them again has PEFT open all of them to gradients.
         self.trained = {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
-
-    def _holds(self, site: str, part: str) -> bool:
-        module = getattr(self.trunk.get_submodule(site), part, None)
-        return module is not None and any(True for _ in module.parameters())
 
     @torch.no_grad()
     def set_gate(self, share: float) -> None:
