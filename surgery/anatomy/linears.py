@@ -61,7 +61,9 @@ def linears(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, nn.Module]:
         for name, module in trunk.get_submodule(block).named_modules(prefix=block):
             if isinstance(module, LINEAR):
                 found[name] = module
-            elif any(part in ADDED for part in name.split(".")) or name in mixers:
+            elif any(part in ADDED for part in name.split(".")):
+                continue
+            elif name in mixers and all(parameter.ndim < 3 for parameter in module.parameters(recurse=False)):
                 continue
             elif isinstance(module, nn.Conv1d) and module.groups == module.in_channels:
                 continue

@@ -30,6 +30,7 @@ KNOWN_ARGUMENTS = {
 
 # Modules that a converted site may hold and an original must not.
 ADDED = ("attention_bias", "head_norm", "remembered_inputs", "index_keys")
+TRAINED = ("attention_bias", "head_norm", "remembered_inputs")  # indexers choose, and no gradient comes through that
 
 # Kinds of layer (`config.layer_types`) that hand nothing but keys and values from token to token, and those that hand
 # on a state too, or instead; or choose keys.
@@ -235,7 +236,7 @@ def _others(config: PreTrainedConfig, model: PreTrainedModel) -> list[Mixer | In
 
 
 def _innermost(model: PreTrainedModel, sites: list[str]) -> tuple[str, PreTrainedModel]:
-    """The smallest model inside `model` that contains every site: positions enter there, whoever calls it."""
+    """The smallest model inside `model` that contains all of `sites`: positions enter there, whoever calls it."""
     best = ("", model)
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and all(site.startswith(f"{name}.") for site in sites if name):

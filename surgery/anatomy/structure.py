@@ -20,7 +20,7 @@ from .classes import causal_class
 from .mixers import Asking, asking
 
 TOKENS = 4
-MIXED_TOKENS = 11  # no count of heads, groups or states is the same number by chance
+MIXED_TOKENS = 11  # a prime, which counts of heads, groups and states hardly ever are
 _NAME = "surgery_structure_only"
 
 

@@ -57,7 +57,7 @@ class EabEntry(Entry):
     Args:
         prefix_ids: the prefix that was folded; empty where slots were trained from nothing.
         n_slots: slots of each site; 0 only beside norms.
-        trunk: the class of the innermost model that holds all sites.
+        trunk: the class of the innermost model that holds all sites and mixers.
         sites: name of each site in the trunk -> [kv_heads, key_dim, value_dim].
         mixers: name of each mixer in the trunk -> what it is given, gives and keeps.
         indexers: name of each indexer in the trunk -> the width of its keys, and how its cache comes.

@@ -77,9 +77,10 @@ class Vllm(Engine):
             raise UnsupportedModel(f"{root} norms its heads (head_norm), and vLLM's attention has no place for norms.")
         if not finished.described.eab.n_slots:
             raise UnsupportedModel(f"{root} has no slots, so there is nothing to export; fold a prefix first.")
-        if finished.described.eab.mixers:
+        if finished.described.eab.mixers or finished.described.eab.indexers:
             raise UnsupportedModel(
-                f"{root} remembers its prefix in mixers of {kind}, and the plugin knows slots alone."
+                f"{root} keeps more of its prefix than slots (layers with a state remember it, or choose among its "
+                "keys), and the plugin knows slots alone; use it in transformers."
             )
         if finished.described.eab.slots_visible == "always" and (window := windowed(anatomy)):
             raise UnsupportedModel(

@@ -136,6 +136,7 @@ class AttentionBias(Operation):
             words=(
                 f"{slots} in each of {count_of(len(anatomy.sites), 'attention site')}",
                 *([f"the prefix's inputs in {mixers}"] if anatomy.mixers else []),
+                *([f"its keys in {count_of(len(anatomy.indexers), 'indexer')}"] if anatomy.indexers else []),
             ),
             trains=(
                 Trained("slots", told, f"{slots} at each site", "the slots"),
@@ -241,20 +242,24 @@ class AttentionBias(Operation):
             adds="slots",
             text=f"an **explicit attention bias**: {n} constant key/value pair(s) k', v' in each of "
             f"{len(target.anatomy.sites)} attention sites, folded from the token prefix {named}. "
-            f"{_of_mixers(target.anatomy)}{visible}",
+            f"{_of_others(target.anatomy)}{visible}",
             loading="Do not put the prefix in front of the text: it is inside.",
             limits=f"{places} Rows of `output_attentions` sum to less than 1: the rest is the slots'. Inside "
             "`with model.slot_attentions():` they have columns of their own, in front.",
         )
 
 
-def _of_mixers(anatomy: Anatomy) -> str:
-    if not anatomy.mixers:
-        return ""
-    return (
-        f"{count_of(len(anatomy.mixers), 'layer')} that hand on a state (state space, linear attention, convolution) "
-        "remember what they were given of the prefix, and are given it again where a text begins. "
-    )
+def _of_others(anatomy: Anatomy) -> str:
+    said = ""
+    if anatomy.mixers:
+        said += (
+            f"What the prefix gave to {count_of(len(anatomy.mixers), 'module')} with a state (state space, linear "
+            "attention, convolution) is stored as well, and given to them again where a text begins. "
+        )
+    if anatomy.indexers:
+        indexers = count_of(len(anatomy.indexers), "indexer")
+        said += f"So are its keys in {indexers}, which choose what sparse attention sees. "
+    return said
 
 
 def one_token(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:

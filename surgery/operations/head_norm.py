@@ -28,6 +28,7 @@ from ..live.model import Live
 from ..live.stream import Batch, Observer, stream
 from ..progress import Advance, unseen
 from ..recipe.fields import Layers
+from ..words import listing
 from .base import Changes, Exact, Fitting, Operation, Stand, Target, Trained
 
 UNCHANGED = 1e-9  # share of the heads' energy that a norm must at least change
@@ -83,6 +84,12 @@ class HeadNorm(Operation):
             raise SourceError(
                 f"head_norm.layers: there is no layer {beyond[0]}, the last of {len(anatomy.blocks)} is "
                 f"{len(anatomy.blocks) - 1}; they are counted from 0."
+            )
+        attending = {site.block for site in anatomy.sites}
+        if self.layers != "all" and (without := [layer for layer in layers if layer not in attending]):
+            raise SourceError(
+                f"head_norm.layers: layer {without[0]} has no attention whose heads could be normed; those that have: "
+                f"{listing(sorted(attending), 16)}."
             )
         return head_norm_config(anatomy, layers, self.per_head, gated=self.gate < 1)
 

@@ -163,6 +163,12 @@ class Quantise(Operation):
         text.reporter.step("set the scales of inputs")
         with text.reporter.bar("quantise", len(text.chunks)) as advance:
             ranges = activation_ranges(live, text.chunks, advance)
+        mixers = tuple(f"{mixer.name}." for mixer in live.anatomy.mixers)
+        if unseen := [name for name in names if name not in ranges and name.startswith(mixers)]:
+            raise UnsupportedModel(
+                f"{live.anatomy.model_type}: the weight of {unseen[0]} is read without a call, so that its inputs, and "
+                "with them their scale, are not known; take a scheme without static scales, or leave quantise out."
+            )
         stored = [name for name in ranges if not self._is_per_token(name)]
         return Rounded({name: ranges[name].cpu() if name in stored else None for name in names})
 

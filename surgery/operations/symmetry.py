@@ -31,7 +31,7 @@ from ..anatomy.linears import LINEAR, row_dim
 from ..errors import DamagedCheckpoint
 from ..live.model import Live
 from ..live.parts import Part, Weights
-from .turning import Gain, HeadSide, HeadValues, Side, changed, folding
+from .turning import Gain, HeadSide, HeadValues, Side, changed, folding, is_vector
 
 PROBES = 128  # random A, or twice as many as a part has weights
 SOLVED = 1e-3  # relative residual at which equations hold; where a weight is missing it is 0.05 and more
@@ -141,13 +141,13 @@ def gains(at: Gradients) -> list[Gain]:
     columns = {}
     for side in at.sides:
         weight, gradient = at.rows(side)
-        columns[side] = (weight * gradient).sum(dim=0) * (1 if at.weights[side[0]].ndim > 1 else -1)
+        columns[side] = (weight * gradient).sum(dim=0) * (-1 if is_vector(side[0], at.weights[side[0]]) else 1)
     taken: set[str] = set()  # biases: the same equation holds for them, and a norm's weight stands before its bias
     for name in [name for name, _ in columns if at.weights[name].ndim == 1]:
         others = {side: column for side, column in columns.items() if side[0] != name}
         for offset in (0.0, 1.0) if name not in taken and at.of_weights[name].any() else ():  # some scale by 1 + w
             readers, residual = _solved(others, (at.weights[name] + offset) * at.of_weights[name])
-            if residual < SOLVED and any(at.weights[reader].ndim > 1 for reader, _ in readers):
+            if residual < SOLVED and not all(is_vector(reader, at.weights[reader]) for reader, _ in readers):
                 taken |= {reader for reader, _ in readers}
                 if bool((at.weights[name] != at.weights[name][0]).any()):  # else it scales all channels alike
                     found.append(Gain(name, offset, tuple(readers)))

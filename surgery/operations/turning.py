@@ -20,7 +20,7 @@ Change = tuple[str, Callable[[torch.Tensor], torch.Tensor]]  # a weight, and wha
 
 @dataclass(frozen=True)
 class Gain:
-    """The weight e = `name` + `offset` (d,) of a norm, which `readers` take over; a vector among them is its bias."""
+    """The weight e = `name` + `offset` (d,) of a norm, which `readers` take over; a vector among them is divided."""
 
     name: str
     offset: float
@@ -55,10 +55,16 @@ def changed(weights: Weights, changes: Iterable[Change]) -> Weights:
     return new
 
 
-def scaled(weight: torch.Tensor, dim: int, by: torch.Tensor) -> torch.Tensor:
-    """Channels along `dim` times `by` (d,); those of a vector, which is a bias, divided by it."""
-    if weight.ndim == 1:
-        return torch.where(weight == 0, 0.0, weight.double() / by.to(weight.device)).to(weight)
+def is_vector(name: str, weight: torch.Tensor) -> bool:
+    """Whether a weight stands where a norm's output does and does not read it: a bias, what a mixer remembers."""
+    return weight.ndim == 1 or ".remembered_inputs." in name
+
+
+def scaled(weight: torch.Tensor, dim: int, by: torch.Tensor, vector: bool) -> torch.Tensor:
+    """Channels along `dim` times `by` (d,); those of a vector divided by it."""
+    if vector:
+        scaled_back = weight.movedim(dim, -1).double() / by.to(weight.device)
+        return torch.where(weight == 0, 0.0, scaled_back.movedim(-1, dim)).to(weight)
     return (weight.movedim(dim, -1).double() * by.to(weight.device)).movedim(-1, dim).to(weight)
 
 
@@ -81,7 +87,10 @@ def folding(gains: Iterable[Gain], weights: Weights) -> list[Change]:
     changes: list[Change] = []
     for gain in gains:
         scales = weights[gain.name].detach().double() + gain.offset
-        changes += [(name, partial(scaled, dim=dim, by=scales)) for name, dim in gain.readers]
+        changes += [
+            (name, partial(scaled, dim=dim, by=scales, vector=is_vector(name, weights[name])))
+            for name, dim in gain.readers
+        ]
         changes.append((gain.name, partial(torch.full_like, fill_value=1 - gain.offset)))
     return changes
 

@@ -1,8 +1,13 @@
 """What a checkpoint may be given of a prefix, in place of the prefix: one kind of part, one file.
 
 A kind says what `config.eab` holds of it, which tensors that asks for, and how they are read while the prefix runs. How
-it works at run time is a file of `runtime`. To add one, derive from `Kind` in a file of its own, name it in
-`parts.KINDS`, and the module that holds it in `anatomy.sites.ADDED`.
+it works at run time is a file of `runtime`. To add one:
+
+* derive from `Kind` in a file of its own, and name it in `parts.KINDS`;
+* write its file of `runtime`, call it in `eab_runtime.install`, name its module in `eab_runtime.HELD`, and the file in
+  `converted.derived.RUNTIME_FILES`;
+* have `anatomy` find where it goes, and say so in `Anatomy.eab`; `converted.entries.EabEntry` checks what is said, and
+  `anatomy.sites.ADDED` names the module.
 """
 
 from __future__ import annotations

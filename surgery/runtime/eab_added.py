@@ -34,7 +34,22 @@ def require_added(model: nn.Module) -> None:
 
 @functools.cache
 def _with(mixin: type, native: type) -> type:
-    return type(native.__name__, (mixin, native), {"__module__": native.__module__})
+    made = {"__module__": native.__module__, "__reduce_ex__": lambda module, _: (_new, (mixin, native), vars(module))}
+    return type(native.__name__, (mixin, native), made)
+
+
+def _new(mixin: type, native: type) -> Any:
+    """A module of both, as pickle makes one before it fills it."""
+    return nn.Module.__new__(_with(mixin, native))
+
+
+def _guard(module: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: no call passes by what stands in front of the module's class (kernels replace `forward`)."""
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        raise ValueError(
+            f"{type(module).__name__} runs another forward than its own, without what this model keeps of its prefix: "
+            "load it without use_kernels"
+        )
 
 
 def put_in_front(module: Any, mixin: type, undo: contextlib.ExitStack) -> None:
@@ -42,6 +57,7 @@ def put_in_front(module: Any, mixin: type, undo: contextlib.ExitStack) -> None:
     native: type = type(module)
     module.__class__ = _with(mixin, native)
     undo.callback(setattr, module, "__class__", native)
+    undo.callback(module.register_forward_pre_hook(_guard).remove)
     if (forward := vars(module).get("_old_forward")) is not None:  # accelerate holds the forward that it wrapped
         module._old_forward = types.MethodType(type(module).forward, module)
         undo.callback(setattr, module, "_old_forward", forward)

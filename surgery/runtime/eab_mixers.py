@@ -15,6 +15,7 @@ Notation: B batch, T tokens, n tokens of the prefix, d width.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -113,9 +114,30 @@ def _dropped(sequence: Tensor, n: int, padding: Tensor | None) -> Tensor:
     return sequence[torch.arange(len(sequence), device=sequence.device)[:, None], kept]
 
 
+def refuse_late_texts(names: list[str], trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the trunk: ValueError where a text begins behind padding in a later piece than the first.
+
+    A mixer's prefix belongs right in front of the text, and there the cache of the other rows is filled already.
+    """
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask, cache = given.get("attention_mask"), given.get("past_key_values")
+    if torch.compiler.is_compiling() or cache is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+        return
+    past = int(cache.get_seq_length())
+    if 0 < past < mask.shape[1] and bool(((mask[:, :past] != 0).sum(dim=1) + mask[:, past] == 0).any()):
+        raise ValueError(
+            "a row's padding goes on in the second piece of a prefill, and its prefix would stand in the middle of it: "
+            "make the first piece longer than the padding"
+        )
+
+
 def install_mixers(trunk: nn.Module, n: int, mixers: Mapping[str, Mapping[str, Any]]) -> contextlib.ExitStack:
     """Put empty inputs into every mixer; closing what is returned takes them out again."""
     undo = contextlib.ExitStack()
+    if mixers:
+        names = list(inspect.signature(trunk.forward).parameters)
+        late = functools.partial(refuse_late_texts, names)
+        undo.callback(trunk.register_forward_pre_hook(late, with_kwargs=True).remove)
     for name, entry in mixers.items():
         mixer: Any = trunk.get_submodule(name)
         mixer.remembered_inputs = RememberedInputs(n, tuple(inspect.signature(mixer.forward).parameters), entry)

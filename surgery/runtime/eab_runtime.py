@@ -11,9 +11,8 @@ visible to a query exactly where the model's own mask would have shown it the pr
 `config.eab` describes what is installed: `n_slots`, `slots_visible` ("as_prefix" or "always"), `trunk`, the name of the
 trunk's class, and `sites`, which maps the name of each site in it to [kv_heads, key_dim, value_dim]. `mixers` are those
 modules beside the sites that hand a state from token to token (`eab_mixers`), `indexers` those that choose what sparse
-attention sees (`eab_indexer`). Where needed,
-`max_length` bounds the positions on which the fold is exact, and `whole_mask` says that the model's code cannot do
-without a mask.
+attention sees (`eab_indexer`). Where needed, `max_length` bounds the positions on which the fold is exact, and
+`whole_mask` says that the model's code cannot do without a mask.
 """
 
 from __future__ import annotations
@@ -223,10 +222,7 @@ class AttentionBiasMixin(Mixed):
         # Inner models, which know no slots, may have written their own choice into the config they share or keep.
         for held in (config, find_trunk(self, config.eab["trunk"]).config):
             held._attn_implementation_internal = self._check_and_adjust_attn_implementation(asked)
-        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | {
-            "attention_bias",
-            "remembered_inputs",
-        }
+        self._keep_in_fp32_modules_strict = set(self._keep_in_fp32_modules_strict or ()) | HELD
 
     def initialize_weights(self) -> None:
         # transformers initialises what a checkpoint lacks through each inner model's own class, which knows no slots:

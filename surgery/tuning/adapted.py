@@ -19,7 +19,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ..anatomy.linears import linears
-from ..anatomy.sites import ADDED
+from ..anatomy.sites import TRAINED
 from ..live.model import Live
 from .settings import Settings
 
@@ -45,7 +45,7 @@ class Adapted:
         names = list(linears(model, anatomy)) if lora is not None or settings.quantised is not None else []
         targets = DUMMY_TARGET_MODULES if lora is None else [self.lead + name for name in lora.targeted(names)]
         held = (name for name, part in self.trunk.named_modules() if next(part.parameters(), None) is not None)
-        added = {name.rpartition(".")[2] for name in held} & set(ADDED)
+        added = {name.rpartition(".")[2] for name in held} & set(TRAINED)
         rank: dict[str, Any] = {} if lora is None else {"r": lora.rank, "lora_alpha": lora.rank * lora.scale}
         model.requires_grad_(False)
         config = LoraConfig(

@@ -91,6 +91,8 @@ def _config(described: Described, manifest: Manifest) -> Found:
         return False, f"config.json: {KEY} is not the one that the run wrote, as {MANIFEST} says"
     described.anatomy  # noqa: B018  raises where config.json is not such as a run writes for this model
     found = f"config.json describes {count_of(slots.n_slots, 'slot')} in each of {count_of(len(slots.sites), 'site')}"
+    others = ((slots.mixers, "mixer"), (slots.indexers, "indexer"))
+    found += "".join(f", and what {count_of(len(named), word)} had of the prefix" for named, word in others if named)
     return True, found if norms is None else f"{found}, and norms in {len(norms.sites)} of them"
 
 

@@ -82,9 +82,11 @@ def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
 
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A causal language model in float64, in evaluation mode, with random weights that depend on `seed` alone."""
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float64)
-    if type(model.config) is not type(config):  # only the text model inside
-        model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]):  # what is no matrix may begin at random
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float64)
+        if type(model.config) is not type(config):  # only the text model inside
+            model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float64)
     model = model.eval()
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # grouped_mm knows no float64

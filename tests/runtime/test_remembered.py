@@ -7,7 +7,10 @@ prefix at a wrong place, or given twice, is off by 0.01 and more.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import pickle
+import types
 from collections.abc import Callable
 
 import pytest
@@ -101,6 +104,45 @@ def test_padding_that_is_longer_than_the_first_piece(pair: Pair) -> None:
             past, _ = out.past_key_values, got.append(out.logits)
     for i, row in enumerate(rows):
         assert worst(torch.cat(got, 1)[i, mask[i].bool()], pair.control(row[None])[0]) < ROUNDING, i
+
+
+def test_padding_that_goes_on_in_the_second_piece_is_refused(pair: Pair) -> None:
+    rows = [tiny_text(1, length, seed=length)[0] for length in (40, 15)]
+    ids, mask = padded(rows, "left")
+    with pair.converted() as model:
+        first = model(input_ids=ids[:, :20], attention_mask=mask[:, :20], use_cache=True)
+        given = {"input_ids": ids[:, 20:], "attention_mask": mask, "past_key_values": first.past_key_values}
+        if pair.live.anatomy.mixers:
+            with pytest.raises(ValueError, match="first piece longer than the padding"):
+                model(**given, use_cache=True)
+        else:
+            got = torch.cat([first.logits, model(**given, use_cache=True).logits], 1)[1, mask[1].bool()]
+    if not pair.live.anatomy.mixers:
+        assert worst(got, pair.control(rows[1][None])[0]) < ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "deepseek_v32"])
+def test_what_stands_in_front_is_copied_and_pickled(kind: str) -> None:
+    pair, ids = hybrid(kind), tiny_text(1)
+    with pair.converted() as model:
+        expected = model(input_ids=ids).logits
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "deepseek_v32"])
+def test_a_forward_put_in_its_place_is_refused(kind: str) -> None:
+    """Kernels from the hub replace the forward of a mixer, and with it what stands in front of its class."""
+    pair = hybrid(kind)
+    anatomy = pair.live.anatomy
+    module = pair.live.trunk.get_submodule((*anatomy.mixers, *anatomy.indexers)[0].name)
+    with pair.converted() as model:
+        module.forward = types.MethodType(type(module).__mro__[2].forward, module)
+        try:
+            with pytest.raises(ValueError, match="use_kernels"):
+                model(input_ids=tiny_text(1))
+        finally:
+            del module.forward
 
 
 @pytest.mark.parametrize("beams", [1, 3])

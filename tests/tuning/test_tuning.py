@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from helpers.families import any_model
 from helpers.tiny import live_of, one_thread, tiny_model
 from peft import PeftModel
 
@@ -23,6 +24,7 @@ from surgery.operations.attention_bias import AttentionBias, Folded
 from surgery.operations.head_norm import HeadNorm
 from surgery.progress import Advance, unseen
 from surgery.tuning import loop as loop_module
+from surgery.tuning.adapted import Adapted
 from surgery.tuning.corpus import Corpus, make_corpus
 from surgery.tuning.loop import Record, rate
 from surgery.tuning.operation import Tune
@@ -416,3 +418,19 @@ def test_parts_move_to_a_device_whatever_holds_them() -> None:
     found = [*there["slots"].fold.tensors.values(), there["norms"]["a"]["weight"], *there["turn"].args]
     assert all(part.is_meta for part in found) and [len(part) for part in found] == [2, 3, 1, 4]
     assert there["slots"].fold.prefix == (5,) and there["turn"].func is sum
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "deepseek_v32"])
+def test_what_mixers_remember_is_trained_and_what_indexers_know_is_not(kind: str) -> None:
+    """An indexer chooses without a gradient."""
+    live = live_of(any_model(kind))
+    folded = fold(live, PREFIX, "as_prefix")
+    with grafted(live, folded):
+        adapted = Adapted(live, settings_of(), 0.0)
+        trained = {name.rpartition("base_model.model.")[2] for name in adapted.trained}
+        adapted.close()
+    expected = {name for name in folded.tensors if ".index_keys." not in name}
+    assert len(trained) == len(expected)
+    for name in expected:
+        module, _, part = name.rpartition(".")
+        assert any(f"{module}." in one and one.endswith(f".{part}") for one in trained), name

@@ -15,7 +15,7 @@ from helpers.tiny_checkpoint import edit_json, save_tokenizer, sha256_of_files, 
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import UnsupportedModel
+from surgery.errors import SourceError, UnsupportedModel
 
 CHUNKS = surgery.Chunking(8, 32)
 GATES = {
@@ -77,27 +77,23 @@ def test_a_scan_has_attention_where_there_is_some(hybrid: Hybrid) -> None:
     with one_thread():
         found = surgery.scan(hybrid.out, text=hybrid.text, chunking=surgery.Chunking(2, 32))
     attending = [layer for layer, row in enumerate(found["layers"]) if row.get("sink_score")]
-    config = json.loads((hybrid.out / "config.json").read_text(encoding="utf-8"))
-    assert attending == sorted(int(site.split(".")[1]) + 1 for site in config["eab"]["sites"])
+    assert attending == sorted(int(site.split(".")[1]) + 1 for site in surgery_config(hybrid)["sites"])
 
 
-def test_tuning_trains_what_is_remembered(hybrid: Hybrid, tmp_path: Path) -> None:
+def test_tuning_runs_on_it(hybrid: Hybrid, tmp_path: Path) -> None:
     recipe = {
-        "surgery": 1, "operations": [FOLD], "tune": TUNE,
-        "verify": {"perplexity": {"max_ratio": 99.0}},
+        "surgery": 1, "operations": [FOLD], "tune": TUNE, "verify": {"perplexity": {"max_ratio": 99.0}},
     }  # fmt: skip
     given = {"text": hybrid.text, "calibration": hybrid.calibration, "chunking": CHUNKS}
     with one_thread():
-        surgery.run(recipe, hybrid.source, tmp_path / "out", **given)
-    before, after = load_file(hybrid.out / ADDED), load_file(tmp_path / "out" / ADDED)
-    remembered = [name for name in after if ".remembered_inputs." in name]
-    assert remembered and all(not torch.equal(before[name], after[name]) for name in remembered)
+        verdict = surgery.run(recipe, hybrid.source, tmp_path / "out", **given)
+    assert verdict["passed"] and verdict["tuning"]["losses"]
 
 
 @pytest.mark.parametrize("engine", ["peft", "vllm", "mlx"])
 def test_engines_that_know_slots_alone_refuse(hybrid: Hybrid, engine: str, tmp_path: Path) -> None:
     ended = surgery_command("export", engine, hybrid.out, tmp_path / "export", "--original", hybrid.source)
-    assert ended.code == 2 and "remember" in ended.error and not (tmp_path / "export").exists()
+    assert ended.code == 2 and "more of its prefix than slots" in ended.error and not (tmp_path / "export").exists()
 
 
 @pytest.mark.parametrize("what", ["zeros", "missing", "swapped", "undeclared", "width"])
@@ -123,6 +119,18 @@ def test_what_is_wrong_with_remembered_inputs_is_seen(hybrid: Hybrid, what: str,
     save_file(tensors, out / ADDED, metadata={"format": "pt"})
     ended = surgery_command("verify", out)
     assert ended.code == 3, ended.out + ended.err
+
+
+def test_norms_go_where_there_is_attention(hybrid: Hybrid) -> None:
+    attending = {int(site.split(".")[1]) for site in surgery_config(hybrid)["sites"]}
+    without = sorted(set(range(4)) - attending)
+    for layer in without[:1]:
+        with pytest.raises(SourceError, match=f"layer {layer} has no attention"):
+            surgery.plan({"surgery": 1, "operations": [{"head_norm": {"layers": [layer]}}]}, hybrid.source)
+
+
+def surgery_config(hybrid: Hybrid) -> dict:
+    return json.loads((hybrid.out / "config.json").read_text(encoding="utf-8"))["eab"]
 
 
 def test_a_converted_model_is_no_source(hybrid: Hybrid, tmp_path: Path) -> None:
