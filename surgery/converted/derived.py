@@ -27,7 +27,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import runtime
-from ..anatomy.classes import CAUSAL, causal_class, of_auto
+from ..anatomy.classes import CAUSAL, causal_class, holds_all, of_auto
 from ..checkpoint.manifest import TYPE_PREFIX
 from ..endings.temporary import lasting_temporary, temporary_errors
 from ..runtime.eab_families import ADAPTERS
@@ -114,7 +114,11 @@ def _models(config: type) -> dict[str, type]:
         del models[TRUNK]
     autos = (name for name in vars(modeling_auto) if name.startswith("AutoModelFor"))
     models.update({name: of_auto(name, config) for name in sorted(autos) if name != CAUSAL})
-    return {name: model for name, model in models.items() if model is not None and _together(model, causal)}
+    return {
+        name: model
+        for name, model in models.items()
+        if model is not None and _together(model, causal) and holds_all(model, config)
+    }
 
 
 def other_heads(config: PreTrainedConfig) -> list[str]:

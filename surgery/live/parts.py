@@ -76,7 +76,8 @@ def _weights(live: Live, leads: list[str]) -> dict[str, Weights]:
         lead = next((lead for lead in leads if name.startswith(lead)), "")
         if id(weight) in owners and (lead or owners[id(weight)]):
             raise UnsupportedModel(
-                f"{live.anatomy.model_type}: {name} is the tensor of another place as well, and cannot change in one."
+                f"{live.anatomy.model_type}: {name} is the tensor of another place as well, and cannot change in one; "
+                "leave rotation out."
             )
         owners[id(weight)] = lead
         found[lead][name] = weight

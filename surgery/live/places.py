@@ -52,12 +52,15 @@ def on_layer(
     """Show `look` the stream (B, T, d) at `layer` whenever it passes; what it returns, if anything, goes on instead.
 
     With `first`, in front of whatever already looks there. Gemma 3n carries several streams side by side, (K, B, T, d):
-    shown is the one that its blocks read.
+    shown is the one that its blocks read. Those of hyper-connections (HY V4), (B, T, K, d), are shown as one, K d wide.
     """
     trunk, blocks = live.trunk, live.anatomy.blocks
     active = getattr(trunk.config.get_text_config(), "altup_active_idx", None)
 
     def shown(states: torch.Tensor) -> torch.Tensor | None:
+        if states.ndim == 4 and active is None:
+            changed = look(states.flatten(2))
+            return None if changed is None else changed.view(states.shape)
         changed = look(states if active is None else states[active])
         if changed is None or active is None:
             return changed

@@ -36,7 +36,9 @@ class LogitLens(Observer):
         self._scored = 0
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
-        if self._norm is not None and self._head is not None:
+        if self._norm is None or self._head is None:
+            return
+        if states.shape[-1] == self._head.weight.shape[-1]:  # else several streams, which something joins first
             self._ready.setdefault(batch, {})[layer] = self._norm(states[:, self._places(batch)])
 
     def logits(self, logits: torch.Tensor, batch: Batch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.families import EXACT, PREFIX, Family, behind, families, in_tiers
 from helpers.fresh_process import ask, greedy, load
-from helpers.tiny import build, one_thread, tiny_text
+from helpers.tiny import build, in_dtype, one_thread, tiny_text
 
 from surgery.steps.options import RunOptions
 from surgery.steps.recipe import parse_recipe
@@ -28,11 +28,7 @@ TOLERANCE = 2e-5
 
 def save(family: Family, source: Path, dtype: torch.dtype, shard: str) -> None:
     with family.default_dtype():
-        model = build(family.config())
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():  # rotary tables of vision towers are complex
-                tensor.data = tensor.data.to(dtype)
-        model.save_pretrained(source, max_shard_size=shard)
+        in_dtype(build(family.config()), dtype).save_pretrained(source, max_shard_size=shard)
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ import pytest
 import torch
 from helpers.families import EXACT, any_model, in_tiers
 from helpers.fresh_process import ask, load
-from helpers.pair import PREFIX, N, Pair, padded, slots_of, worst
+from helpers.pair import PREFIX, N, Pair, padded, worst
 from helpers.tiny import one_thread, tiny_model, tiny_text
 from transformers.models.auto import modeling_auto
 
 from surgery.converted.derived import CAUSAL, TRUNK, derive, load_derived
 from surgery.converted.registration import register
 from surgery.live.graft import eab_config
+from surgery.runtime.eab_runtime import find_trunk
 from surgery.steps.options import RunOptions
 from surgery.steps.recipe import parse_recipe
 from surgery.verbs.run import run
@@ -60,12 +61,9 @@ def test_trunk_of_every_head_is_that_after_the_prefix(family):
             model.set_experts_implementation("eager")
         left = model.base_model.load_state_dict(pair.model.base_model.state_dict(), strict=False)
         # BERT's pooler stands in the trunk, and not in that of the causal language model.
-        assert all(".attention_bias." in key or key.startswith("pooler.") for key in left.missing_keys), name
-        sites = [part for part in model.modules() if hasattr(part, "attention_bias")]
-        slots = slots_of(pair.folded)
-        assert len(sites) == len(slots), name
-        for site, (key, value) in zip(sites, slots.values(), strict=True):
-            site.attention_bias.load_state_dict({"key": key, "value": value})
+        assert all(key.endswith(tuple(pair.folded.tensors)) or "pooler." in key for key in left.missing_keys), name
+        trunk = find_trunk(model, pair.live.anatomy.trunk_class)
+        assert not trunk.load_state_dict(pair.folded.tensors, strict=False).unexpected_keys, name
         assert worst(states(model, input_ids=ids), expected) < 1e-5, name
 
 

@@ -12,6 +12,7 @@ from helpers.families import PREFIX
 from helpers.pair import slots_of
 from surgery.checkpoint.stage import Stage
 from surgery.delivery import Engine
+from surgery.delivery.base import Finished
 from surgery.live.graft import Fold, fold
 from surgery.live.model import Live
 
@@ -31,17 +32,15 @@ class InMemory:
 
     @property
     def described(self) -> SimpleNamespace:
-        eab = SimpleNamespace(
-            n_slots=len(PREFIX), slots_visible=self.folded.visible, prefix_ids=PREFIX, mixers={}, indexers={}
-        )
+        said = self.live.anatomy.eab(len(PREFIX), self.folded.visible)
+        eab = SimpleNamespace(prefix_ids=PREFIX, **{"mixers": {}, "indexers": {}, **said})
         return SimpleNamespace(anatomy=self.live.anatomy, eab=eab, head_norm=None, config={})
 
     @property
     def manifest(self) -> SimpleNamespace:
         return SimpleNamespace(source={"spec": "owner/name", "kind": "hub", "revision": "abc"}, files={}, tensors={})
 
-    def require_slots_only(self, engine: str) -> None:
-        pass
+    require_slots_only = Finished.require_slots_only
 
 
 def in_memory(live: Live, visible: str = "as_prefix") -> InMemory:

@@ -99,6 +99,14 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` with its floating-point tensors in `dtype`: rotary tables of vision towers are complex, and stay."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
 def tiny_model(
     model_type: str, dtype: torch.dtype = torch.float64, seed: int = 0, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:

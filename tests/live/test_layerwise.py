@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.families import EXACT, families
 from helpers.planted import planted, planted_text
-from helpers.tiny import VOCAB, build, live_of, one_thread, tiny_config, tiny_text
+from helpers.tiny import VOCAB, build, in_dtype, live_of, one_thread, tiny_config, tiny_text
 
 from surgery.anatomy.fit import examine_stored
 from surgery.checkpoint.config import read_config
@@ -84,7 +84,7 @@ def test_every_family_is_itself_to_the_bit(kind, tmp_path):
 def test_every_exact_type_reads_text_to_the_bit(kind, tmp_path):
     family = families()[kind]
     with family.default_dtype():
-        build(family.config()).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40KB")
+        in_dtype(build(family.config()), torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40KB")
     text = tiny_text(4, 24)
     assert scored(opened(tmp_path), text) == scored(opened(tmp_path, layers=False), text)
 

@@ -37,16 +37,23 @@ REFUSED = {
         """
         afmoe axk1 beam bert bert-generation bloom electra ernie exaone4 flex_olmo gemma2 gemma3 gemma3_text
         gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm4 hyperclovax kolibri1 longcat_flash
-        modernbert-decoder olmo2 olmo3 openai-gpt opt rembert roc_bert
+        lfm3 minimax modernbert-decoder olmo2 olmo3 olmo_hybrid openai-gpt opt rembert roc_bert zaya
         """.split(),
         SCALES,
     ),
-    **dict.fromkeys(("fuyu", "got_ocr2", "moss_transcribe_diarize", "phi4_multimodal"), UNSEEN),
+    **dict.fromkeys(
+        """
+        axk2 deepseek_v32 dots3_note dots3_note_text emu3 fuyu glm_moe_dsa got_ocr2 hy_v4 llama4
+        moss_transcribe_diarize phi4_multimodal qwen3_5 qwen3_5_moe
+        """.split(),
+        UNSEEN,
+    ),
+    **dict.fromkeys(("zamba", "zamba2"), "is the tensor of another place as well"),
     "ctrl": "transformer.pos_encoding, which is no weight, is added to the residual stream",
     "xglm": "what is outside of the blocks depends on the basis of the residual stream",
 }  # fmt: skip
 # Heads that stay: clipped values, a norm or a gate after attention, experts for attention, a scale on values.
-STILL = {"bitnet", "dbrx", "jetmoe", "laguna", "mimo_v2_flash", "mpt", "olmo", "olmoe"}
+STILL = {"bailing_hybrid", "bitnet", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "dbrx", "jetmoe", "laguna", "mimo_v2_flash", "mpt", "olmo", "olmoe"}
 TOLERANCE = 1e-5  # relative to the largest logit: norms and softmax compute in float32
 FLOAT32 = 1e-4
 
@@ -112,7 +119,8 @@ def test_each_family_is_exact_or_refused(kind: str) -> None:
         turns = turns_of(live, Rotation())
         assert same(before, model), "changed while it was looked at"
         turn(live, turns)
-        assert difference(logits(model, text), expected) < TOLERANCE
+        # Kernels of a state compute in float32, and what is in the last bit there grows from token to token.
+        assert difference(logits(model, text), expected) < (1e-3 if live.anatomy.mixers else TOLERANCE)
     assert turns.sites == (0 if kind in STILL else len(live.anatomy.sites))
 
 
