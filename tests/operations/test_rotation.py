@@ -53,7 +53,10 @@ REFUSED = {
     "xglm": "what is outside of the blocks depends on the basis of the residual stream",
 }  # fmt: skip
 # Heads that stay: clipped values, a norm or a gate after attention, experts for attention, a scale on values.
-STILL = {"bailing_hybrid", "bitnet", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "dbrx", "jetmoe", "laguna", "mimo_v2_flash", "mpt", "olmo", "olmoe"}
+STILL = {
+    "bailing_hybrid", "bitnet", "dbrx", "jetmoe", "laguna", "mimo_v2_flash", "mpt", "olmo", "olmoe", "qwen3_5_moe_text",
+    "qwen3_5_text", "qwen3_next",
+}  # fmt: skip
 TOLERANCE = 1e-5  # relative to the largest logit: norms and softmax compute in float32
 FLOAT32 = 1e-4
 
