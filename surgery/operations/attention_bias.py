@@ -132,7 +132,14 @@ class AttentionBias(Operation):
             parts=frozenset({"slots"}),
             prefix=prefix,
             positions=n,
-            told={"n_slots": told},
+            told={
+                "n_slots": told,
+                **{
+                    key: len(found)
+                    for key, found in (("mixers", anatomy.mixers), ("indexers", anatomy.indexers))
+                    if found
+                },
+            },
             words=(
                 f"{slots} in each of {count_of(len(anatomy.sites), 'attention site')}",
                 *([f"the prefix's inputs in {mixers}"] if anatomy.mixers else []),

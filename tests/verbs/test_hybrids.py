@@ -137,3 +137,11 @@ def test_a_converted_model_is_no_source(hybrid: Hybrid, tmp_path: Path) -> None:
     with pytest.raises(Exception) as caught:
         surgery.plan({"surgery": 1, "operations": [FOLD]}, hybrid.out)
     assert isinstance(caught.value, surgery.SurgeryError) and not isinstance(caught.value, UnsupportedModel)
+
+
+def test_a_plan_counts_what_remembers(hybrid: Hybrid) -> None:
+    planned = surgery.plan({"surgery": 1, "operations": [FOLD]}, hybrid.source).to_dict()
+    mixers = surgery_config(hybrid)["mixers"]
+    assert planned["mixers"] == len(mixers) and planned["n_slots"] == 2 and "indexers" not in planned
+    added = [name for name, one in planned["tensors"].items() if one["status"] == "added"]
+    assert sum(".remembered_inputs." in name for name in added) == len(mixers)
