@@ -46,9 +46,10 @@ for _command in COMMANDS:
 def command() -> int:
     """Run the command that the arguments name, and tell on standard error why it ends, if not well; the exit code."""
     warnings.showwarning = show_warning
-    # The first two are imported by transformers, where installed, and miss kernels for GPUs; of what the hub has or has
-    # not we say what matters.
-    for imported in ("torchao", "torch.utils._pytree", "huggingface_hub._snapshot_download"):
+    # The first two are imported by transformers, where installed, and miss kernels for GPUs, as the third says of
+    # mixers; of what the hub has or has not we say what matters.
+    kernels = "transformers.integrations.hub_kernels"
+    for imported in ("torchao", "torch.utils._pytree", kernels, "huggingface_hub._snapshot_download"):
         logging.getLogger(imported).setLevel(logging.ERROR)
     _make_streams_safe()
     code = _ended(_invoked)
