@@ -38,7 +38,7 @@ class Hybrid:
     calibration: Path
 
 
-@pytest.fixture(scope="module", params=["qwen3_next", "falcon_h1"])
+@pytest.fixture(scope="module", params=["qwen3_next", pytest.param("falcon_h1", marks=pytest.mark.slow)])
 def hybrid(request, tmp_path_factory) -> Hybrid:
     root = tmp_path_factory.mktemp(request.param)
     text, calibration = write_text(root / "text.txt", 2000, 1), write_text(root / "calibration.txt", 4000, 0)
