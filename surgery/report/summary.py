@@ -91,7 +91,10 @@ def summary(survey: dict, name: str, told: bool = False) -> list[str]:
 
 
 def _model(survey: dict, name: str, told: bool) -> str:
-    blocks = count_of(len(survey["layers"]) - 1, "block")
+    rows = survey["layers"][1:]
+    blocks, attending = count_of(len(rows), "block"), sum(bool(row.get("sink_score")) for row in rows)
+    if 0 < attending < len(rows):
+        blocks += f" ({attending} with attention)"
     kind = f"type {survey['model_type']}, {blocks}" if survey.get("model_type") else blocks
     if finite(survey.get("parameters")):
         kind += f", {rounded(survey['parameters'])} parameters"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import SourceError, UnsupportedModel
+from surgery.report.summary import summary
 
 CHUNKS = surgery.Chunking(8, 32)
 GATES = {
@@ -78,6 +79,8 @@ def test_a_scan_has_attention_where_there_is_some(hybrid: Hybrid) -> None:
         found = surgery.scan(hybrid.out, text=hybrid.text, chunking=surgery.Chunking(2, 32))
     attending = [layer for layer, row in enumerate(found["layers"]) if row.get("sink_score")]
     assert attending == sorted(int(site.split(".")[1]) + 1 for site in surgery_config(hybrid)["sites"])
+    said = " ".join(summary(found, "out"))
+    assert ("4 blocks (1 with attention)" in said) == (len(attending) == 1), said
 
 
 def test_tuning_runs_on_it(hybrid: Hybrid, tmp_path: Path) -> None:
