@@ -421,7 +421,7 @@ def test_parts_move_to_a_device_whatever_holds_them() -> None:
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "deepseek_v32"])
-def test_what_mixers_remember_is_trained_and_what_indexers_know_is_not(kind: str) -> None:
+def test_mixers_are_trained_and_indexers_are_not(kind: str) -> None:
     """An indexer chooses without a gradient."""
     live = live_of(any_model(kind))
     folded = fold(live, PREFIX, "as_prefix")
