@@ -12,7 +12,7 @@ from helpers.tiny import build, one_thread, tiny_config
 from helpers.tiny_checkpoint import edit_json
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from surgery.anatomy.fit import Fit, examine_stored
 from surgery.anatomy.sites import examine, parse_config
@@ -86,7 +86,7 @@ ENDLESS = {
 @pytest.mark.parametrize("case", ENDLESS)
 def test_no_model_is_begun_for_counts_beyond_reason(case: str, tmp_path: Path, monkeypatch) -> None:
     root = saved(tmp_path, **ENDLESS[case])
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr(PreTrainedModel, "_from_config", lambda *_, **__: pytest.fail("a model was built"))
     refused(root, "config.json")
 
 

@@ -27,7 +27,7 @@ from helpers.tiny_checkpoint import (
     write_text,
 )
 from safetensors.numpy import load_file, save_file
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 import surgery
 from surgery.checkpoint.layout import read_layout
@@ -451,7 +451,12 @@ def test_memory_that_runs_out_is_no_bug(place: Place, monkeypatch: pytest.Monkey
     monkeypatch.setattr("surgery.steps.measure.read", large)
     ended = surgery_command(*verifying)
     assert ended.code == 2 and "Traceback" not in ended.err and "--chunk-length" in ended.error
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", large)
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def from_pretrained(cls, where, *arguments, **options):
+        return load(cls, where, *arguments, **options) if where is None else large()  # None: headers alone
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
     for command in (verifying, ("scan", place.source, "--text", place.text, *MEASURED)):
         ended = surgery_command(*command)
         assert ended.code == 2 and "does not fit into memory" in ended.error

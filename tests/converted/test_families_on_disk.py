@@ -88,7 +88,7 @@ def test_on_disk(everything, kind):
     if "failed" in found:
         pytest.fail(found["failed"], pytrace=False)
     assert found["problems"] == {}
-    size = expected["logits"].abs().max()
+    size = expected["logits"].abs().max() * (10 if families()[kind].rounds else 1)
     assert (found["logits"] - expected["logits"]).abs().max() < TOLERANCE * size
     for cache in set(expected) - {"logits"}:
         assert torch.equal(found[cache][0], expected[cache][0]), f"other tokens with a {cache} cache"

@@ -56,6 +56,9 @@ SMALL = {
 }  # fmt: skip
 
 
+STATES = {"gated delta net", "delta attention", "Mamba", "Mamba-2", "Mamba-2 beside attention"}
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the matrix."""
@@ -67,6 +70,11 @@ class Family:
     attention: tuple[str, ...] = ()
     settings: dict = field(default_factory=dict)
     runs_in: str | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether kernels of a state compute in float32, whatever they are given."""
+        return bool(STATES & set(self.attention))
 
     def config(self, **changes) -> PreTrainedConfig:
         """A config of this type with 4 layers, 4 heads and 97 tokens, windows of 8 and chunks of 16 tokens."""
