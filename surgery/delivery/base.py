@@ -65,15 +65,19 @@ class Finished:
         listed = self.manifest.recipe.get("operations") or []
         return tuple(name for one in listed if isinstance(one, dict) for name in one)
 
+    def require_prefix_in_slots(self, why: str) -> None:
+        """UnsupportedModel, with the reason in words, where more than slots is kept of the prefix."""
+        if self.described.eab.mixers or self.described.eab.indexers:
+            raise UnsupportedModel(
+                f"{self.root} keeps more of its prefix than slots (layers with a state remember it, or choose among "
+                f"its keys), and {why}; use it in transformers."
+            )
+
     def require_slots_only(self, engine: str) -> None:
         """UnsupportedModel unless slots are all that this checkpoint has beyond the original: then the original with
         these keys and values in its cache is the same function."""
         way_out = f"{engine} takes keys and values alone; fold by a recipe of attention_bias only"
-        if self.described.eab.mixers or self.described.eab.indexers:
-            raise UnsupportedModel(
-                f"{self.root} keeps more of its prefix than slots (layers with a state remember it, or choose among "
-                f"its keys), and {engine} takes keys and values alone; use it in transformers."
-            )
+        self.require_prefix_in_slots(f"{engine} takes keys and values alone")
         others = ", ".join(name for name in self.operations if name != "attention_bias") or "tune"
         if self.described.head_norm is not None:
             raise UnsupportedModel(f"{self.root} norms its heads (head_norm), and {way_out}.")

@@ -77,11 +77,7 @@ class Vllm(Engine):
             raise UnsupportedModel(f"{root} norms its heads (head_norm), and vLLM's attention has no place for norms.")
         if not finished.described.eab.n_slots:
             raise UnsupportedModel(f"{root} has no slots, so there is nothing to export; fold a prefix first.")
-        if finished.described.eab.mixers or finished.described.eab.indexers:
-            raise UnsupportedModel(
-                f"{root} keeps more of its prefix than slots (layers with a state remember it, or choose among its "
-                "keys), and the plugin knows slots alone; use it in transformers."
-            )
+        finished.require_prefix_in_slots("the plugin knows slots alone")
         if finished.described.eab.slots_visible == "always" and (window := windowed(anatomy)):
             raise UnsupportedModel(
                 f"{root} shows its slots to every query, also in the windowed layers of {kind} ({window}), where "

@@ -57,15 +57,15 @@ class Remembering:
         if packed := [name for name in PACKING if given.get(name) is not None]:
             raise ValueError(f"packed sequences ({packed[0]}) are not supported with a remembered prefix")
         remembered = entry()
-        length = given[next(iter(remembered))].shape[1]
+        first = next(iter(remembered))
+        n, length = len(remembered[first]), given[first].shape[1]
         masks = [name for name, value in given.items() if "mask" in name and _covers(value, length)]
         padding = _padding(given[masks[0]]) if masks else None
         for name, inputs in remembered.items():
             given[name] = _inserted(given[name], inputs, padding)
         for name in masks:
-            given[name] = _inserted(given[name], given[name].new_ones(len(next(iter(remembered.values())))), padding)
+            given[name] = _inserted(given[name], given[name].new_ones(n), padding)
         out = super().forward(**given)  # type: ignore[misc]
-        n = len(next(iter(remembered.values())))
         if isinstance(out, Tensor):
             return _dropped(out, n, padding)
         return type(out)(

@@ -41,6 +41,7 @@ class InMemory:
         return SimpleNamespace(source={"spec": "owner/name", "kind": "hub", "revision": "abc"}, files={}, tensors={})
 
     require_slots_only = Finished.require_slots_only
+    require_prefix_in_slots = Finished.require_prefix_in_slots
 
 
 def in_memory(live: Live, visible: str = "as_prefix") -> InMemory:
