@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +33,8 @@ def main(arguments: list[str]) -> None:
     directory, request, result = map(Path, arguments)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    if not torch.cuda.is_available() and (why := unfit(_format(_config(directory)))):
+        sys.exit(f"{STOPPED}{why}; try it on another machine, or export without --engine-python")
     try:
         save_file({"logs": scored(directory, load_file(request)["ids"])}, result)
     except Exception as error:  # of any class: each of vLLM's models refuses in its own way
@@ -39,14 +42,28 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"{STOPPED}{type(error).__name__}: {' '.join(str(error).split())}")
 
 
+def unfit(form: str | None) -> str | None:
+    """Why vLLM on this machine's processor does not compute what a checkpoint of the compressed-tensors format `form`
+    says; None where it does."""
+    bf16, amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+    if form == "int-quantized" and amx:
+        return "this processor has AMX, where vLLM's int8 kernel takes no float32"
+    if form == "int-quantized" and not torch.cpu._is_vnni_supported():
+        # Pairs of products are summed in 16 bits (oneDNN, "Nuances of int8 computations").
+        return "this processor has no AVX512-VNNI, and oneDNN's int8 products saturate there"
+    if form == "pack-quantized" and not bf16 and not amx:
+        return "this processor has no AVX512-BF16, and vLLM's kernels of 4 bit weights compute in bfloat16"
+    return None
+
+
 def scored(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     """(N, T - 1) log-probabilities, float32, of `ids` (N, T) behind the placeholders, in vLLM without compilation."""
     from vllm import LLM, SamplingParams
 
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = _config(directory)
     placeholders = config[ENTRY]["placeholder_ids"]
-    packed = (config.get("quantization_config") or {}).get("format") == "pack-quantized"
-    dtype = "bfloat16" if packed else "float32"  # the only one that vLLM's kernels of 4 bit weights have on CPUs
+    # The only one that vLLM's kernels of 4 bit weights have on CPUs.
+    dtype = "bfloat16" if _format(config) == "pack-quantized" else "float32"
     length = len(placeholders) + ids.shape[1] + 1
     engine = LLM(
         str(directory), dtype=dtype, enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False,
@@ -62,6 +79,15 @@ def scored(directory: Path, ids: torch.Tensor) -> torch.Tensor:
         rows.append([entry[token].logprob for entry, token in zip(after, row[1:], strict=True)])
         print(DONE, flush=True)
     return torch.tensor(rows, dtype=torch.float32)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _format(config: dict[str, Any]) -> str | None:
+    return (config.get("quantization_config") or {}).get("format")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.serving import make, vllm_python
+
+from surgery.serving.score import unfit
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
 
-def _require_float32_int8(scheme: object) -> None:
-    """vLLM 0.32's int8 kernel for processors with AMX takes half precision alone, and these models are float32."""
-    if "w8a8" in str(scheme) and torch.cpu._is_amx_tile_supported():
-        pytest.skip("vLLM's int8 kernel for AMX takes no float32")
+FORMATS = {"w8a8": "int-quantized", "w4a16": "pack-quantized"}
+
+
+def _require_kernels(scheme: str) -> None:
+    """On other processors vLLM 0.32 has no kernel that is right, and says so."""
+    form = next((form for name, form in FORMATS.items() if name in scheme), None)
+    if why := unfit(form):
+        pytest.skip(why)
 
 
 def require_same(kind: str, root: Path, settings: str) -> None:
@@ -34,7 +39,7 @@ def require_same(kind: str, root: Path, settings: str) -> None:
     "settings", ["scheme: w8a8_static", "scheme: w8a8_dynamic", "scheme: fp8_dynamic", "scheme: w4a16, group: 64"]
 )
 def test_a_scheme_is_the_same_in_vllm(settings: str, tmp_path: Path) -> None:
-    _require_float32_int8(settings)
+    _require_kernels(settings)
     require_same("llama", tmp_path, settings)
 
 
@@ -43,5 +48,17 @@ def test_a_scheme_is_the_same_in_vllm(settings: str, tmp_path: Path) -> None:
     ("kind", "last"), [("llama", "down_proj"), ("qwen2", "down_proj"), ("phi3", "down_proj"), ("opt", "fc2")]
 )
 def test_layers_with_a_scale_per_token_are_so_in_vllm(kind: str, last: str, tmp_path: Path) -> None:
-    _require_float32_int8("w8a8_static")
+    _require_kernels("w8a8")
     require_same(kind, tmp_path, f"scheme: w8a8_static, per_token: [{last}]")
+
+
+def test_a_processor_without_the_kernels_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    has = dict.fromkeys(["avx512_bf16", "vnni", "amx_tile"], True)
+    for name in has:
+        monkeypatch.setattr(f"torch.cpu._is_{name}_supported", lambda name=name: has[name])
+    assert "AMX" in (unfit("int-quantized") or "") and unfit("pack-quantized") is None
+    has["amx_tile"] = False
+    assert unfit("int-quantized") is None and unfit("pack-quantized") is None and unfit("float-quantized") is None
+    has.update(vnni=False, avx512_bf16=False)
+    assert "saturate" in (unfit("int-quantized") or "") and "BF16" in (unfit("pack-quantized") or "")
+    assert unfit("float-quantized") is None and unfit(None) is None
