@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..bounded import GIB, Unbounded, bounded
+from ..checkpoint.compressed import METHOD
 from ..checkpoint.layout import Layout
 from ..checkpoint.quantised import KEY, unpacking
 from ..errors import SourceError, UnsupportedModel
@@ -93,6 +95,44 @@ def require_plain_sites(model: PreTrainedModel, sites: Iterable[str]) -> None:
             )
 
 
+Unpack = Callable[[nn.Module], Callable[[], None]]
+
+
+def comes_apart(config: PreTrainedConfig) -> bool:
+    """Whether the layers of a model can be unpacked one by one; so it is for weights that are not packed at all."""
+    settings = getattr(config, KEY, None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return settings is None or str(getattr(method, "value", method)) == METHOD
+
+
+def unpacking_each(model: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Unpack | None:
+    """What unpacks a layer of `model`, whose weights come when they are called for, as soon as they are there, and
+    returns what makes it as it was; None where nothing comes packed."""
+    if getattr(config, KEY, None) is None or not hasattr(model, "hf_quantizer"):  # else transformers has unpacked it
+        return None
+    from compressed_tensors.compressors import decompress_module
+
+    compressor = model.hf_quantizer.compressor
+    compressor.remove_decompression_hook(model)
+
+    def unpack(module: nn.Module) -> Callable[[], None]:
+        parameters, buffers = {**module._parameters}, {**module._buffers}
+        status = getattr(module, "quantization_status", None)
+        decompress_module(module, compressor.force_compression_format)
+        _widen(module.parameters(recurse=False), dtype)
+
+        def undo() -> None:
+            for held, before in ((module._parameters, parameters), (module._buffers, buffers)):
+                held.clear()
+                held.update(before)  # type: ignore[arg-type]
+            if status is not None:
+                module.quantization_status = status
+
+        return undo
+
+    return unpack
+
+
 def unpacked(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """`model`, loaded by `config` in `dtype`, with its quantised weights unpacked now and none in a coarser dtype.
 
@@ -104,10 +144,14 @@ def unpacked(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtyp
         _decompress(model)
     elif hasattr(model, "hf_quantizer"):
         model = model.dequantize(dtype)
-    for parameter in model.parameters():
+    _widen(model.parameters(), dtype)
+    return model
+
+
+def _widen(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    for parameter in parameters:
         if parameter.is_floating_point() and parameter.itemsize < dtype.itemsize and not parameter.is_meta:
             parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def _decompress(model: Any) -> None:

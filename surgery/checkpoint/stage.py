@@ -143,13 +143,12 @@ class Stage:
     def add_changed(self, layout: Layout, shard: str, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write `shard` of a checkpoint as `name`, with other values for some of its tensors: same dtypes, same places.
 
-        Never a hard link, and nothing of the shard but the changed tensors is in memory. SourceError where a tensor is
-        not in the shard or does not fit (`as_stored`).
+        Never a hard link, and each tensor is asked for once, when its place is written. SourceError where one is not in
+        the shard or does not fit (`as_stored`).
         """
-        for key, tensor in tensors.items():
+        for key in tensors:
             if key not in layout.tensors or layout.tensors[key].shard != shard:
                 raise SourceError(f'Tensor "{key}" would be changed, but {layout.root / shard} has no such tensor.')
-            as_stored(layout.tensors[key], tensor)  # all of them before a byte is written
         changed = sorted((layout.tensors[key] for key in tensors), key=lambda info: (info.start, info.stop))
         target, position = self._new(name), 0
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..anatomy.packed import loadable, unpacked
+from ..anatomy.packed import loadable
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import read_layout
@@ -70,4 +70,4 @@ def load_converted(
     model, report = loaded
     require_fit(root, model, report)
     with quiet():
-        return finish(unpacked(model.eval(), config, dtype))
+        return finish(model.eval(), config, dtype)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from ..anatomy.packed import unpacked, unpacking_each
 from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import Layout, read_layout
 from ..checkpoint.reading import without_values
@@ -27,7 +28,7 @@ from .layerwise import Layerwise, Unit
 
 OUTSIDE = "what is outside of the blocks"
 
-Finish = Callable[[PreTrainedModel], PreTrainedModel]
+Finish = Callable[[PreTrainedModel, PreTrainedConfig, torch.dtype], PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,17 @@ class ByLayers:
 @contextlib.contextmanager
 def loading_by(by_layers: ByLayers | None, directory: Path) -> Iterator[Finish]:
     """Within the block, `from_pretrained(directory)` builds a model without reading its weights; afterwards, what is
-    yielded makes it one that has them when they are called for. Of None, all is as ever."""
+    yielded makes it one that has them when they are called for. Of None, all is as ever. Packed weights are unpacked:
+    all at once, or each when it comes."""
     if by_layers is None:
-        yield lambda model: model
+        yield unpacked
         return
     layout = read_layout(directory)
     with _weights_left(layout) as kept:
 
-        def finish(model: PreTrainedModel) -> PreTrainedModel:
+        def finish(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             layers = Layerwise(model, layout, kept[0], units_of(model, by_layers.anatomy, layout, kept[0]))
+            layers.unpack = unpacking_each(model, config, dtype)
             layers.pin(by_layers.room)
             layers.aside = by_layers.aside
             model.layerwise = layers  # type: ignore[assignment]
@@ -112,8 +115,15 @@ def units_of(model: PreTrainedModel, anatomy: Anatomy, layout: Layout, config: L
         tensors = tuple(tensor for tensor, found in stored.items() if found in ids)
         sizes = {id(tensor): tensor.nbytes for _, _, tensor in homes}
         stored_bytes = sum(layout.tensors[tensor].nbytes for tensor in tensors)
-        units.append(Unit(name or OUTSIDE, tuple(gates), tensors, homes, stored_bytes, sum(sizes.values())))
+        loaded = max(sum(sizes.values()), _plain(anatomy, gates, model.dtype))
+        units.append(Unit(name or OUTSIDE, tuple(gates), tensors, homes, stored_bytes, loaded))
     return units
+
+
+def _plain(anatomy: Anatomy, gates: Iterable[str], dtype: torch.dtype) -> int:
+    """Bytes of what is behind `gates` where nothing is packed."""
+    tensors = {id(p): p.numel() for gate in gates for p in anatomy.blank.get_submodule(gate).parameters()}
+    return sum(tensors.values()) * dtype.itemsize
 
 
 def _stand_in(model: PreTrainedModel, ends: Iterable[str], device: torch.device) -> None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from ..anatomy.packed import Unpack
 from ..anatomy.quiet import quiet
 from ..checkpoint.layout import Layout
 from ..checkpoint.reading import read_tensors
@@ -61,6 +62,8 @@ class Layerwise:
             config, device_map={**(config.device_map or {"": torch.device("cpu")}), "<none>": "disk"}
         )
         self.pinned: set[Unit] = set()
+        self.unpack: Unpack | None = None  # what has to be done with modules whose weights have come
+        self._packed: dict[Unit, list[Callable[[], None]]] = {}
         self.aside = 0  # bytes of hidden states that may wait in memory
         self.bytes_read = 0
         self.order = {gate: place for place, gate in enumerate(_in_order(model, self.units))}
@@ -172,17 +175,24 @@ class Layerwise:
             for model in (self.model, *self._twins):
                 _hold(model.get_submodule(module), name, found[id(empty)])
         self._sound.add(unit)
+        if self.unpack is not None:
+            self._packed[unit] = [
+                self.unpack(model.get_submodule(module))
+                for model in (self.model, *self._twins) for module in _modules(unit)
+            ]  # fmt: skip
         for change in self._changes:
             self._changed(unit, change)
 
     def _drop(self, unit: Unit) -> None:
+        for undo in self._packed.pop(unit, ()):
+            undo()
         for module, name, empty in unit.homes:
             for model in (self.model, *self._twins):
                 _hold(model.get_submodule(module), name, empty)
         self._loaded.discard(unit)
 
     def _require_finite(self, unit: Unit, name: str, tensor: torch.Tensor) -> None:
-        if unit not in self._sound and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if unit not in self._sound and tensor.is_floating_point() and not _is_finite(tensor):
             raise DamagedCheckpoint(
                 f"{name} of {self.layout.root} holds NaN or Inf, so nothing computed from it would mean anything; "
                 "restore it."
@@ -193,6 +203,8 @@ class Layerwise:
     @contextlib.contextmanager
     def twin(self) -> Iterator[PreTrainedModel]:
         """The same model once more with the same weights, to be given other slots: both compute in one pass."""
+        if self.unpack is not None:
+            self._forget()  # what is unpacked is so in the model alone
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         twin = copy.deepcopy(self.model, shared)  # type: ignore[arg-type]
         self._twins.append(twin)
@@ -222,7 +234,7 @@ class Layerwise:
                 self._drop(unit)
 
     def _changed(self, unit: Unit, change: Callable[[nn.Module], None]) -> None:
-        for module in dict.fromkeys(module for module, _, _ in unit.homes):
+        for module in _modules(unit):
             change(self.model.get_submodule(module))
 
     def _watch(self, model: PreTrainedModel, gate: str) -> None:
@@ -247,6 +259,16 @@ def _in_order(model: PreTrainedModel, units: Sequence[Unit]) -> list[str]:
     first = [gate for gate in gates if model.get_submodule(gate) is embedding]
     last = [gate for gate in gates if model.get_submodule(gate) is model.get_output_embeddings() and gate not in first]
     return [*first, *(gate for gate in gates if gate not in (*first, *last)), *last]
+
+
+def _modules(unit: Unit) -> list[str]:
+    """Names of the modules that hold its weights."""
+    return list(dict.fromkeys(module for module, _, _ in unit.homes))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    wide = tensor if tensor.itemsize > 1 else tensor.to(torch.bfloat16)  # of float8 torch does not say
+    return bool(torch.isfinite(wide).all())
 
 
 def _held(module: nn.Module, name: str) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..anatomy.classes import causal_class
 from ..anatomy.fit import belonging
-from ..anatomy.packed import loadable, unpacked
+from ..anatomy.packed import loadable
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, parse_config
 from ..bounded import GIB, Unbounded, bounded
@@ -100,7 +100,7 @@ def load_original(
     model, report = loaded
     require_fit(directory, model, report)
     with quiet():
-        return finish(unpacked(model.eval(), config, dtype))
+        return finish(model.eval(), config, dtype)
 
 
 def live_original(

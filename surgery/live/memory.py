@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ..anatomy.fit import original_tensors
+from ..anatomy.packed import comes_apart
 from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import Layout
-from ..checkpoint.quantised import KEY
 from ..errors import NoSpace, SourceError
 from ..words import human
 from .by_layers import ByLayers
@@ -54,40 +54,44 @@ class Place:
     def by_layers(self, anatomy: Anatomy, layout: Layout, dtype: torch.dtype = torch.float32) -> ByLayers | None:
         """How the model comes layer by layer; None where it is resident. NoSpace where neither fits."""
         needs = Needs.of(anatomy, layout, dtype)
+        allowed = self._too_little(needs, layout.root)
+        if allowed is None:
+            return None
+        waiting = min((allowed - needs.by_layers) // 2, MOST_ASIDE)
+        return ByLayers(anatomy, allowed - PROCESS - needs.work - waiting, waiting + needs.work // 4)
+
+    def comes_by_layers(self, spec: object, needs: Needs, asking: Iterable[Any]) -> bool:
+        """Whether the model `spec` has to come layer by layer; NoSpace where an operation or gate of `asking` works on
+        all weights."""
+        if self._too_little(needs, spec) is None:
+            return False
+        whole = next((one.name for one in asking if one.whole), None)
+        if whole is None:
+            return True
+        raise NoSpace(
+            f"{spec} needs {human(needs.resident)} of memory, since '{whole}' in the recipe works on all weights at "
+            f"once, and may take {human(self.allowed or 0)}; leave it out, or give more (--memory)."
+        )
+
+    def _too_little(self, needs: Needs, spec: object) -> int | None:
+        """Bytes that are given, if they are too few for all weights at once. NoSpace where they do not do at all."""
         allowed = self.allowed
         if allowed is None or needs.resident <= allowed:
             return None
         given = f"{human(allowed)} {'are given (--memory)' if self.memory is not None else 'are free'}"
         if needs.layer is None:
             raise NoSpace(
-                f"{layout.root} is quantised, and unpacked all at once: that needs {human(needs.resident)} of memory, "
-                f"and {given}; give it more, or --device auto."
+                f"{spec} is quantised, and unpacked all at once: that needs {human(needs.resident)} of memory, and "
+                f"{given}; give it more, or --device auto."
             )
         if needs.by_layers > allowed:
             raise NoSpace(
-                f"{layout.root} needs {human(needs.by_layers)} of memory even layer by layer, and {given}; give it "
-                "more."
+                f"{spec} needs {human(needs.by_layers)} of memory even layer by layer, and {given}; give it more."
             )
-        waiting = min((allowed - needs.by_layers) // 2, MOST_ASIDE)
-        return ByLayers(anatomy, allowed - PROCESS - needs.work - waiting, waiting + needs.work // 4)
+        return allowed
 
-    def comes_by_layers(self, spec: object, anatomy: Anatomy, layout: Layout, asking: Iterable[Any]) -> bool:
-        """Whether the model `spec` has to come layer by layer; NoSpace where an operation or gate of `asking` works on
-        all weights."""
-        if self.by_layers(anatomy, layout) is None:
-            return False
-        whole = next((one.name for one in asking if one.whole), None)
-        if whole is None:
-            return True
-        needed = Needs.of(anatomy, layout, torch.float32).resident
-        raise NoSpace(
-            f"{spec} needs {human(needed)} of memory, since '{whole}' in the recipe works on all weights at once, and "
-            f"may take {human(self.allowed or 0)}; leave it out, or give more (--memory)."
-        )
-
-    def told(self, anatomy: Anatomy, layout: Layout, layers: bool) -> dict[str, Any]:
+    def told(self, needs: Needs, layout: Layout, layers: bool) -> dict[str, Any]:
         """`memory` of a plan: what a run takes, by layers or resident, and what each pass over weights reads."""
-        needs = Needs.of(anatomy, layout, torch.float32)
         return {
             "layer_by_layer": layers,
             "peak": needs.by_layers if layers else needs.resident,
@@ -136,10 +140,11 @@ class Needs:
         return PROCESS + self.work + (self.weights if self.layer is None else self.layer)
 
     @classmethod
-    def of(cls, anatomy: Anatomy, layout: Layout, dtype: torch.dtype) -> Needs:
+    def of(cls, anatomy: Anatomy, layout: Layout, dtype: torch.dtype, packs: bool = False) -> Needs:
+        """`packs`: weights are packed in what is made of it, which is read too."""
         blank = anatomy.blank
         weights = _size(blank, dtype)
-        if getattr(anatomy.config, KEY, None) is not None:  # packed weights are unpacked all at once
+        if not comes_apart(anatomy.config):
             return cls(weights, None)
         blocks = [_size(blank.get_submodule(f"{anatomy.lead}{name}"), dtype) for name in anatomy.blocks]
         both = (blank.get_input_embeddings(), blank.get_output_embeddings())
@@ -148,8 +153,10 @@ class Needs:
         most = max([*blocks, *ends.values()])
         stored = sum(tensor.nbytes for tensor in original_tensors(layout).tensors.values())  # slots are small
         packed = stored / max(1, weights)  # of a byte in memory, so many in the files
-        fused = any("experts" in name for name, _ in blank.named_parameters())  # stacked in memory, and so there twice
-        return cls(weights, int(max(outside, 0) + most * (1 + min(packed, 1.0) + fused)))
+        fused = any("experts" in name for name, _ in blank.named_parameters())
+        packs |= any(name.endswith("weight_scale") for name in layout.tensors)
+        twice = fused or packs  # stacked or unpacked in memory
+        return cls(weights, int(max(outside, 0) + most * (1 + min(packed, 1.0) + twice)))
 
 
 def _size(module: nn.Module, dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.sites import Anatomy
+from ..anatomy.sites import ADDED, Anatomy
 from .layerwise import Layerwise
 
 
@@ -38,6 +38,12 @@ class Live:
             return self.layers.device
         device = next(self.model.get_input_embeddings().parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it computes with: those of the original, packed or not, and what was added."""
+        added = (p.numel() for name, p in self.model.named_parameters() if {*name.split(".")} & {*ADDED})
+        return self.anatomy.blank.num_parameters() + sum(added)
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[Live]:

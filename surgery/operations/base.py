@@ -28,6 +28,7 @@ from ..recipe.fields import Named
 from ..table import Table
 
 Exact = Literal["bits", "rounding", "no"]
+Alter = Callable[[torch.Tensor], torch.Tensor]
 Parts = Any  # what one operation fitted; opaque to all but that operation
 
 
@@ -245,6 +246,11 @@ class Operation(Named):
     @abc.abstractmethod
     def tensors(self, live: Live, parts: Parts) -> Mapping[str, torch.Tensor]:
         """What it adds and what it changes, by name in the causal language model, with it in place."""
+
+    def alters(self, parts: Parts, target: Target) -> Mapping[str, Alter]:
+        """Tensors of the source that it changes one by one, by name in the causal language model: what becomes of the
+        value that those before it leave. They are not among its `tensors`, and so never in memory together."""
+        return {}
 
     def rewrite(self, parts: Parts, target: Target, stored: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """What is stored in place of a tensor that it `replaced`, given the value that those before it leave."""

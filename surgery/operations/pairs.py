@@ -9,13 +9,13 @@ known by name here: a pair counts only if the block that holds it gives the same
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..anatomy.linears import LINEAR, as_rows, row_dim
 from ..errors import UnsupportedModel
@@ -64,13 +64,12 @@ def sides(trunk: nn.Module, pair: Pair) -> list[Side]:
     return found
 
 
-def scaled(side: Side, exponents: torch.Tensor) -> torch.Tensor:
-    """The side's parameter with its channels scaled; exponents (width,), whole numbers."""
-    return side.tensor.detach() * _factor(side, exponents)
+def scaled(side: Side, exponents: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, a value of the side's parameter, with its channels scaled; exponents (width,), whole numbers."""
+    return tensor.detach() * _factor(side, exponents, tensor)
 
 
-def _factor(side: Side, exponents: torch.Tensor) -> torch.Tensor:
-    tensor = side.tensor
+def _factor(side: Side, exponents: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     factor = torch.ones(tensor.shape[side.dim], dtype=tensor.dtype, device=tensor.device)
     powers = torch.exp2((side.sign * exponents).double()).to(factor)
     factor[side.start : side.start + len(exponents)] = powers
@@ -95,7 +94,7 @@ def without_loss(every: Sequence[Side], exponents: torch.Tensor) -> torch.Tensor
 
 def _lossy(side: Side, exponents: torch.Tensor) -> torch.Tensor:
     """Channels (width,) whose scaling does not come out exactly."""
-    before, factor = side.tensor.detach(), _factor(side, exponents)
+    before, factor = side.tensor.detach(), _factor(side, exponents, side.tensor)
     after = before * factor
     wrong = after / factor != before
     for dtype in STORED:
@@ -110,7 +109,7 @@ def _lossy(side: Side, exponents: torch.Tensor) -> torch.Tensor:
 def apply(every: Sequence[Side], exponents: torch.Tensor) -> None:
     """Scale in place; `apply` of the opposite exponents takes it back, to the bit."""
     for side in every:
-        side.tensor.copy_(scaled(side, exponents))
+        side.tensor.copy_(scaled(side, exponents, side.tensor))
 
 
 def touches(side: Side, exponents: torch.Tensor) -> bool:
@@ -131,11 +130,11 @@ def find(live: Live) -> list[Pair]:
     """
     trunk = live.trunk
     found: list[Pair] = []
-    if any(parameter.is_meta for parameter in trunk.parameters()):
+    if live.layers is None and any(parameter.is_meta for parameter in trunk.parameters()):
         raise UnsupportedModel(
             "smoothing scales weights in memory, and some of these are offloaded; give a --device that holds them all."
         )
-    alone = _alone(live.model)
+    alone = _alone(live)
     downs = down_projections(live)
     with contextlib.ExitStack() as undo:
         for index, name in enumerate(live.anatomy.blocks):
@@ -161,12 +160,17 @@ def random_text(live: Live) -> torch.Tensor:
     return tokens.to(live.device)
 
 
-def _alone(model: PreTrainedModel) -> Callable[[Side], bool]:
-    """Whether a parameter belongs to one module under one name: shared ones must not be scaled for one of its users."""
-    users: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        users[parameter.data_ptr()] = users.get(parameter.data_ptr(), 0) + 1
-    return lambda side: users[side.tensor.data_ptr()] == 1
+def _alone(live: Live) -> Callable[[Side], bool]:
+    """Whether a parameter belongs to one module under one name: shared ones must not be scaled for one of its users.
+
+    One that is not loaded has no memory, and is the same object under all of its names.
+    """
+    users = {
+        name: parameter.data_ptr() or id(parameter)
+        for name, parameter in live.model.named_parameters(remove_duplicate=False)
+    }
+    count = Counter(users.values())
+    return lambda side: count[users[f"{live.anatomy.lead}{side.name}"]] == 1
 
 
 def _copy(argument: Any) -> Any:

@@ -7,7 +7,8 @@ to the bit, and a static scale for all channels of an input no longer serves the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -24,18 +25,21 @@ from ..live.model import Live
 from ..live.stream import stream
 from ..progress import Advance, unseen
 from ..recipe.fields import AsTuple
-from .base import Changes, Exact, Fitting, Operation, Stand, Target
-from .pairs import Pair, apply, find, random_text, sides, touches, without_loss
+from .base import Alter, Changes, Exact, Fitting, Operation, Stand, Target
+from .pairs import Pair, Side, apply, find, random_text, scaled, sides, touches, without_loss
+
+Scaled = tuple[Pair, torch.Tensor]  # with exponents of two (width,)
 
 MOST = 10  # scales are within 2^-10 .. 2^10
 
 
 @dataclass(frozen=True)
 class Smoothed:
-    """Pairs in the order of scaling, each with its exponents of two (width,), and how many tensors that changes."""
+    """Pairs in the order of scaling, each with its exponents of two (width,), and the tensors that changes: names in
+    the trunk."""
 
     pairs: tuple[tuple[Pair, torch.Tensor], ...]
-    tensors: int
+    changed: tuple[str, ...]
 
 
 class Smoothing(Operation):
@@ -68,6 +72,10 @@ class Smoothing(Operation):
     def reads(self) -> str | None:
         return "smoothing is scaled"
 
+    @property
+    def whole(self) -> bool:
+        return False  # pairs lie within blocks
+
     def could_make(self, before: torch.Tensor, after: torch.Tensor) -> bool:
         """Rows and columns, each by a power of two."""
         (mantissas, exponents), (changed, moved) = torch.frexp(before.float()), torch.frexp(after.float())
@@ -97,35 +105,36 @@ class Smoothing(Operation):
         return Changes(changed=found)
 
     def require(self, live: Live) -> None:
-        require_in_memory(live.model, "smoothing")
+        if live.layers is None:
+            require_in_memory(live.model, "smoothing")
 
     def fit(self, live: Live, text: Fitting) -> Smoothed:
         text.reporter.step("smooth channels with large activations")
         with text.reporter.bar("smoothing", len(text.chunks)) as advance:
             parts = smooth(live, text.chunks, self.inputs, self.strength, advance)
-        changed = self.tensors(live, parts)
-        for name in changed:
-            stored_name(text.target.layout, live.anatomy, name)  # refused before the long work
-        text.reporter.note(f"{len(changed)} tensors changed by powers of two, and no logit")
+        for name in parts.changed:
+            stored_name(text.target.layout, live.anatomy, f"{live.anatomy.lead}{name}")  # refused before the long work
+        text.reporter.note(f"{len(parts.changed)} tensors changed by powers of two, and no logit")
         return parts
 
     def graft(self, live: Live, parts: Smoothed) -> contextlib.AbstractContextManager[object]:
-        for pair, exponents in parts.pairs:
-            apply(sides(live.trunk, pair), exponents)
+        if live.layers is not None:
+            return scaled_in(live, parts.pairs)
+        scale(live.trunk, parts.pairs)
         return contextlib.nullcontext()
 
     def tensors(self, live: Live, parts: Smoothed) -> Mapping[str, torch.Tensor]:
-        return {
-            f"{live.anatomy.lead}{side.name}": side.tensor.detach()
-            for pair, exponents in parts.pairs
-            for side in sides(live.trunk, pair)
-            if touches(side, exponents)
-        }
+        return {}
+
+    def alters(self, parts: Smoothed, target: Target) -> Mapping[str, Alter]:
+        lead, blank = target.anatomy.lead, target.anatomy.blank.get_submodule(target.anatomy.trunk)
+        every = _by_name(blank, parts.pairs)
+        return {f"{lead}{name}": functools.partial(_scaled, every[name]) for name in parts.changed}
 
     def says(self, parts: Smoothed, target: Target, recipe: Stand) -> Section:
         return Section(
-            text=f"Smoothing has scaled {parts.tensors:,} tensors by powers of two, the same function: what was large "
-            "in activations is in the weights that read them."
+            text=f"Smoothing has scaled {len(parts.changed):,} tensors by powers of two, the same function: what was "
+            "large in activations is in the weights that read them."
         )
 
 
@@ -137,36 +146,100 @@ def smooth(
     The model is left as it was. UnsupportedModel where nothing can be scaled, where nothing has to be, or where the
     logits on random tokens are not the same bits when it is.
     """
-    kind, trunk, text = live.anatomy.model_type, live.trunk, random_text(live)
+    kind, text = live.anatomy.model_type, random_text(live)
     pairs = [pair for pair in find(live) if pair.kind in kinds]
     if not pairs:
         raise UnsupportedModel(
             f"{kind}: no channel can be scaled exactly (no {' or '.join(kinds)} input of linear layers "
             "whose source is theirs alone), so smoothing would change nothing; leave it out."
         )
-    before, done = _logits(live, text), []
-    wanted = scales(live, pairs, chunks, strength, advance)
-    with contextlib.ExitStack() as undo:
-        for pair, exponents in zip(pairs, wanted, strict=True):
-            parts = sides(trunk, pair)
-            exponents = without_loss(parts, exponents)  # of weights that earlier pairs may have scaled the other way
-            if exponents.any():
-                apply(parts, exponents)
-                undo.callback(apply, parts, -exponents)
-                done.append((pair, exponents))
-        same = torch.equal(_logits(live, text), before)
+    before = _logits(live, text)
+    done, changed = _without_loss(live, list(zip(pairs, scales(live, pairs, chunks, strength, advance), strict=True)))
     if not done:
         raise UnsupportedModel(
             f"{kind}: every channel that can be scaled is about as large as the others on the "
             "calibration text, so smoothing would change nothing; leave it out."
         )
+    with scaled_in(live, done):
+        same = torch.equal(_logits(live, text), before)
     if not same:
         raise UnsupportedModel(
             f"{kind}: scaled channels changed the logits, so something reads them beside the layers that "
             "were found; leave smoothing out."
         )
-    changed = {side.name for pair, exponents in done for side in sides(trunk, pair) if touches(side, exponents)}
-    return Smoothed(tuple(done), len(changed))
+    return Smoothed(tuple(done), changed)
+
+
+@torch.no_grad()
+def _without_loss(live: Live, wanted: Sequence[Scaled]) -> tuple[list[Scaled], tuple[str, ...]]:
+    """The pairs that are scaled at all, by what of `wanted` loses no bit; and the names of what that changes.
+
+    Each pair sees the weights as those before it leave them, a block at a time. The model is left as it was.
+    """
+    trunk, done, changed = live.trunk, [], set()
+    for block in live.anatomy.blocks:
+        if live.layers is not None:
+            live.layers.load(f"{live.anatomy.lead}{block}")
+        with contextlib.ExitStack() as undo:
+            for pair, exponents in wanted:
+                if not pair.source.startswith(f"{block}."):
+                    continue
+                parts = sides(trunk, pair)
+                exponents = without_loss(parts, exponents)
+                if exponents.any():
+                    changed |= {side.name for side in parts if touches(side, exponents)}
+                    apply(parts, exponents)
+                    undo.callback(apply, parts, -exponents)
+                    done.append((pair, exponents))
+    if live.layers is not None:
+        live.layers.release()
+    return done, tuple(sorted(changed))
+
+
+def scale(trunk: nn.Module, pairs: Sequence[Scaled]) -> None:
+    """Scale the weights in memory, in place."""
+    for pair, exponents in pairs:
+        apply(sides(trunk, pair), exponents)
+
+
+@contextlib.contextmanager
+def scaled_in(live: Live, pairs: Sequence[Scaled]) -> Iterator[None]:
+    """Within the block, the live model with `pairs` scaled: now where it is resident, else whenever a block comes."""
+    trunk = live.trunk
+    if live.layers is None:
+        scale(trunk, pairs)
+        try:
+            yield
+        finally:
+            scale(trunk, [(pair, -exponents) for pair, exponents in pairs])
+        return
+    by_module: dict[nn.Module, dict[str, list[tuple[Side, torch.Tensor]]]] = {}
+    for name, scalings in _by_name(trunk, pairs).items():
+        home, _, leaf = name.rpartition(".")
+        by_module.setdefault(trunk.get_submodule(home), {})[leaf] = scalings
+
+    def change(module: nn.Module) -> None:
+        for leaf, scalings in by_module.get(module, {}).items():
+            parameter = module.get_parameter(leaf)
+            parameter.data = _scaled(scalings, parameter.data)
+
+    with live.layers.changing(change):
+        yield
+
+
+def _by_name(trunk: nn.Module, pairs: Sequence[Scaled]) -> dict[str, list[tuple[Side, torch.Tensor]]]:
+    """Parameter of the trunk -> how it is scaled, one after another."""
+    found: dict[str, list[tuple[Side, torch.Tensor]]] = {}
+    for pair, exponents in pairs:
+        for side in sides(trunk, pair):
+            found.setdefault(side.name, []).append((side, exponents))
+    return found
+
+
+def _scaled(scalings: Sequence[tuple[Side, torch.Tensor]], weight: torch.Tensor) -> torch.Tensor:
+    for side, exponents in scalings:
+        weight = scaled(side, exponents, weight)
+    return weight
 
 
 @torch.no_grad()
@@ -184,20 +257,26 @@ def scales(
     the layers that read it, divided by the geometric mean over j.
     """
     peaks = [torch.zeros(pair.width) for pair in pairs]
+    columns: dict[int, torch.Tensor] = {}
     with contextlib.ExitStack() as undo:
         for index, pair in enumerate(pairs):
 
             def hook(_: nn.Module, args: tuple[torch.Tensor, ...], index: int = index) -> None:
                 peak = args[0].reshape(-1, args[0].shape[-1]).abs().amax(dim=0)
                 peaks[index] = torch.maximum(peaks[index].to(peak), peak)
+                if index not in columns:  # while they are loaded
+                    columns[index] = _columns(live, pairs[index])
 
             undo.callback(live.trunk.get_submodule(pair.readers[0]).register_forward_pre_hook(hook).remove)
         stream(live, chunks, [], advance=advance, what="calibration")
-    found = []
-    for pair, peak in zip(pairs, peaks, strict=True):
-        columns = [as_rows(live.trunk.get_submodule(name)).detach().abs().amax(dim=0) for name in pair.readers]
-        found.append(rule(peak, torch.stack(columns).amax(dim=0), strength))
-    return found
+    largest = [columns.get(index, torch.zeros(pair.width)) for index, pair in enumerate(pairs)]
+    return [rule(peak, of_each, strength) for peak, of_each in zip(peaks, largest, strict=True)]
+
+
+def _columns(live: Live, pair: Pair) -> torch.Tensor:
+    """The largest |W[:, j]| (width,) over the layers that read the pair."""
+    readers = [as_rows(live.trunk.get_submodule(name)).detach().abs().amax(dim=0) for name in pair.readers]
+    return torch.stack(readers).amax(dim=0)
 
 
 def rule(peak: torch.Tensor, largest: torch.Tensor, strength: float) -> torch.Tensor:

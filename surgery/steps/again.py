@@ -35,7 +35,7 @@ from ..verification.equivalence import Control, compare_random_ids, take_control
 from ..words import listing
 from .again_files import other_versions, same_files_again
 from .again_quantised import same_quantised
-from .operate import collect, comparable, fitting_dtype
+from .operate import collect, comparable
 from .plan import Plan, plan_on
 from .recipe import Recipe
 
@@ -112,7 +112,7 @@ def fit_again(
     # Of what is trained there is nothing left to compare.
     if asked or repeated and (recipe.tune is None or recipe.changes_weights):
         reporter.step("fit the operations again, from the source")
-        live = live_original(directory, plan.anatomy, place, fitting_dtype(plan))
+        live = live_original(directory, plan.anatomy, place, plan.fitting_dtype)
         asked = asked and not rounds_values(live.model)  # slots as they are stored are not exact enough to tell
         if asked:
             control = take_control(live, described.eab.prefix_ids, comparable(live, changes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from ..converted.files import (
     lowered_limits,
     rewritten_layout,
 )
-from ..operations.base import Changes
+from ..operations.base import Alter, Changes
 from .operate import Operated
-from .plan import Plan, carried
+from .plan import Plan
+from .planned_files import carried
 
 
 def emit(
@@ -45,18 +46,9 @@ def emit(
     changes, layout = operated.changes, replace(plan.source.layout, root=directory)
     _, infos = added_layout(changes.added, plan.added_shard)
     added = {name: as_stored(infos[name], operated.tensors[name]) for name in changes.added}
-    weights = {
-        stored_name(layout, plan.anatomy, name): tensor
-        for name, tensor in operated.tensors.items()
-        if name not in added
-    }
-    # Training may keep its start, and half precision rounds small changes away.
-    changed = {
-        name: as_stored(layout.tensors[name], weight)
-        for name, weight in weights.items()
-        if name not in changes.replaced and differs(layout, name, weight)
-    }
-    rewriting = _Rewriting(plan, changes, operated, layout, weights, changed)
+    weights = _weights_of(plan, operated, layout, set(added))
+    rewriting = _Rewriting(plan, changes, operated, layout, weights, _changed(weights, set(changes.replaced)))
+    changed = rewriting.changed
     _emit_shards(plan, layout, stage, changed, rewriting, link, hashes)
     stage.add_tensors(plan.added_shard, added, {"format": "pt"})
     emit_beside(plan, stage, directory, changes)
@@ -91,6 +83,79 @@ def emitted_config(plan: Plan, changes: Changes) -> dict[str, Any]:
     return converted_config(without_code(plan.source.config), plan.derived, changes.config, lowered)
 
 
+class _Weights(Mapping[str, torch.Tensor]):
+    """What operations made of tensors of the source, by stored name, as wide as they computed it.
+
+    `ready` are in memory; what becomes of others, `altered`, is computed whenever it is asked for.
+    """
+
+    def __init__(
+        self, layout: Layout, ready: Mapping[str, torch.Tensor], altered: Mapping[str, Sequence[Alter]]
+    ) -> None:  # fmt: skip
+        self.layout, self.ready, self.altered = layout, ready, altered
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self.ready:
+            return self.ready[name]
+        weight = read_tensor(self.layout, name).float()
+        for alter in self.altered[name]:
+            weight = alter(weight)
+        return weight
+
+    def __contains__(self, name: object) -> bool:  # without computing it
+        return name in self.ready or name in self.altered
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.ready, **self.altered})
+
+    def __len__(self) -> int:
+        return len({**self.ready, **self.altered})
+
+
+def _weights_of(plan: Plan, operated: Operated, layout: Layout, added: set[str]) -> _Weights:
+    def stored(name: str) -> str:
+        return stored_name(layout, plan.anatomy, name)
+
+    ready = {stored(name): tensor for name, tensor in operated.tensors.items() if name not in added}
+    altered: dict[str, list[Alter]] = {}
+    for change in plan.recipe.changes:
+        for name, alter in change.alters(operated.parts[change.name], plan.target).items():
+            if stored(name) not in ready:  # those have it in them
+                altered.setdefault(stored(name), []).append(alter)
+    return _Weights(layout, ready, altered)
+
+
+@dataclass(frozen=True)
+class _AsStored(Mapping[str, torch.Tensor]):
+    """The `names` among `weights` in the dtypes that they are stored in."""
+
+    weights: _Weights
+    names: frozenset[str]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return as_stored(self.weights.layout.tensors[name], self.weights[name])
+
+    def __contains__(self, name: object) -> bool:  # without computing it
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _changed(weights: _Weights, replaced: set[str]) -> _AsStored:
+    """What is written in its place. Training may keep its start, and half precision rounds small changes away."""
+    names = weights.keys() - replaced
+    return _AsStored(
+        weights,
+        frozenset(name for name in names if name in weights.altered or differs(weights.layout, name, weights[name])),
+    )
+
+
 def _became(plan: Plan, changes: Changes, changed: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
     """What became of each tensor: `tensors` of the manifest."""
     tensors = {
@@ -115,8 +180,8 @@ class _Rewriting:
     changes: Changes
     operated: Operated
     layout: Layout
-    weights: Mapping[str, torch.Tensor]
-    changed: Mapping[str, torch.Tensor]
+    weights: _Weights
+    changed: _AsStored
 
     def __call__(self, name: str) -> Mapping[str, torch.Tensor] | None:
         if name not in self.changes.replaced:
@@ -127,16 +192,16 @@ class _Rewriting:
 
 
 def _emit_shards(
-    plan: Plan, layout: Layout, stage: Stage, changed: Mapping[str, torch.Tensor], rewriting: _Rewriting, link: bool,
+    plan: Plan, layout: Layout, stage: Stage, changed: _AsStored, rewriting: _Rewriting, link: bool,
     hashes: Mapping[str, str],
 ) -> None:  # fmt: skip
     for old, new in plan.shards.items():
-        others = {name: tensor for name, tensor in changed.items() if layout.tensors[name].shard == old}
+        others = frozenset(name for name in changed if layout.tensors[name].shard == old)
         if is_rewritten(layout, old, rewriting.changes.replaced):
             header, _ = rewritten_layout(layout, old, new, rewriting.changes.replaced)
             stage.add_rewritten(layout, old, new, header, rewriting)
         elif others:
-            stage.add_changed(layout, old, new, others)
+            stage.add_changed(layout, old, new, replace(changed, names=others))
         elif plan.source.kind == "gguf":
             stage.adopt(layout.root / old, new)
         else:

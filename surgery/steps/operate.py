@@ -52,7 +52,7 @@ def operate(
     operations in place is not the original after the same prefix: nothing is written then.
     """
     reporter.step("load the original")
-    live = live_original(directory, plan.anatomy, place, fitting_dtype(plan))
+    live = live_original(directory, plan.anatomy, place, plan.fitting_dtype)
     if live.layers is None:  # layer by layer each is looked at when it comes
         _require_finite(live)
     changes = plan.recipe.changes
@@ -84,13 +84,6 @@ def operate(
     del live
     gc.collect()
     return Operated(parts, plan.final(parts), tensors, random_ids)
-
-
-def fitting_dtype(plan: Plan) -> torch.dtype:
-    """What operations are fitted in. Where layers round what enters them, a difference as small as float32's becomes a
-    step, and steps in one layer become others in the next: only float64 shows whether two models are one function."""
-    packed = plan.source.quantised
-    return torch.float64 if packed is not None and packed.rounds_activations else torch.float32
 
 
 def _in_float32(live: Live, changes: Sequence[Operation], parts: Mapping[str, Parts]) -> dict[str, Parts]:

@@ -11,38 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..anatomy.fit import Fit, examine_stored
 from ..anatomy.linears import linears
 from ..anatomy.sites import Anatomy, examine
 from ..checkpoint.disk import free_space, require_space, require_target, same_disk
 from ..checkpoint.gguf_tokenizer import write_tokenizer
-from ..checkpoint.layout import INDEX
-from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.source import Source, has_tokenizer, open_source, without_tokenizer
 from ..converted.derived import Derived, derive
-from ..converted.files import added_layout, is_rewritten, lowered_limits, may_rewrite, rewritten_layout, shard_names
+from ..converted.files import added_layout, lowered_limits, shard_names
 from ..endings.temporary import temporary
 from ..errors import SourceError, UnsupportedModel
 from ..live.graft import eab_config
 from ..live.loading import load_tokenizer, require_generation
-from ..live.memory import HERE, Place
+from ..live.memory import HERE, Needs, Place
 from ..operations.base import Changes, Parts, Target
 from .inputs import Reader
+from .planned_files import FilePlan, files_of, room
 from .recipe import Recipe
-
-SMALL_FILES = 4 * 2**20  # what manifest, card, configuration and code can take, generously
-# How large a file of the source can become; a tokenizer.json grows by indentation.
-REWRITTEN = {"copy": 1, "rewrite": 1, "change": 2}
-
-
-@dataclass(frozen=True)
-class FilePlan:
-    """One file of the output: `action` is copy, link, change or add; `bytes` is exact for weights."""
-
-    name: str
-    action: str
-    bytes: int | None
-    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,13 +92,25 @@ class Plan:
 
     def memory(self) -> dict[str, Any]:
         """What a run takes of it, resident or layer by layer, and what each pass over the weights reads then."""
-        return self.place.told(self.anatomy, self.source.layout, not self.resident)
+        return self.place.told(self._needs, self.source.layout, not self.resident)
 
     @functools.cached_property
     def resident(self) -> bool:
         """Whether all weights are in memory at once. NoSpace where they do not fit, and cannot come layer by layer."""
         asking = (*self.recipe.changes, *self.recipe.verify.gates())
-        return not self.place.comes_by_layers(self.source.spec, self.anatomy, self.source.layout, asking)
+        return not self.place.comes_by_layers(self.source.spec, self._needs, asking)
+
+    @property
+    def _needs(self) -> Needs:
+        return Needs.of(self.anatomy, self.source.layout, self.fitting_dtype, packs=bool(self.changes.replaced))
+
+    @property
+    def fitting_dtype(self) -> torch.dtype:
+        """What operations are fitted in. Where layers round what enters them, a difference as small as float32's
+        becomes a step, and steps in one layer become others in the next: only float64 shows whether two models are one
+        function."""
+        packed = self.source.quantised
+        return torch.float64 if packed is not None and packed.rounds_activations else torch.float32
 
     def final(self, parts: Mapping[str, Parts]) -> Changes:
         """What is done, now that everything is fitted; of what is not, the most there can be."""
@@ -186,10 +185,11 @@ def plan_on(
     added_bytes, _ = added_layout(changes.added, added_shard)
     bos = None if tokenizer is None else tokenizer.bos_token_id
     folds_bos = bos is not None and (changes.prefix is None or bos in changes.prefix)
-    weights = "rewrite" if recipe.changes_weights else "link" if link and source.kind != "gguf" else "copy"
-    files = (*_weights(source, shards, weights, changes), FilePlan(added_shard, "add", added_bytes),
-             *_others(source, derived, folds_bos))  # fmt: skip
-    needed = SMALL_FILES + added_bytes + sum(REWRITTEN.get(file.action, 0) * (file.bytes or 0) for file in files)
+    files = files_of(
+        source, shards, changes, derived, changes_weights=recipe.changes_weights, link=link, folds_bos=folds_bos,
+        added=(added_shard, added_bytes),
+    )  # fmt: skip
+    needed = room(files)
     if source.kind == "gguf" and recipe.changes_weights:
         needed += source.layout.total_bytes  # its dequantised copy stays until both models are measured
     where = Path.cwd() if out is None else out
@@ -270,36 +270,5 @@ def source_tokenizer(source: Source):
         return load_tokenizer(folder, source.spec)
 
 
-def carried(source: Source) -> tuple[str, ...]:
-    """The source's companions that go along. Its Python files do not: transformers' own classes take their place."""
-    return tuple(name for name in source.companions if not name.endswith(".py"))
-
-
 def _entry(status: str, shard: str, dtype: str, shape) -> dict[str, Any]:
     return {"status": status, "shard": shard, "dtype": dtype, "shape": list(shape)}
-
-
-def _weights(source: Source, shards: Mapping[str, str], action: str, changes: Changes) -> list[FilePlan]:
-    files = []
-    for old, new in shards.items():
-        size = source.layout.sizes[old]
-        if is_rewritten(source.layout, old, changes.replaced):
-            header, infos = rewritten_layout(source.layout, old, new, changes.replaced)
-            size = len(header) + sum(info.nbytes for info in infos.values())
-        files.append(FilePlan(new, action, size, old))
-    return files
-
-
-def _others(source: Source, derived: Derived, folds_bos: bool) -> list[FilePlan]:
-    """Everything but weights."""
-    files = [FilePlan("config.json", "change", None, "config.json"), FilePlan(INDEX, "add", None)]
-    companions = carried(source)
-    for name in companions:
-        path = source.root / name
-        size = path.stat().st_size if path.is_file() else None
-        action = "change" if may_rewrite(source.root, name, folds_bos) else "copy"
-        files.append(FilePlan(name, action, size, name))
-    if "tokenizer_config.json" not in companions and has_tokenizer(companions):
-        files.append(FilePlan("tokenizer_config.json", "add", None))
-    files += [FilePlan(name, "add", len(text.encode())) for name, text in derived.files().items()]
-    return [*files, FilePlan("README.md", "add", None), FilePlan(MANIFEST, "add", None)]

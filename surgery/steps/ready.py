@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import NoSpace, SourceError
+from ..errors import SourceError
 from ..live.text import Chunking
 from ..progress import Reporter
 from ..verification.gates.base import Inputs
@@ -75,11 +75,6 @@ def say_notes(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
         reporter.note(note)
     if plan.resident:
         return
-    if plan.changes.replaced and options.verify:
-        raise NoSpace(
-            f"{plan.source.name} comes layer by layer, and what 'quantise' writes is measured whole, for which there "
-            "is not enough memory; give more (--memory), or --no-verify to write it without proof."
-        )
     found = plan.memory()
     reporter.note(
         f"{plan.source.name} comes layer by layer: all of it would take {human(found['resident'])} of memory, and "

@@ -48,7 +48,7 @@ class FullSurvey:
             "model_type": live.anatomy.model_type,
             "n_slots": slot_count(live),
             "normed_sites": normed_sites(live),
-            "parameters": live.model.num_parameters(),
+            "parameters": live.parameters,
         }
 
     @property
@@ -92,7 +92,7 @@ def affordable(live: Live, length: int) -> tuple[int, int]:
     A pass over n tokens takes 2 n operations per parameter. What does not grow with the parameters weighs on small
     models alone: SmolLM2-135M has a spectrum of each 15th sequence of 512 tokens, a model of 7B of each.
     """
-    config, parameters = live.model.config.get_text_config(), live.model.num_parameters()
+    config, parameters = live.model.config.get_text_config(), live.parameters
     layers, width = len(live.anatomy.blocks) + 1, config.hidden_size
     share = SHARE * 2 * parameters * length
     every = math.ceil(SPECTRUM * min(length, width) ** 3 * layers / share)

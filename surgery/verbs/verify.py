@@ -21,6 +21,7 @@ from ..converted.described import Described
 from ..converted.reading import live_converted
 from ..errors import DamagedCheckpoint, OutputError, SourceError
 from ..live.loading import live_original, load_tokenizer, require_device
+from ..live.memory import Needs
 from ..live.text import CHUNKS, Chunking, token_texts
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
@@ -112,8 +113,8 @@ def _say_how(root: Path, described: Described, recipe: Recipe, options: VerifyOp
     """Say that the models come layer by layer, where they do. NoSpace where what is to be done needs them whole."""
     asking: list[Any] = [] if options.against is None else [one for one in recipe.changes if one.repeats]
     asking += recipe.verify.gates(compared=options.against is not None) if options.text else []
-    layout = read_layout(root)
-    if options.place.comes_by_layers(root, described.anatomy, layout, asking) and (options.text or options.against):
+    needs = Needs.of(described.anatomy, read_layout(root), torch.float32)
+    if options.place.comes_by_layers(root, needs, asking) and (options.text or options.against):
         reporter.note(f"{root} does not fit into memory, and comes layer by layer")
 
 

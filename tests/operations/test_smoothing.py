@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from surgery.checkpoint.layout import INDEX, read_layout, read_tensor_bytes
+from surgery.checkpoint.layout import INDEX, Layout, read_layout, read_tensor_bytes
 from surgery.checkpoint.stage import Stage
 from surgery.errors import UnsupportedModel
 from surgery.live.graft import fold, grafted
@@ -25,6 +25,7 @@ from surgery.live.loading import load_original
 from surgery.live.model import Live
 from surgery.live.stream import stream
 from surgery.operations import smoothing
+from surgery.operations.base import Target
 from surgery.operations.pairs import (
     Pair,
     Side,
@@ -60,11 +61,12 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def smoothed(live: Live, chunks: torch.Tensor, kinds: Sequence[str] = ("down", "norm")) -> dict[str, torch.Tensor]:
-    """Smooth in place, as a run does; the changed parameters by name."""
-    operation = Smoothing(inputs=tuple(kinds))
+    """Smooth in place, as a run does; the changed parameters by name, each made of what it was before."""
+    operation, before = Smoothing(inputs=tuple(kinds)), parameters(live.model)
     parts = smooth(live, chunks, operation.inputs, operation.strength)
     operation.graft(live, parts)
-    return dict(operation.tensors(live, parts))
+    alters = operation.alters(parts, Target(live.anatomy, Layout(Path(), (), {}, {})))
+    return {name: alter(before[name]) for name, alter in alters.items()}
 
 
 def parameters(model) -> dict[str, torch.Tensor]:
@@ -369,12 +371,12 @@ def test_weights_from_half_precision_stay_in_it(weight: np.ndarray, wanted: list
     side, before = Side("w", tensor, 1, 0, sign), torch.tensor(wanted)
     exponents = without_loss([side], before)
     assert (exponents.abs() <= before.abs()).all() and (exponents * before >= 0).all()
-    after = scaled(side, exponents)
+    after = scaled(side, exponents, side.tensor)
     assert torch.equal(after.half().float(), after)
     np.testing.assert_array_equal(after.double(), tensor.double() * torch.exp2((sign * exponents).double()))
     further = exponents + before.sign() * (exponents != before)
     for channel in (exponents != before).nonzero().flatten().tolist():  # one more would have lost something
-        worse = scaled(side, further)[:, channel]
+        worse = scaled(side, further, side.tensor)[:, channel]
         assert not torch.equal(worse.half().float(), worse)
     original = tensor.clone()
     apply([side], exponents)

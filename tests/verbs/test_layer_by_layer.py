@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.packed import COMPRESSED, save_packed
 from helpers.tiny import build, one_thread, tiny_config
 from helpers.tiny_checkpoint import save_model, save_tokenizer, sha256_of_files, surgery_command, write_text
 
@@ -15,6 +16,9 @@ import surgery
 from surgery.anatomy.fit import examine_stored
 from surgery.checkpoint.config import read_config
 from surgery.checkpoint.layout import read_layout
+from surgery.checkpoint.quantised import quantised
+from surgery.converted.described import read_described
+from surgery.converted.reading import is_converted
 from surgery.errors import NoSpace, SourceError
 from surgery.live.memory import Needs, Place, free_memory, parse_memory
 from surgery.progress import Reporter
@@ -57,10 +61,13 @@ def source(root: Path, kind: str, text: Path) -> Path:
     return root
 
 
-def least(root: Path) -> int:
+def least(root: Path, packs: bool = False) -> int:
     """The least memory that will do, and too little for all weights at once."""
-    layout = read_layout(root)
-    needs = Needs.of(examine_stored(read_config(root), layout)[0], layout, torch.float32)
+    layout, config = read_layout(root), read_config(root)
+    anatomy = read_described(root).anatomy if is_converted(root) else examine_stored(config, layout)[0]
+    packed = quantised(root, config, layout)
+    rounds = packed is not None and packed.rounds_activations and not is_converted(root)  # fitted in float64
+    needs = Needs.of(anatomy, layout, torch.float64 if rounds else torch.float32, packs)
     assert needs.by_layers < needs.resident
     return needs.by_layers
 
@@ -136,7 +143,7 @@ def test_what_cannot_be_is_said_before_weights_are_read(texts, tmp_path, monkeyp
         NoSpace, match=r"needs 8..\.. MB of memory even layer by layer, and 1.0 MB are given \(--memory\)"
     ):
         surgery.run(GIVEN, root, tmp_path / "out", memory=10**6, **given)
-    for operation in ("smoothing", "rotation", "tune"):
+    for operation in ("rotation", "tune"):
         more = {"tune": {"steps": 1}} if operation == "tune" else {}
         operations = GIVEN["operations"] + ([] if more else [{operation: {}}])
         recipe = {"surgery": 1, "operations": operations, **more}
@@ -145,23 +152,58 @@ def test_what_cannot_be_is_said_before_weights_are_read(texts, tmp_path, monkeyp
     assert not list(tmp_path.glob("*out*"))
 
 
-@pytest.mark.parametrize("scheme", ["w8a8_static", "w4a16"])
-def test_layers_are_written_in_few_bits_alike(scheme, texts, tmp_path):
-    """Scales come from a pass layer by layer, and weights one at a time from their files."""
-    root, given = source(tmp_path / "source", "llama", texts[0]), {"calibration": texts[0], "chunking": CHUNKS}
-    settings = {"scheme": scheme, **({"group": 16} if scheme == "w4a16" else {})}
-    recipe = {"surgery": 1, "operations": [*GIVEN["operations"], {"quantise": settings}]}
-    with pytest.raises(NoSpace, match="what 'quantise' writes is measured whole"):
-        surgery.run(recipe, root, tmp_path / "out", memory=least(root), text=texts[1], **given)
-    written = []
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_channels_are_smoothed_alike(kind, texts, tmp_path):
+    """Pairs are found and proved a block at a time, and what is scaled is made when it is written."""
+    root, given = source(tmp_path / "source", kind, texts[0]), {"calibration": texts[0], "chunking": CHUNKS}
+    recipe = {**(OF_EXPERTS if kind == "mixtral" else GIVEN), "operations": [*GIVEN["operations"], {"smoothing": {}}]}
+    results = {}
     for way, memory in (("resident", None), ("layers", least(root))):
-        surgery.run(recipe, root, tmp_path / way, memory=memory, verify=False, **given)
-        written.append(
-            {k: v for k, v in sha256_of_files(tmp_path / way).items() if k.endswith((".safetensors", "g.json"))}
-        )
-    assert written[0] == written[1] and len(written[0]) > 2
+        ran = surgery.run(recipe, root, tmp_path / way, memory=memory, text=texts[1], **given)
+        weights = {k: v for k, v in sha256_of_files(tmp_path / way).items() if k.endswith(".safetensors")}
+        assert ran["passed"] and weights.items() != sha256_of_files(root).items()
+        results[way] = (found(ran), weights)
+    assert results["layers"] == results["resident"]
+
+
+@pytest.mark.parametrize("settings", [
+    {"scheme": "w8a8_static", "per_token": ["down_proj"]}, {"scheme": "w4a16", "group": 16}, {"scheme": "fp8_dynamic"},
+])  # fmt: skip
+def test_layers_are_written_in_few_bits_and_read_again_alike(settings, texts, tmp_path):
+    """Scales come from a pass by layers, weights one at a time from their files; each is unpacked when it comes."""
+    root, given = source(tmp_path / "source", "llama", texts[0]), {"text": texts[1], "chunking": CHUNKS}
+    gates = {"perplexity": {"max_ratio": 99.0}, "massive_activations": {"max": 10**6}}
+    operations = [*GIVEN["operations"], {"smoothing": {}}, {"quantise": settings}]
+    recipe, results = {"surgery": 1, "operations": operations, "verify": gates}, {}
+    for way, memory in (("resident", None), ("layers", least(root, packs=True))):
+        out = tmp_path / way / "out"
+        out.parent.mkdir()
+        ran = surgery.run(recipe, root, out, memory=memory, calibration=texts[0], surveys=True, **given)
+        files = {k: v for k, v in sha256_of_files(out).items() if k.endswith((".safetensors", "g.json"))}
+        again = surgery.verify(out, against=root, memory=memory, **given), surgery.scan(out, memory=memory, **given)
+        assert ran["passed"] and again[0]["passed"] and len(files) > 2
+        results[way] = (found(ran), *map(found, again), files)
+    for ours, theirs in zip(results["layers"], results["resident"], strict=True):
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("form", COMPRESSED)
+def test_a_quantised_source_comes_layer_by_layer(form, texts, tmp_path):
+    root, results = save_packed(tmp_path / "source", form), []
+    save_tokenizer(root, texts[0])
+    recipe = {**GIVEN, "verify": {"perplexity": {"max_ratio": 99.0}}}
+    for way, memory in (("resident", None), ("layers", least(root))):
+        out = tmp_path / way
+        ran = surgery.run(recipe, root, out, memory=memory, text=texts[1], chunking=CHUNKS)
+        results.append((found(ran), {k: v for k, v in sha256_of_files(out).items() if k.endswith(".safetensors")}))
+    assert results[0] == results[1]
+
+
+def test_what_is_unpacked_at_once_says_so(texts, tmp_path):
+    root = save_packed(tmp_path / "source", "fp8")
+    save_tokenizer(root, texts[0])
     with pytest.raises(NoSpace, match=r"is quantised, and unpacked all at once: that needs 8..\.. MB of memory"):
-        surgery.scan(tmp_path / "layers", text=texts[1], chunking=CHUNKS, memory=least(root))
+        surgery.scan(root, text=texts[1], chunking=CHUNKS, memory=10**6)
 
 
 # ---- memory
