@@ -96,6 +96,11 @@ class Layer(TypedDict):
     selection_distance: NotRequired[list[float] | None]
     gradient_sensitivity: NotRequired[list[float] | None]
     gradient_bound: NotRequired[float | None]
+    mixer: NotRequired[str | None]  # class of a layer that hands on a state; and norms of what it gives
+    state_first: NotRequired[float | None]  # at the first token
+    state_rest: NotRequired[float | None]  # at all others, mean
+    lead_near: NotRequired[float | None]  # share of it that is due to the prefix or first token, at the next 8 tokens
+    lead_far: NotRequired[float | None]  # and at the last 8
     attended_by_length: NotRequired[dict[str, list[float]] | None]  # length, tokens
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from ..anatomy.calls import Call, observing
 from ..progress import Advance, unseen
 from .graft import on_the_seam
+from .mixing import Mixing, watching_mixers
 from .model import Live
 from .places import down_projections, on_layer
 from .together import together
@@ -64,6 +65,9 @@ class Observer:
         A block without one (`down_projections`) does not call. What norms or multipliers the block puts between the
         projection and the residual stream (Gemma 2, OLMo 2, Granite) is not in `written`.
         """
+
+    def mixed(self, block: int, mixing: Mixing, batch: Batch) -> None:
+        """One call of a layer that hands a state from token to token."""
 
     def logits(self, logits: torch.Tensor, batch: Batch) -> None:
         """logits (B, T, V)."""
@@ -186,9 +190,9 @@ def _watching(pairs: Sequence[tuple[Live, Reading]], now: ContextVar[tuple[Readi
         blocks: dict[int, dict[nn.Module, int]] = {}
         wants: set[str] = set()
         for live, reading in pairs:
-            hidden, units, *sites = (
+            hidden, units, mixed, *sites = (
                 [o for o in reading.observers if o.wants(method)]
-                for method in ("hidden", "units", "attention", "attended")
+                for method in ("hidden", "units", "mixed", "attention", "attended")
             )
             if hidden:
                 for layer in range(len(live.anatomy.blocks) + 1):
@@ -197,6 +201,8 @@ def _watching(pairs: Sequence[tuple[Live, Reading]], now: ContextVar[tuple[Readi
                 stack.callback(on_layer(live, reading.depth, _end(reading, now)).remove)
             for index, projection in down_projections(live).items() if units else ():
                 stack.callback(projection.register_forward_hook(_projected(index, units, reading, now)).remove)
+            if mixed:
+                stack.enter_context(watching_mixers(live, _mixed(mixed, reading, now)))
             wants |= {method for method, some in zip(("attention", "attended"), sites, strict=True) if some}
             if any(sites) and id(live) not in blocks:
                 blocks[id(live)] = {live.trunk.get_submodule(site.name): site.block for site in live.anatomy.sites}
@@ -257,3 +263,13 @@ def _projected(block: int, observers: Sequence[Observer], reading: Reading, now:
             observer.units(block, activations, written, batch)
 
     return hook
+
+
+def _mixed(observers: Sequence[Observer], reading: Reading, now: ContextVar[tuple[Reading, Batch]]):
+    def look(block: int, mixing: Mixing) -> None:
+        whose, batch = now.get()
+        if whose is reading:
+            for observer in observers:
+                observer.mixed(block, mixing, batch)
+
+    return look

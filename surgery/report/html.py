@@ -69,6 +69,13 @@ SECTIONS = (
         plots.selection,
     ),
     Section(
+        "states", "What a state remembers",
+        "Layers that hand a state from token to token (state space, linear attention, convolution): how much of what "
+        "they give would be another without what leads the text. That is the prefix, or without one the first token. "
+        "Attention can look back at it from anywhere; a state forgets.",
+        plots.states,
+    ),
+    Section(
         "spectrum", "Energy of the stream",
         "Share of the stream's energy in its strongest direction, with the lower bound that the first token's norm "
         "alone sets, and how far the first token's largest entry towers over its mean.",

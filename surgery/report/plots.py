@@ -128,6 +128,16 @@ def selection(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     return _stack(survey, surveys, panels, unit={"attended_share", "separability"})
 
 
+def states(survey: dict, surveys: Sequence[dict]) -> Figure | None:
+    """What layers that hand on a state give, and how much of that is due to what leads the text, by layer."""
+    panels = [
+        ("lead_near", "lead_far", "Share of the output that is due to what leads the text", "blue", "next 8 tokens",
+         "last 8 tokens"),
+        ("state_first", "state_rest", "Norm of the output", "orange", "first token", "other tokens"),
+    ]  # fmt: skip
+    return _stack(survey, surveys, panels, log={"state_first"})
+
+
 def selected_by_length(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     """How many places a row selects against how many it sees: the median layer, and all layers as a band."""
     counted = [row.get("attended_by_length") or {} for row in survey["layers"]]

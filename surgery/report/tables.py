@@ -39,6 +39,8 @@ def overview(surveys: Sequence[dict], names: Sequence[str], told: bool = False) 
         ("highest dominance of the first token", [_extreme(s, "dominance", max, number) for s in surveys]),
         ("variance of a head, first token", [number(head_variance(s, "first")) for s in surveys]),
         ("variance of a head, later tokens", [number(head_variance(s, "rest")) for s in surveys]),
+        ("of a state's output due to its lead, near", [_extreme(s, "lead_near", max, percent) for s in surveys]),
+        ("and at the end of a text", [_extreme(s, "lead_far", max, percent) for s in surveys]),
         ("bias slots per site", [number(s.get("n_slots")) for s in surveys]),
         ("sites with a head norm", [number(s.get("normed_sites")) for s in surveys]),
     ]

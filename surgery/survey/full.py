@@ -23,6 +23,7 @@ from .massive import MassiveActivations
 from .neurons import SuperNeurons
 from .pictures import AttentionMaps, Landscape
 from .spectrum import Spectrum
+from .states import States
 
 SHARE = 1 / 16  # of a pass that spectra may take, and as much the lens
 SPECTRUM = 31  # one of rank r takes as long as so many times r^3 operations of the pass (CPU, r = 512 and 576)
@@ -40,8 +41,7 @@ class FullSurvey:
         self._massive, self._likelihood = MassiveActivations(), Likelihood()
         self._per_layer: list[Observer] = [
             self._massive, AutoMassive(), Spectrum(every), AttentionStatistics(every=often), ValueVariance(),
-            Selection(every=often),
-            LogitLens(live, positions),
+            Selection(every=often), States(every=often), LogitLens(live, positions),
         ]  # fmt: skip
         self._neurons, self._landscape, self._maps = SuperNeurons(live), Landscape(), AttentionMaps(heads)
         self._about = {

@@ -45,6 +45,7 @@ def make_survey(source: str = "models/tiny", *, slots: int = 0, spike: float = 5
                 "value_variance_rest": [0.1, 0.2, 0.3], "attended_share": [0.1, 0.2, 0.3], "separability": [0.5] * 3,
                 "gradient_sensitivity": [0.01, 0.02, 0.02], "gradient_bound": 0.03,
                 "attended_by_length": {"length": [2, 4, 6], "tokens": [1.5, 2.0, 2.5]},
+                "mixer": "Mamba", "state_first": 2.0, "state_rest": 3.0, "lead_near": 0.4, "lead_far": 0.001 * layer,
             }  # fmt: skip
         layers.append(row)
     size = np.full((6, 4), 0.5)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from ...words import count_of, factor, score
 from .tables import new_table
@@ -28,12 +29,26 @@ def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
         )  # fmt: skip
     console.print(sizes, "")
     console.print(shape)
+    if mixed := [row for row in survey["layers"] if row.get("mixer")]:
+        console.print("")
+        console.print(_states(mixed))
     for line in _findings(survey):
         console.print(line, markup=False, highlight=False)
     if survey.get("interventions"):
         console.print("")
         _show_interventions(console, survey["interventions"])
         console.print(f"\n{_audit(survey['audit'])}", highlight=False)
+
+
+def _states(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Layers that hand on a state: norms of what they give, and how much of it is due to what leads the text."""
+    shown = new_table("States", "layer", "mixer", "|y_0|", "|y_i|", "lead, near", "lead, far", words=2)
+    for row in rows:
+        shown.add_row(
+            str(row["layer"]), escape(row["mixer"]), _norm(row.get("state_first")), _norm(row.get("state_rest")),
+            _percent(row.get("lead_near")), _percent(row.get("lead_far")),
+        )  # fmt: skip
+    return shown
 
 
 def scanned(survey: Mapping[str, Any]) -> str:
@@ -45,6 +60,14 @@ def scanned(survey: Mapping[str, Any]) -> str:
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _norm(value: float | None) -> str:
+    return "" if value is None else f"{value:,.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
 
 
 def _findings(survey: Mapping[str, Any]) -> list[str]:
@@ -60,6 +83,11 @@ def _findings(survey: Mapping[str, Any]) -> list[str]:
         end = "last to the end" if across["died"] is None else f"gone from layer {across['died']} on"
         lines.append(
             f"Born in layer {across['born']}, {end}; dims {', '.join(map(str, total['dims'][:6]))}, on {tokens}"
+        )
+    if any(row.get("lead_far") is not None for row in survey["layers"]):
+        lines.append(
+            "lead: how much of what such a layer gives is due to the prefix, or without one to the first token, at the "
+            "next 8 tokens and at the last 8 of a sequence"
         )
     if looked := max((row.get("spectra") or 0 for row in survey["layers"]), default=0):
         lines.append(f"p1, bits (of entropy) and phases are those of {looked} of the {survey['chunks']} sequences")
