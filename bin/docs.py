@@ -89,7 +89,7 @@ def values(part: Schema, defs: Schema) -> str:
     kind = part.get("type")
     if choices := [*part.get("anyOf", ()), *part.get("oneOf", ())]:
         return " or ".join(values(choice, defs) for choice in choices if choice.get("type") != "null")
-    if "$ref" in part:
+    if "$ref" in part or kind == "object":
         return "a mapping"
     if "const" in part:
         return plain(part["const"])

@@ -16,7 +16,7 @@ from .curves import legend, present, share_axis
 from .style import LIGHT, SERIES, drawing, figure, write_figure
 
 NAMES = {
-    "plain": "plain GPT-2", "sink_token": "with a sink token", "attention_bias": "with slots k′, v′",
+    "plain": "plain", "sink_token": "with a sink token", "attention_bias": "with slots k′, v′",
     "head_norm": "with head-wise RMSNorm",
 }  # fmt: skip
 PANEL = 105  # points high

@@ -33,7 +33,7 @@ class States(Observer):
         self.every = every
         self.turns: Counter[nn.Module] = Counter()
         self.kinds: dict[int, str] = {}
-        self.sums: dict[int, Counter[str]] = defaultdict(Counter)
+        self.sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.counts: dict[int, Counter[str]] = defaultdict(Counter)
 
     def mixed(self, block: int, mixing: Mixing, batch: Batch) -> None:

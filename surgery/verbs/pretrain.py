@@ -1,4 +1,4 @@
-"""`surgery pretrain`: a small GPT-2 from nothing, in variants, and curves of what becomes of its sinks."""
+"""`surgery pretrain`: a small model from nothing, in variants, and curves of what becomes of its sinks."""
 
 from __future__ import annotations
 

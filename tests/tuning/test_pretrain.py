@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import surgery
 from surgery import results
-from surgery.errors import RecipeError, SourceError
+from surgery.errors import RecipeError, SourceError, SurgeryError
 from surgery.live.text import Chunking
 from surgery.recipe.file import parse
 from surgery.steps.recipe import Recipe
@@ -291,8 +291,12 @@ def refused(tmp_path: Path, recipe: str, *options: object) -> str:
         ({"variants": ["plain", "plain"]}, 2, ["names a variant more than once"]),
         ({"vocabulary": 256}, 2, ["pretrain.vocabulary is 256", "at least 257"]),
         ({"model": {"width": 30, "heads": 4}}, 2, ["pretrain.model has 4 heads", "width of 30"]),
-        ({"model": {"depth": 3}}, 2, ["unknown key 'pretrain.model.depth'", "known here: blocks, width, heads"]),
-        ({"model": 3}, 2, ["pretrain.model is 3", "a mapping of blocks, width, heads"]),
+        (
+            {"model": {"depth": 3}},
+            2,
+            ["unknown key 'pretrain.model.depth'", "known here: family, blocks, width, heads"],
+        ),
+        ({"model": 3}, 2, ["pretrain.model is 3", "a mapping of family, blocks, width, heads"]),
     ],
 )
 def test_a_bad_recipe_is_one_sentence(changed: dict, line: int, fragments: list[str]) -> None:
@@ -364,3 +368,45 @@ def test_text_that_looks_like_the_sink_token_is_text() -> None:
     assert SINK_ID not in ids and tokenizer.decode(ids) == words
     for leading in (False, True):
         assert as_pretrained(tokenizer, leading)(words)["input_ids"] == [SINK_ID] * leading + ids
+
+
+# ---- other families
+
+
+HYBRID = {
+    "family": "lfm2", "blocks": 3, "width": 32, "heads": 4,
+    "config": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [HYBRID, {"family": "llama", "blocks": 2, "width": 32, "heads": 4}])
+def test_any_family_is_trained_in_all_variants(model: dict, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = pretrain(
+        FromScratch.model_validate({"surgery": 1, "pretrain": {**SMALL, "model": model}}), out, text=[text]
+    )
+    assert list(found["variants"]) == list(VARIANTS)
+    for name in VARIANTS:
+        loaded = AutoModelForCausalLM.from_pretrained(out / name)
+        assert loaded.config.model_type.endswith(model["family"]) and loaded.config.num_hidden_layers == model["blocks"]
+        assert loaded.config.hidden_size == 32 and loaded.config.vocab_size == 300
+        scores = [entry["ppl"] for entry in found["variants"][name]["measured"]]
+        assert scores[-1] < scores[0]
+    survey = surgery.scan(out / "attention_bias", text=text, chunking=Chunking(2, 32))
+    assert [row["layer"] for row in survey["layers"] if row.get("mixer")] == ([1, 3] if model is HYBRID else [])
+
+
+@pytest.mark.parametrize(
+    ("model", "fragments"),
+    [
+        ({"family": "lfm9"}, ["pretrain.model.family", "transformers has no 'lfm9'", "gpt2"]),
+        ({"family": "vit"}, ["has no causal language model"]),
+        ({"family": "lfm2", "config": {"layer_types": 3}}, ["transformers does not accept it as 'lfm2'"]),
+    ],
+)
+def test_a_family_that_cannot_be_trained(model: dict, fragments: list[str], text: Path, tmp_path: Path) -> None:
+    settings = FromScratch.model_validate({"surgery": 1, "pretrain": {**SMALL, "model": model}})
+    with pytest.raises(SurgeryError) as caught:
+        pretrain(settings, tmp_path / "out", text=[text])
+    assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+    assert not (tmp_path / "out").exists()

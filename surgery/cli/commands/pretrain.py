@@ -23,7 +23,7 @@ from ..screen import Screen
     QUIET, JSON,
 )  # fmt: skip
 def pretrain(recipe, out, text, held_out, quiet, json_file) -> int:
-    """Train the small GPT-2 variants of RECIPE from nothing; checkpoints and curves go to the new directory OUT.
+    """Train the small models of RECIPE from nothing; checkpoints and curves go to the new directory OUT.
 
     RECIPE is the name of one that comes with surgery (`surgery recipes`), or a file.
     """

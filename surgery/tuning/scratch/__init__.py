@@ -1,1 +1,1 @@
-"""Training from nothing: a small GPT-2, and variants of it whose attention sinks have a place of their own."""
+"""Training from nothing: a small model, and variants of it whose attention sinks have a place of their own."""

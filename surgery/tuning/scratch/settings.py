@@ -1,4 +1,4 @@
-"""A recipe of its own: a small GPT-2 trained from nothing, as it is and in variants that give its sinks a place."""
+"""A recipe of its own: a small model trained from nothing, as it is and in variants that give its sinks a place."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
 class Size(Strict):
-    """Blocks, hidden size, and heads of each block, of a GPT-2 whose MLPs are four times as wide; without dropout."""
+    """Blocks, hidden size, and heads of each block, of a model whose MLPs are four times as wide; without dropout.
 
+    `family`: its model type in transformers. `config`: what its config.json says beside that, as the family has it.
+    """
+
+    family: Annotated[str, Field(description="the model type in transformers, of any causal language model")] = "gpt2"
     blocks: Annotated[int, Field(ge=1, description="how many blocks")] = 4
     width: Annotated[int, Field(ge=2, description="hidden size")] = 128
     heads: Annotated[int, Field(ge=1, description="heads of each block, which divide the width")] = 4
+    config: Annotated[
+        dict[str, Any], Field(description="further entries of config.json, such as layer_types of a hybrid")
+    ] = {}  # noqa: RUF012 - pydantic copies it
 
     @model_validator(mode="after")
     def _divides(self) -> Size:

@@ -1,10 +1,11 @@
-"""A small GPT-2 and its variants, all with the same initial weights in what they share.
+"""A small model and its variants, all with the same initial weights in what they share.
 
-* plain: GPT-2. The first token of a sequence stands at position 0.
-* sink_token: GPT-2 after one token that is the same in front of every sequence (Xiao et al., arXiv 2309.17453,
+* plain: as the family is. The first token of a sequence stands at position 0.
+* sink_token: the same after one token that is the same in front of every sequence (Xiao et al., arXiv 2309.17453,
   section 3.3). It stands at position 0, is learned like any other, and nothing predicts it.
-* attention_bias: slots k', v' at every site (Sun et al., arXiv 2402.17762, eq. 3), learned from random values. The text
-  stands at positions after them, as in a converted checkpoint, and as after a sink token.
+* attention_bias: slots k', v' at every site (Sun et al., arXiv 2402.17762, eq. 3), learned from random values; in a
+  hybrid each mixer remembers as many inputs. The text stands at positions after them, as in a converted checkpoint, and
+  as after a sink token.
 * head_norm: each head's output is normed before the output projection, by weights that are 1 at first and
   that the heads of a site share.
 """
@@ -16,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from ...anatomy.sites import Anatomy, examine
+from ...anatomy.classes import causal_class
+from ...anatomy.sites import Anatomy, examine, parse_config
 from ...converted.derived import derive, load_derived
 from ...converted.parts import NORMS, SLOTS
+from ...errors import SourceError
 from ...live.graft import eab_config, head_norm_config
 from ...live.model import Live
 from .settings import Pretrain
@@ -40,54 +43,67 @@ class Variant:
         return self.live.model
 
 
-def base_config(settings: Pretrain, vocab_size: int) -> GPT2Config:
-    """GPT-2 with room for `length` tokens after a sink token or slots; no dropout, so that variants differ in nothing
-    but what they are."""
+def base_config(settings: Pretrain, vocab_size: int) -> PreTrainedConfig:
+    """The family with room for `length` tokens after a sink token or slots; no dropout, so that variants differ in
+    nothing but what they are. SourceError where there is no such family, or where it does not take these settings."""
     size = settings.model
-    return GPT2Config(
-        vocab_size=vocab_size, n_embd=size.width, n_layer=size.blocks, n_head=size.heads,
-        n_positions=settings.length + max(settings.slots, 1), embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+    if size.family not in CONFIG_MAPPING:
+        raise SourceError(f"pretrain.model.family: transformers has no {size.family!r}; write gpt2 or lfm2.")
+    kind = CONFIG_MAPPING[size.family]
+    known = {**kind().to_dict(), **dict.fromkeys(kind.attribute_map)}
+    wanted = {
+        "vocab_size": vocab_size, "hidden_size": size.width, "num_hidden_layers": size.blocks,
+        "num_attention_heads": size.heads, "num_key_value_heads": size.heads, "head_dim": size.width // size.heads,
+        "intermediate_size": 4 * size.width, "max_position_embeddings": settings.length + max(settings.slots, 1),
+        **{key: 0.0 for key in known if key.endswith(("dropout", "pdrop", "dropout_prob"))},
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }  # fmt: skip
+    given = {key: value for key, value in wanted.items() if key in known}
+    return parse_config({**given, **size.config, "model_type": size.family})
 
 
-def initial_weights(config: GPT2Config, seed: int) -> dict[str, torch.Tensor]:
-    """Of a plain GPT-2, as transformers initialises it from `seed`."""
+def initial_weights(config: PreTrainedConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Of the plain model, as transformers initialises it from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(copy.deepcopy(config)).state_dict()
+        return _plain(config).state_dict()
+
+
+def _plain(config: PreTrainedConfig) -> PreTrainedModel:
+    kind: Any = causal_class(type(config))
+    model: PreTrainedModel = kind._from_config(copy.deepcopy(config), dtype=torch.float32)
+    return model
 
 
 def build(
-    name: str, config: GPT2Config, weights: dict[str, torch.Tensor], *, slots: int = 1, seed: int = 0
+    name: str, config: PreTrainedConfig, weights: dict[str, torch.Tensor], *, slots: int = 1, seed: int = 0
 ) -> Variant:  # fmt: skip
     """The variant `name`, untrained; `slots` are those of attention_bias at each site, drawn from `seed`."""
     config, anatomy = copy.deepcopy(config), examine(config.to_dict())
     if name in ("plain", "sink_token"):
         lead = (SINK_ID,) if name == "sink_token" else ()
         config.bos_token_id = SINK_ID if lead else None
-        model: PreTrainedModel = GPT2LMHeadModel(config)
+        model = _plain(config)
         model.load_state_dict(weights)
         return Variant(name, Live(model, anatomy), lead)
     model = _derived(config, anatomy, slots if name == "attention_bias" else 0, name == "head_norm")
-    own = [key for key in model.state_dict() if ".attention_bias." in key or ".head_norm." in key]
-    model.load_state_dict({**weights, **{key: model.state_dict()[key] for key in own}})
+    state = model.state_dict()
+    model.load_state_dict({**state, **weights})
     live, generator = Live(model, anatomy), torch.Generator().manual_seed(seed)
-    for site in anatomy.sites:
-        module: Any = live.trunk.get_submodule(site.name)
-        for parameter in module.attention_bias.parameters():
-            torch.nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
-        if name == "head_norm":
-            torch.nn.init.ones_(module.head_norm.weight)
+    for key, parameter in model.named_parameters():
+        if ".head_norm." in key:
+            torch.nn.init.ones_(parameter)
+        elif key not in weights:
+            torch.nn.init.normal_(parameter, std=getattr(config, "initializer_range", 0.02), generator=generator)
     return Variant(name, live)
 
 
-def _derived(config: GPT2Config, anatomy: Anatomy, slots: int, normed: bool) -> PreTrainedModel:
+def _derived(config: PreTrainedConfig, anatomy: Anatomy, slots: int, normed: bool) -> PreTrainedModel:
     """The class of a converted checkpoint, so that it is saved and loads as one."""
     parts = frozenset({NORMS if normed else SLOTS})
     derived, module = derive(config.model_type, parts), load_derived(config.model_type, parts)
     # No prefix was folded: the slots hold what training makes of them.
-    entries = {"eab": {**eab_config(anatomy, (), "as_prefix"), "n_slots": slots}}
+    entries = {"eab": {**eab_config(anatomy, (), "as_prefix"), **anatomy.eab(slots, "as_prefix")}}
     if normed:
         entries["head_norm"] = head_norm_config(anatomy, range(len(anatomy.blocks)), per_head=False, gated=False)
     settings = {key: value for key, value in config.to_dict().items() if key != "model_type"}
