@@ -6,14 +6,14 @@ led the text is still in what a mixer gives near it, and far from it. Block b be
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 
 import torch
-from torch import nn
 
 from ..live.mixing import Mixing
 from ..live.stream import Batch, Observer
 
+KEYS = ("state_first", "state_rest", "lead_near", "lead_far")
 NEAR = 8  # tokens at each end of a text
 
 
@@ -31,10 +31,9 @@ class States(Observer):
 
     def __init__(self, every: int = 1) -> None:
         self.every = every
-        self.turns: Counter[nn.Module] = Counter()
+        self.turns: Counter[str] = Counter()
         self.kinds: dict[int, str] = {}
-        self.sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        self.counts: dict[int, Counter[str]] = defaultdict(Counter)
+        self.found: dict[int, dict[str, tuple[float, int]]] = {}  # block -> name -> sum over sequences, and how many
 
     def mixed(self, block: int, mixing: Mixing, batch: Batch) -> None:
         kind = type(mixing.module)  # derived here, if it remembers a prefix
@@ -45,8 +44,8 @@ class States(Observer):
         self._add(block, state_first=norms[:, 0])
         if norms.shape[1] > 1:
             self._add(block, state_rest=norms[:, 1:].mean(dim=1))
-        turn = self.turns[mixing.module]
-        self.turns[mixing.module] += 1
+        turn = self.turns[mixing.mixer.name]
+        self.turns[mixing.mixer.name] += 1
         remembers = hasattr(mixing.module, "remembered_inputs")
         lead = batch.lead or (0 if remembers else 1)
         if turn % self.every or output.shape[1] < lead + 2 * NEAR:
@@ -56,21 +55,19 @@ class States(Observer):
         self._add(block, lead_near=text[:, :NEAR].mean(dim=1), lead_far=text[:, -NEAR:].mean(dim=1))
 
     def _add(self, block: int, **values: torch.Tensor) -> None:
+        found = self.found.setdefault(block, {})
         for name, of_each in values.items():
-            self.sums[block][name] += of_each.double().sum().item()
-            self.counts[block][name] += len(of_each)
+            total, count = found.get(name, (0.0, 0))
+            found[name] = total + of_each.double().sum().item(), count + len(of_each)
 
     def rows(self) -> dict[int, dict]:
         """Layer -> the keys above; of two mixers in a block, their mean."""
         return {
             block + 1: {
                 "mixer": self.kinds[block],
-                **{
-                    name: self.sums[block][name] / self.counts[block][name] if self.counts[block][name] else None
-                    for name in ("state_first", "state_rest", "lead_near", "lead_far")
-                },
+                **{name: found[name][0] / found[name][1] if name in found else None for name in KEYS},
             }
-            for block in sorted(self.sums)
+            for block, found in sorted(self.found.items())
         }
 
 
