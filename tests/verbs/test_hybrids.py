@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import SourceError, UnsupportedModel
+from surgery.progress import Reporter
 from surgery.report.summary import summary
 
 CHUNKS = surgery.Chunking(8, 32)
@@ -26,6 +27,14 @@ GATES = {
 FOLD = {"attention_bias": {"prefix": [1, 5]}}
 TUNE = {"steps": 3, "length": 32, "batch": 2, "learning_rate": 0.02, "objectives": {"lm": 1.0}}
 ADDED = "model-attention-bias.safetensors"
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.seen.append(text)
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,33 @@ def test_a_scan_has_attention_where_there_is_some(hybrid: Hybrid) -> None:
     assert attending == sorted(int(site.split(".")[1]) + 1 for site in surgery_config(hybrid)["sites"])
     said = " ".join(summary(found, "out"))
     assert ("4 blocks (1 with attention)" in said) == (len(attending) == 1), said
+
+
+def test_a_scan_says_what_states_remember(hybrid: Hybrid) -> None:
+    given = ("--text", hybrid.text, "--chunks", 2, "--chunk-length", 32)
+    with one_thread():
+        ended = surgery_command("scan", hybrid.out, *given)
+    shown = " ".join(ended.out.split())
+    assert ended.code == 0 and "States layer mixer" in shown and "lead: how much of what such a layer gives" in shown
+    least = surgery.plan({"surgery": 1, "operations": [FOLD]}, hybrid.source).memory()["least"]
+    with one_thread():
+        whole, layers = (
+            surgery.scan(hybrid.out, text=hybrid.text, chunking=surgery.Chunking(2, 32), memory=memory)["layers"]
+            for memory in (None, least)
+        )
+    mixed = [row for row in whole if row.get("mixer")]
+    assert mixed and all(row["lead_near"] > 0 and row["state_rest"] > 0 for row in mixed)
+    assert json.dumps(whole) == json.dumps(layers)
+
+
+def test_what_is_kept_of_a_survey_is_taken_up(hybrid: Hybrid, tmp_path: Path) -> None:
+    recipe = {"surgery": 1, "operations": [FOLD], "verify": {"perplexity": {"max_ratio": 9.0}}}
+    given = {"text": hybrid.text, "chunking": CHUNKS, "surveys": True, "resume": tmp_path / "steps"}
+    notes = Notes()
+    with one_thread():
+        found = [surgery.run(recipe, hybrid.source, tmp_path / name, reporter=notes, **given) for name in ("a", "b")]
+    assert "what the original measures is taken up" in " ".join(notes.seen)
+    assert found[0]["surveys"][0]["layers"] == found[1]["surveys"][0]["layers"]
 
 
 def test_tuning_runs_on_it(hybrid: Hybrid, tmp_path: Path) -> None:
