@@ -14,6 +14,16 @@ from surgery.survey.massive import LayerTally, MassiveActivations
 from surgery.verification.gates.base import Measured, Subject
 
 
+class Notes(Reporter):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.seen.append(text)
+
+
 class Told(Reporter):
     """Keeps the total of the last bar, and what was told of every sequence."""
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.families import families
+from helpers.measured import Notes
 from helpers.tiny import build, one_thread
 from helpers.tiny_checkpoint import edit_json, save_tokenizer, sha256_of_files, surgery_command, write_text
 from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import SourceError, UnsupportedModel
-from surgery.progress import Reporter
 from surgery.report.summary import summary
 
 CHUNKS = surgery.Chunking(8, 32)
@@ -27,14 +27,6 @@ GATES = {
 FOLD = {"attention_bias": {"prefix": [1, 5]}}
 TUNE = {"steps": 3, "length": 32, "batch": 2, "learning_rate": 0.02, "objectives": {"lm": 1.0}}
 ADDED = "model-attention-bias.safetensors"
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.seen.append(text)
 
 
 @dataclass(frozen=True)

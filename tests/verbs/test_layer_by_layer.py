@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.measured import Notes
+from helpers.memory import least
 from helpers.packed import COMPRESSED, save_packed
 from helpers.tiny import build, one_thread, tiny_config
 from helpers.tiny_checkpoint import save_model, save_tokenizer, sha256_of_files, surgery_command, write_text
@@ -16,12 +18,8 @@ import surgery
 from surgery.anatomy.fit import examine_stored
 from surgery.checkpoint.config import read_config
 from surgery.checkpoint.layout import read_layout
-from surgery.checkpoint.quantised import quantised
-from surgery.converted.described import read_described
-from surgery.converted.reading import is_converted
 from surgery.errors import NoSpace, SourceError
 from surgery.live.memory import Needs, Place, free_memory, parse_memory
-from surgery.progress import Reporter
 
 CHUNKS = surgery.Chunking(8, 32)
 GATES = {
@@ -59,25 +57,6 @@ def source(root: Path, kind: str, text: Path) -> Path:
         config = tiny_config(kind, vocab_size=320, bos_token_id=0, eos_token_id=1)
         build(config).to(torch.bfloat16).save_pretrained(root, max_shard_size="60KB")
     return root
-
-
-def least(root: Path, packs: bool = False) -> int:
-    """The least memory that will do, and too little for all weights at once."""
-    layout, config = read_layout(root), read_config(root)
-    anatomy = read_described(root).anatomy if is_converted(root) else examine_stored(config, layout)[0]
-    packed = quantised(root, config, layout)
-    rounds = packed is not None and packed.rounds_activations and not is_converted(root)  # fitted in float64
-    needs = Needs.of(anatomy, layout, torch.float64 if rounds else torch.float32, packs)
-    assert needs.by_layers < needs.resident
-    return needs.by_layers
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.seen.append(text)
 
 
 def found(result) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.measured import Notes
+from helpers.memory import least
 from helpers.tiny import one_thread
 from helpers.tiny_checkpoint import save_model, save_tokenizer, sha256_of_files, surgery_command, write_text
 
@@ -49,14 +51,6 @@ def ground(tmp_path_factory) -> Path:
     save_model(root / "source", massive=0, shard_size="60KB")
     run(root, root / "undisturbed", None)
     return root
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.seen.append(text)
 
 
 def run(ground: Path, out: Path, steps: Path | None, **given):
@@ -112,16 +106,6 @@ def test_a_run_that_is_cut_off_goes_on(step, memory, ground, tmp_path, monkeypat
     ]
     assert verdict["passed"]
     same(out, ground)
-
-
-def least(root: Path) -> int:
-    from surgery.anatomy.fit import examine_stored
-    from surgery.checkpoint.config import read_config
-    from surgery.checkpoint.layout import read_layout
-    from surgery.live.memory import Needs
-
-    layout = read_layout(root)
-    return Needs.of(examine_stored(read_config(root), layout)[0], layout, torch.float32).by_layers
 
 
 @pytest.mark.parametrize(
