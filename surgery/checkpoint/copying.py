@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -121,8 +121,9 @@ def sha256_of(path: Path, advance: Advance = unseen) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_all(paths: Sequence[Path], advance: Advance = unseen) -> list[str]:
-    """SHA-256 of each file, several at a time; the first error of one is that of all. `advance` is told from here."""
+def sha256_of_all(paths: Mapping[str, Path], advance: Advance = unseen) -> dict[str, str]:
+    """SHA-256 of each file by its name, several at a time; the first error of one is that of all. `advance` is told
+    from here."""
     told: Queue[tuple[int, str] | None] = Queue()
     ended = threading.Event()
 
@@ -139,14 +140,14 @@ def sha256_of_all(paths: Sequence[Path], advance: Advance = unseen) -> list[str]
 
     with ThreadPoolExecutor(max(1, min(WORKERS, os.cpu_count() or 1)), thread_name_prefix="hash") as pool:
         try:
-            found = [pool.submit(hashed, Path(path)) for path in paths]
+            found = {name: pool.submit(hashed, Path(path)) for name, path in paths.items()}
             left = len(found)
             while left:
                 if (said := told.get()) is None:
                     left -= 1
                 else:
                     advance(*said)
-            return [one.result() for one in found]
+            return {name: one.result() for name, one in found.items()}
         finally:
             ended.set()
             pool.shutdown(cancel_futures=True)

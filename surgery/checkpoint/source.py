@@ -271,7 +271,7 @@ def source_hashes(source: Source, advance: Advance = unseen) -> dict[str, str]:
         files = [source.root]
     else:
         files = [source.root / name for name in (*source.layout.shards, CONFIG)]
-    return dict(zip((file.name for file in files), sha256_of_all(files, advance), strict=True))
+    return sha256_of_all({file.name: file for file in files}, advance)
 
 
 def materialise(source: Source, into: Path, advance: Advance = unseen) -> Path:

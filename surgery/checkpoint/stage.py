@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -105,15 +105,12 @@ class Stage:
             source = open_regular(Path(src))
         except OSError as error:
             raise SourceError(f"{src} cannot be read ({error.strerror}); check the source.") from error
-        with source, disk_errors(self.out), _create(target) as file:
-            if sha256 is not None:
+        with source:
+            if sha256 is None:
+                self._write(name, iter(lambda: source.read(CHUNK), b""))
+                return
+            with disk_errors(self.out), _create(target) as file:
                 copy_content(source, file)
-            else:
-                with Hashing() as digest:
-                    while chunk := source.read(CHUNK):
-                        digest.update(chunk)
-                        file.write(chunk)
-                    sha256 = digest.hexdigest()
         self._remember(name, sha256)
 
     def adopt(self, src: Path, name: str) -> None:
@@ -128,17 +125,9 @@ class Stage:
         self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
     ) -> None:
         """Write `tensors` as the safetensors file `name`, in the order given, dtypes as they are."""
-        target = self._new(name)
         entries = [(key, dtype_code(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()]
         header, _ = plan_file(name, entries, {"format": "pt"} if metadata is None else metadata)
-        digest = hashlib.sha256(header)
-        with disk_errors(self.out), _create(target) as file:
-            file.write(header)
-            for tensor in tensors.values():
-                data = tensor_bytes(tensor)
-                digest.update(data)
-                file.write(data)
-        self._remember(name, digest.hexdigest())
+        self._write(name, itertools.chain([header], map(tensor_bytes, tensors.values())))
 
     def add_changed(self, layout: Layout, shard: str, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write `shard` of a checkpoint as `name`, with other values for some of its tensors: same dtypes, same places.
@@ -150,27 +139,21 @@ class Stage:
             if key not in layout.tensors or layout.tensors[key].shard != shard:
                 raise SourceError(f'Tensor "{key}" would be changed, but {layout.root / shard} has no such tensor.')
         changed = sorted((layout.tensors[key] for key in tensors), key=lambda info: (info.start, info.stop))
-        target, position = self._new(name), 0
         try:
             source = (layout.root / shard).open("rb")
         except OSError as error:
             raise SourceError(f"{layout.root / shard} cannot be read ({error.strerror}); check the source.") from error
-        with source, disk_errors(self.out), _create(target) as file, Hashing() as digest:
 
-            def write(data: bytes | memoryview) -> None:
-                digest.update(data)
-                file.write(data)
-                if (at := file.tell()) % PART < len(data):
-                    to_disk(file, at - at % PART - PART, PART)
-
+        def parts() -> Iterator[bytes | memoryview]:
+            position = 0
             for info in changed:
-                for data in _read(source, info.start - position):
-                    write(data)
-                write(tensor_bytes(as_stored(info, tensors[info.name])))
+                yield from _read(source, info.start - position)
+                yield tensor_bytes(as_stored(info, tensors[info.name]))
                 position = source.seek(info.stop)
-            for data in _read(source, layout.sizes[shard] - position):
-                write(data)
-        self._remember(name, digest.hexdigest())
+            yield from _read(source, layout.sizes[shard] - position)
+
+        with source:
+            self._write(name, parts())
 
     def add_rewritten(
         self, layout: Layout, shard: str, name: str, header: bytes,
@@ -181,26 +164,19 @@ class Stage:
         `header`: of what will be written, in its order. `written`: name of a tensor -> what takes its place, None where
         it stays as it is.
         """
-        target = self._new(name)
-        with disk_errors(self.out), _create(target) as file, Hashing() as digest:
-            digest.update(header)
-            file.write(header)
+
+        def parts() -> Iterator[bytes | memoryview]:
+            yield header
             for info in layout.of_shard(shard):
-                instead = written(info.name)
-                if instead is None:
-                    parts: Iterable[bytes | memoryview] = iter_tensor_chunks(layout, info.name)
+                if (instead := written(info.name)) is None:
+                    yield from iter_tensor_chunks(layout, info.name)
                 else:
-                    parts = (tensor_bytes(tensor) for tensor in instead.values())
-                for data in parts:
-                    digest.update(data)
-                    file.write(data)
-        self._remember(name, digest.hexdigest())
+                    yield from map(tensor_bytes, instead.values())
+
+        self._write(name, parts())
 
     def add_text(self, name: str, text: str) -> None:
-        data, target = text.encode("utf-8"), self._new(name)
-        with disk_errors(self.out), _create(target) as file:
-            file.write(data)
-        self._remember(name, hashlib.sha256(data).hexdigest())
+        self._write(name, [text.encode("utf-8")])
 
     def add_json(self, name: str, obj: object) -> None:
         self.add_text(name, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
@@ -253,6 +229,16 @@ class Stage:
             has_published(directory)
             self._remove()
         return directory
+
+    def _write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Write a new file of the stage, hashed on the way, and have the disk begin early."""
+        with disk_errors(self.out), _create(self._new(name)) as file, Hashing() as digest:
+            for data in parts:
+                digest.update(data)
+                file.write(data)
+                if (at := file.tell()) % PART < len(data):
+                    to_disk(file, at - at % PART - PART, PART)
+        self._remember(name, digest.hexdigest())
 
     def _new(self, name: str) -> Path:
         if not is_plain_name(name):

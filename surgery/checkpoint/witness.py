@@ -93,8 +93,7 @@ class Reading:
 
 def begin_reading(source: Source, advance: Advance = unseen) -> Reading:
     """Hash every file of the source that a run reads. OSError as it is for one that cannot be read."""
-    paths = _files(source)
-    return Reading(source, dict(zip((path.name for path in paths), sha256_of_all(paths, advance), strict=True)))
+    return Reading(source, sha256_of_all({path.name: path for path in _files(source)}, advance))
 
 
 def _files(source: Source) -> list[Path]:

@@ -52,7 +52,7 @@ def same_files(root: Path, manifest: Manifest, advance: Advance) -> Found:
         return False, f"{ADAPTER} makes transformers load what it names in place of the model, or on top of it"
     edited = set()
     whole = [name for name in sorted(expected - gone) if present[name].stat().st_size == manifest.files[name].bytes]
-    hashes = dict(zip(whole, sha256_of_all([present[name] for name in whole], advance), strict=True))
+    hashes = sha256_of_all({name: present[name] for name in whole}, advance)
     for name in sorted(expected - gone):
         entry, path = manifest.files[name], present[name]
         if path.stat().st_size != entry.bytes or hashes[name] != entry.sha256:

@@ -79,15 +79,16 @@ def test_several_files_are_hashed_in_their_order(tmp_path):
     for i, path in enumerate(paths):
         path.write_bytes(os.urandom(i * 1000))
     told = []
-    found = sha256_of_all([*paths, paths[3]], lambda count, what: told.append((count, what)))
-    assert found == [sha256_of(path) for path in [*paths, paths[3]]]
+    named = {**{path.name: path for path in paths}, "again": paths[3]}
+    found = sha256_of_all(named, lambda count, what: told.append((count, what)))
+    assert list(found.items()) == [(name, sha256_of(path)) for name, path in named.items()]
     assert sum(count for count, _ in told) == sum(range(9)) * 1000 + 3000 and {what for _, what in told} <= {
         *"12345678"
     }
-    assert sha256_of_all([]) == []
+    assert sha256_of_all({}) == {}
 
 
 def test_one_file_that_cannot_be_read_is_the_error_of_all(tmp_path):
     (tmp_path / "a").write_bytes(b"a")
     with pytest.raises(FileNotFoundError):
-        sha256_of_all([tmp_path / "a", tmp_path / "gone", tmp_path / "a"])
+        sha256_of_all({name: tmp_path / name for name in ("a", "gone", "b")})
