@@ -96,6 +96,12 @@ class Layer(TypedDict):
     selection_distance: NotRequired[list[float] | None]
     gradient_sensitivity: NotRequired[list[float] | None]
     gradient_bound: NotRequired[float | None]
+    cls_norm: NotRequired[float | None]  # of an image's tokens, by kind; patch_norm, patch_norm_max, special_norm too
+    register_norm: NotRequired[float | None]
+    high_norm: NotRequired[float]  # share of patches at least three times as long as the median patch
+    to_cls: NotRequired[float | None]  # attention of patches to CLS, to all registers, to patches of high norm
+    to_registers: NotRequired[float | None]
+    to_high: NotRequired[float | None]
     mixer: NotRequired[str | None]  # class of a layer that hands on a state; and norms of what it gives
     state_first: NotRequired[float | None]  # at the first token
     state_rest: NotRequired[float | None]  # at all others, mean
@@ -114,7 +120,9 @@ class Survey(TypedDict):
     n_slots: int
     normed_sites: int  # whose heads are normed
     parameters: NotRequired[int]
-    perplexity: Score
+    perplexity: NotRequired[Score]  # of text
+    images: NotRequired[dict[str, Any]]  # grid, special, registers: what tokens an image becomes
+    norm_maps: NotRequired[dict[str, Any]]  # layers; images: name, png (base64), norms by layer
     massive_activations: Massive
     layers: list[Layer]
     across: dict[str, Any]  # born, died, dims, tokens, phases, correlations: what the layers say together

@@ -36,6 +36,12 @@ class Call:
     summed: torch.Tensor | None = None
 
     @property
+    def causal(self) -> bool:
+        """Whether a query sees no later key, where there is no mask that says so."""
+        said = self.arguments.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if said is None else said)
+
+    @property
     def scale(self) -> float:
         scaling = self.arguments.get("scaling")
         return self.query.shape[-1] ** -0.5 if scaling is None else scaling

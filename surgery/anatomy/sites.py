@@ -16,7 +16,7 @@ from ..errors import SourceError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS
 from ..words import named
 from .calls import Call
-from .classes import causal_class
+from .classes import causal_class, of_auto
 from .limits import max_length, max_positions
 from .mixers import Indexer, Mixer, described
 from .structure import MIXED_TOKENS, run_mixers, run_structure
@@ -116,8 +116,11 @@ def parse_config(config: dict) -> PreTrainedConfig:
     except Exception as error:  # each config class validates in its own way, with its own errors
         raise SourceError(f"config.json: transformers does not accept it as {model_type!r} ({brief(error)})") from error
     if causal_class(type(parsed)) is None:
+        reads = getattr(of_auto("AutoModel", type(parsed)), "main_input_name", None)
+        images = reads == "pixel_values" or hasattr(parsed, "vision_config")
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold"
+            f"{'; to survey an encoder of images, give --images to scan' if images else ''}"
         )
     return parsed
 
@@ -196,7 +199,7 @@ def _describe(config: PreTrainedConfig, model: PreTrainedModel, calls: list[Call
             "prefix is constant for both"
         )
     within = {module: name for name, module in trunk.named_modules()}
-    blocks, block_of = _blocks(kind, trunk, [within[call.module] for call in calls], [mixer.name for mixer in mixers])
+    blocks, block_of = blocks_of(kind, trunk, [within[call.module] for call in calls], [mixer.name for mixer in mixers])
     sites = tuple(
         Site(
             name=within[call.module], block=block_of[within[call.module]], heads=call.query.shape[1],
@@ -244,7 +247,9 @@ def _innermost(model: PreTrainedModel, sites: list[str]) -> tuple[str, PreTraine
     return best
 
 
-def _blocks(kind: str, trunk: nn.Module, sites: list[str], mixers: list[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+def blocks_of(
+    kind: str, trunk: nn.Module, sites: list[str], mixers: list[str]
+) -> tuple[tuple[str, ...], dict[str, int]]:
     """The list of blocks that hold sites and mixers, in order, and the block of each site.
 
     Without mixers all must hold equally many sites.

@@ -81,6 +81,19 @@ def run_mixers(model: PreTrainedModel) -> list[Asking]:
     return found
 
 
+@contextlib.contextmanager
+def on_meta(model: PreTrainedModel | None = None, calls: list[Call] | None = None) -> Iterator[None]:
+    """Within the block, modules are made and run on the meta device; attention calls of `model` go into `calls`."""
+    with contextlib.ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _NoValues()):
+            stack.enter_context(context)
+        if model is not None and calls is not None:
+            stack.enter_context(_registered(with_mask=False))
+            stack.enter_context(_asking(model, None))
+            stack.enter_context(observing(calls.append, compute=False))
+        yield
+
+
 def _chooses(config: PreTrainedConfig) -> bool:
     """Whether attention chooses keys, and so looks into the mask."""
     return "indexed_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())

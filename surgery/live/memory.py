@@ -24,7 +24,7 @@ from .by_layers import ByLayers
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 # What a process takes besides weights: the interpreter with torch and transformers, and what a pass makes (logits of a
-# batch in two forms, `stream.LOGIT_BYTES`, and activations), which for a small model is less.
+# batch in two forms, `port.LOGIT_BYTES`, and activations), which for a small model is less.
 PROCESS = 700 * 2**20
 PASS, SMALL_PASS, BY_WEIGHTS = 2**30, 64 * 2**20, 4
 MOST_ASIDE = 4 * 2**30  # of hidden states that wait in memory

@@ -12,14 +12,16 @@ from transformers import PreTrainedModel
 
 from ..anatomy.sites import ADDED, Anatomy
 from .layerwise import Layerwise
+from .port import TEXT, Port
 
 
 @dataclass(frozen=True)
 class Live:
-    """A causal language model with weights, and the anatomy of its type."""
+    """A model with weights, the anatomy of its type, and what it reads: a causal language model reads text."""
 
     model: PreTrainedModel
     anatomy: Anatomy
+    port: Port = TEXT
 
     @property
     def trunk(self) -> PreTrainedModel:
@@ -53,4 +55,4 @@ class Live:
             yield self
             return
         with self.layers.twin() as model:
-            yield Live(model, self.anatomy)
+            yield Live(model, self.anatomy, self.port)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -22,22 +21,8 @@ from .graft import on_the_seam
 from .mixing import Mixing, watching_mixers
 from .model import Live
 from .places import down_projections, on_layer
+from .port import Batch
 from .together import together
-
-# Logits are the largest tensor of a pass; this bounds a batch of them, and with it the batch size.
-LOGIT_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """tokens (B, T) as fed to the model; the first `lead` of each row are a prefix that belongs to no text.
-
-    `index`: how many batches of the same text come before it.
-    """
-
-    tokens: torch.Tensor
-    lead: int
-    index: int = 0
 
 
 class Observer:
@@ -83,7 +68,7 @@ class Observer:
 
 @dataclass(frozen=True)
 class Reading:
-    """Text to be read, `chunks` (N, T), each after `prefix`; and who looks on.
+    """Text to be read, `chunks` (N, T), each after `prefix`, or whatever else the model reads; and who looks on.
 
     `graft`: what is put into the model meanwhile, as a context manager. `what`: the words for progress. `depth`: the
     last layer that is computed, where logits are not wanted; None for all.
@@ -141,41 +126,24 @@ def _read(pairs: Sequence[tuple[Live, Reading]], advance: Advance) -> None:
     jobs = [
         functools.partial(_forward, live, reading, batch, now, advance)
         for live, reading in pairs
-        for batch in _batches(live, reading)
+        for batch in live.port.batches(live, reading.chunks, reading.prefix)
     ]
     with _watching(pairs, now):
         together(pairs[0][0].layers, jobs)
-
-
-def _batches(live: Live, reading: Reading) -> Iterator[Batch]:
-    chunks, prefix = reading.chunks, reading.prefix
-    vocabulary = live.model.config.get_text_config().vocab_size
-    size = max(1, LOGIT_BYTES // (4 * vocabulary * (chunks.shape[1] + len(prefix))))
-    lead = torch.tensor(list(prefix), dtype=torch.long).expand(chunks.shape[0], -1)
-    for index, rows in enumerate(torch.cat([lead, chunks], dim=1).split(size)):
-        yield Batch(rows, len(prefix), index)
 
 
 def _forward(
     live: Live, reading: Reading, batch: Batch, now: ContextVar[tuple[Reading, Batch]], advance: Advance
 ) -> None:
     """Feed `batch` to the model, and its logits to those who want them."""
-    model, wanting = live.model, [observer for observer in reading.observers if observer.wants("logits")]
+    wanting = [observer for observer in reading.observers if observer.wants("logits")]
     batch = replace(batch, tokens=batch.tokens.to(live.device))
-    keep = {}
-    if (
-        not wanting
-        and len({*getattr(model, "hf_device_map", {}).values()}) < 2  # else logits may be elsewhere than the place
-        and "logits_to_keep" in inspect.signature(type(model).forward).parameters
-    ):
-        # One row of logits is enough for a pass that nobody reads them from. It is named by its place: given a number
-        # of rows, some models (Gemma 4) compute their last blocks for only as many tokens.
-        keep = {"logits_to_keep": torch.tensor([batch.tokens.shape[1] - 1], device=live.device)}
     before = now.set((reading, batch))
     try:
-        out = model(input_ids=batch.tokens, use_cache=False, **keep)
-        for observer in wanting:
-            observer.logits(out.logits, batch)
+        logits = live.port.run(live.model, batch, bool(wanting))
+        if logits is not None:
+            for observer in wanting:
+                observer.logits(logits, batch)
     except _DeepEnough:
         pass
     finally:

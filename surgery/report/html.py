@@ -43,6 +43,18 @@ SECTIONS = (
         maps.landscape,
     ),
     Section(
+        "norm_maps", "Norms over the image",
+        "How long each patch is, where it lies in the image: light is 0, dark the longest of the layer. Patches that "
+        "stand out hold what concerns the whole image, and not what can be seen there.",
+        maps.norm_maps,
+    ),
+    Section(
+        "kinds", "CLS, registers, patches",
+        "What the tokens of an image are in each layer, and where patches look. A high norm is three times that of the "
+        "median patch of the same image.",
+        plots.kinds,
+    ),
+    Section(
         "depth", "Norm, entropy and sinks by depth",
         "One depth axis: how large the first token grows, how few directions the residual stream then needs, and how "
         "many heads attend to a sink. The phases are shaded where the survey claims any.",

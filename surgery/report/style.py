@@ -119,7 +119,7 @@ def _themed(tag: str, prefix: str) -> str:
     tag = _THEMED.sub(r' class="\1"', tag)
     tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)  # the page's own font
     if "data:image" in tag:  # base64 holds no reference and no colour
-        return tag
+        return tag.replace(' id="', f' id="{prefix}-', 1)
     return _REFERENCE.sub(f"{prefix}-", _COLOUR.sub(lambda found: _ROLES[found.group()], tag))
 
 

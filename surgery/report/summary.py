@@ -101,6 +101,14 @@ def _model(survey: dict, name: str, told: bool) -> str:
     slots, normed = survey.get("n_slots"), survey.get("normed_sites")
     also = f", {count_of(slots, 'explicit bias slot')} at each attention site" if slots else ""
     text = f"{name}: {kind}{also}" + (f", heads normed at {count_of(normed, 'site')}." if normed else ".")
+    if images := survey.get("images"):
+        rows, columns = images["grid"]
+        extra = f"{count_of(images['special'], 'token')} and " if images["special"] else ""
+        first = ", the first of which is CLS" if images["special"] else ""
+        text += (
+            f" It was shown {count_of(survey.get('chunks') or 0, 'image')}, each of which becomes {extra}{rows} × "
+            f"{columns} patches{first}."
+        )
     ppl = (survey.get("perplexity") or {}).get("ppl")
     if survey.get("chunks") and ppl is not None and not told:
         of = f" of {survey['chunk_length']:,} tokens" if survey.get("chunk_length") else ""

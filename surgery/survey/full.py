@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +14,20 @@ from transformers import PreTrainedTokenizerBase
 from ..live.likelihood import Likelihood
 from ..live.model import Live
 from ..live.places import normed_sites, slot_count
+from ..live.port import Images
 from ..live.stream import Observer, stream
-from ..live.text import token_texts
 from ..progress import Advance, unseen
 from .across import AutoMassive, across
 from .attention import AttentionStatistics, Selection, ValueVariance
 from .lens import POSITIONS, LogitLens
 from .massive import MassiveActivations
 from .neurons import SuperNeurons
+from .patches import Kinds, NormMaps
 from .pictures import AttentionMaps, Landscape
 from .spectrum import Spectrum
 from .states import States
+
+Names = Callable[[Sequence[int]], list[str]]  # what tokens are called
 
 SHARE = 1 / 16  # of a pass that spectra may take, and as much the lens
 SPECTRUM = 31  # one of rank r takes as long as so many times r^3 operations of the pass (CPU, r = 512 and 576)
@@ -38,11 +42,18 @@ class FullSurvey:
     def __init__(self, live: Live, length: int, heads: Sequence[tuple[int, int]] = ()) -> None:
         every, positions = affordable(live, length)
         often = min(every, 4)  # rows of attention cost little, but not nothing
-        self._massive, self._likelihood = MassiveActivations(), Likelihood()
+        self._massive, self._port = MassiveActivations(), live.port
         self._per_layer: list[Observer] = [
             self._massive, AutoMassive(), Spectrum(every), AttentionStatistics(every=often), ValueVariance(),
-            Selection(every=often), States(every=often), LogitLens(live, positions),
+            Selection(every=often), States(every=often),
         ]  # fmt: skip
+        self._likelihood = Likelihood() if live.port.predicts else None
+        self.norms: NormMaps | None = None
+        if isinstance(live.port, Images):
+            self._per_layer.append(Kinds(live.port))
+            self.norms = NormMaps(live.port)
+        else:
+            self._per_layer.append(LogitLens(live, positions))
         self._neurons, self._landscape, self._maps = SuperNeurons(live), Landscape(), AttentionMaps(heads)
         self._about = {
             "model_type": live.anatomy.model_type,
@@ -53,22 +64,37 @@ class FullSurvey:
 
     @property
     def observers(self) -> list[Observer]:
-        return [*self._per_layer, self._neurons, self._landscape, self._maps, self._likelihood]
+        others = [self._neurons, self._landscape, self._maps, self._likelihood, self.norms]
+        return [*self._per_layer, *(observer for observer in others if observer is not None)]
 
-    def to_dict(self, tokenizer: PreTrainedTokenizerBase) -> dict:
-        """Plain data. Each observer defines its own keys; those with `rows()` join into one dict per layer."""
-        layers, score = _merged(self._per_layer, tokenizer), self._likelihood.score
+    def to_dict(self, tokenizer: PreTrainedTokenizerBase | None) -> dict:
+        """Plain data. Each observer defines its own keys; those with `rows()` join into one dict per layer.
+
+        `tokenizer`: of a model that reads text.
+        """
+        names = functools.partial(self._port.names, tokenizer)
+        layers = _merged(self._per_layer, names)
         return {
             **self._about,
-            "chunks": len(score.chunks),
-            "chunk_length": score.targets + 1,
-            "perplexity": score.to_dict(),
+            **self._read(),
             "massive_activations": self._massive.summary(),
             "layers": layers,
             "across": across(layers),
             "super_neurons": self._neurons.to_list(),
-            "landscape": _named(self._landscape.to_dict(), tokenizer),
-            "attention_maps": [_named(shown, tokenizer) for shown in self._maps.to_list()],
+            "landscape": _named(self._landscape.to_dict(), names),
+            "attention_maps": [_named(shown, names) for shown in self._maps.to_list()],
+        }
+
+    def _read(self) -> dict[str, Any]:
+        """What was read, and of text how well it was predicted."""
+        if self._likelihood is not None:
+            score = self._likelihood.score
+            return {"chunks": len(score.chunks), "chunk_length": score.targets + 1, "perplexity": score.to_dict()}
+        assert isinstance(self._port, Images)
+        return {
+            "chunks": self._massive.layers[0].sequences,
+            "chunk_length": self._port.tokens,
+            "images": {"grid": list(self._port.grid), "special": self._port.special, "registers": self._port.registers},
         }
 
 
@@ -93,14 +119,15 @@ def affordable(live: Live, length: int) -> tuple[int, int]:
     models alone: SmolLM2-135M has a spectrum of each 15th sequence of 512 tokens, a model of 7B of each.
     """
     config, parameters = live.model.config.get_text_config(), live.parameters
+    vocabulary = getattr(config, "vocab_size", None) or 1  # an encoder has none, and no lens
     layers, width = len(live.anatomy.blocks) + 1, config.hidden_size
     share = SHARE * 2 * parameters * length
     every = math.ceil(SPECTRUM * min(length, width) ** 3 * layers / share)
-    positions = int(share / (2 * config.vocab_size * width * layers))
+    positions = int(share / (2 * vocabulary * width * layers))
     return every, min(max(positions, 1), POSITIONS)
 
 
-def _merged(observers: list[Observer], tokenizer: Any) -> list[dict]:
+def _merged(observers: list[Observer], names: Names) -> list[dict]:
     """One dict per layer, with the keys of every observer: None where a layer has no such thing."""
     layers: dict[int, dict] = {}
     for observer in observers:
@@ -111,7 +138,7 @@ def _merged(observers: list[Observer], tokenizer: Any) -> list[dict]:
             entry.update(row)
     ids = {found["token"] for entry in layers.values() for found in entry["massive"]}
     ids |= {token for entry in layers.values() for token, _ in entry["tokens"]}
-    texts_of = dict(zip(sorted(ids), token_texts(tokenizer, sorted(ids)), strict=True))
+    texts_of = dict(zip(sorted(ids), names(sorted(ids)), strict=True))
     for entry in layers.values():
         for found in entry["massive"]:
             found["token"] = texts_of[found["token"]]
@@ -123,6 +150,6 @@ def _merged(observers: list[Observer], tokenizer: Any) -> list[dict]:
     return [{key: layers[layer].get(key) for key in keys} for layer in sorted(layers)]
 
 
-def _named(shown: dict, tokenizer) -> dict:
-    """Token ids as text."""
-    return {**shown, "tokens": token_texts(tokenizer, shown["tokens"])}
+def _named(shown: dict, names: Names) -> dict:
+    """Token ids as text, places of an image by what they are."""
+    return {**shown, "tokens": names(shown["tokens"])}

@@ -70,7 +70,7 @@ class Softmax:
         self.call, self.scale = call, call.scale
         self.softcap: float | None = arguments.get("softcap")
         self.bias: torch.Tensor | None = arguments.get("logit_bias")  # (B or 1, Hq, 1, P)
-        self.mask: torch.Tensor | None = call.mask  # (B or 1, Hq or 1, T, P), None: causal
+        self.mask: torch.Tensor | None = call.mask  # (B or 1, Hq or 1, T, P), None: causal, or all is seen
         if (indices := arguments.get("indices")) is not None:
             self.mask = selected(self.mask, indices, self.slot_key.shape[1] + self.key.shape[2])
         learned = arguments.get("s_aux")
@@ -94,8 +94,8 @@ class Softmax:
         if not self._is_plain():
             return Rows.joined([self._from_weights(part, lead) for part in queries.split(BLOCK)])
         if self.mask is None and self.offset == 0 and len(queries) == self.query.shape[2]:
-            return self._from_kernel(queries, lead, causal=True)
-        return Rows.joined([self._from_kernel(part, lead, causal=False) for part in queries.split(BLOCK)])
+            return self._from_kernel(queries, lead, whole=True)
+        return Rows.joined([self._from_kernel(part, lead, whole=False) for part in queries.split(BLOCK)])
 
     def weights(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax of the rows `queries` (R,), written out: (B, Hq, R, P), slots first, then keys, then the sink logit.
@@ -138,13 +138,17 @@ class Softmax:
         """Which of the first `stop` slots and keys the rows `queries` see: bool (B or 1, Hq or 1, R, stop)."""
         if self.mask is None:
             place = torch.arange(stop, device=self.key.device) - self.n
+            if not self.call.causal:
+                return torch.ones_like(place, dtype=torch.bool).expand(1, 1, len(queries), -1)
             return (place <= (queries.to(place.device) + self.offset)[:, None])[None, None]
         rows = self.mask[:, :, queries, :stop]
         return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
 
     def _places(self, queries: torch.Tensor) -> torch.Tensor:
         """How many places the rows `queries` see: (B or 1, Hq or 1, R)."""
-        if self.mask is None:
+        if self.mask is None and not self.call.causal:
+            seen = torch.full_like(queries, self.n + self.key.shape[2])[None, None]
+        elif self.mask is None:
             seen = (queries + self.offset + 1 + self.n)[None, None]
         else:
             seen = self._seen(queries, self.mask.shape[-1]).sum(dim=-1)
@@ -161,10 +165,12 @@ class Softmax:
         sinks = Sinks(weights[..., self.n + lead], weights[..., : self.n + lead], learned)
         return Rows(sinks, torch.special.entr(weights).sum(dim=-1), seen.sum(dim=-1))
 
-    def _from_kernel(self, queries: torch.Tensor, lead: int, causal: bool) -> Rows:
+    def _from_kernel(self, queries: torch.Tensor, lead: int, whole: bool) -> Rows:
         query, key, mask = self.query, self.key, None
-        if not causal:  # the kernel takes additive masks only, and no -inf
-            stop = int(queries[-1]) + self.offset + 1  # no later key is seen
+        causal = whole and self.call.causal
+        if not whole:  # the kernel takes additive masks only, and no -inf
+            last = int(queries[-1]) + self.offset + 1  # where no later key is seen
+            stop = last if self.call.causal else key.shape[2]
             query, key = query[:, :, queries], key[:, :, :stop]
             hidden = ~self._seen(queries, self.n + stop)[..., self.n :]
             mask = torch.zeros((), dtype=query.dtype).masked_fill(hidden, torch.finfo(query.dtype).min)

@@ -33,12 +33,14 @@ from ..steps.inputs import Reader, fit_chunks
 from ..steps.plan import examine_source, source_tokenizer
 from ..survey.full import survey
 from ..survey.interventions import audit, plan_interventions, run_interventions
+from .scan_images import scan_images
 
 
 def scan(
     source: Path | str,
     *,
-    text: Files,
+    text: Files = (),
+    images: Files = (),
     interventions: bool = False,
     dtype: str | None = None,
     revision: str | None = None,
@@ -50,13 +52,18 @@ def scan(
     reporter: Reporter = SILENT,
 ) -> Survey:
     """Survey `source` (a directory, hub id "owner/name@revision", GGUF, or converted checkpoint) on `text`: layer by
-    layer, and across them.
+    layer, and across them. An encoder of images is surveyed on `images`, files and directories (`scan_images`).
 
     Layer 0 is the embedding output and has no attention; layer k carries the attention of block k - 1, which writes it.
     With `interventions`, the live model is also changed in the ways that its survey suggests, and measured each time.
     `heads` (block, head) are those whose attention is shown, if it has them; else a few from strong sinks to weak ones.
     `command`: the words of the command line, for the survey's provenance.
     """
+    if images := files(images):
+        if text or interventions or memory is not None:
+            asked = "text" if text else "interventions" if interventions else "memory"
+            raise SourceError(f"--images surveys an encoder, for which there is no --{asked}; take one of them away.")
+        return scan_images(source, images, revision, device, chunking.count, heads, command, reporter)
     if not (text := files(text)):
         raise SourceError("a scan needs text to read: give --text FILE.")
     require_device(device)

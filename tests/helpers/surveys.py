@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 
 import numpy as np
+from PIL import Image
 
 TOKENS = ["The", " cat", "\n", " sat", " on", "."]
 
@@ -23,6 +26,12 @@ def make_provenance() -> dict:
     }  # fmt: skip
 
 
+def _png() -> str:
+    written = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 40)).save(written, "png")
+    return base64.b64encode(written.getvalue()).decode("ascii")
+
+
 def make_survey(source: str = "models/tiny", *, slots: int = 0, spike: float = 5000.0) -> dict:
     """A survey of 5 layers, 3 heads and 6 tokens; `spike` stands at layers 2 and 3 in dimension 7 of token 0."""
     layers = []
@@ -35,6 +44,7 @@ def make_survey(source: str = "models/tiny", *, slots: int = 0, spike: float = 5
             "massive": [{"dim": 7, "position": 0, "token": "The", "value": -top}] if massive else [],
             "entropy_bits": 0.25 if massive else 3.5 + layer / 10, "entropy_normalised": 0.5, "dominance": top,
             "entropy_bound": 0.3 if massive else 4.0, "lens_ppl": 4000.0 / (layer + 1),
+            "cls_norm": 2.0, "register_norm": 3.0, "patch_norm": 4.0, "patch_norm_max": 9.0, "high_norm": 0.01,
         }  # fmt: skip
         if layer:
             row |= {
@@ -45,6 +55,7 @@ def make_survey(source: str = "models/tiny", *, slots: int = 0, spike: float = 5
                 "value_variance_rest": [0.1, 0.2, 0.3], "attended_share": [0.1, 0.2, 0.3], "separability": [0.5] * 3,
                 "gradient_sensitivity": [0.01, 0.02, 0.02], "gradient_bound": 0.03,
                 "attended_by_length": {"length": [2, 4, 6], "tokens": [1.5, 2.0, 2.5]},
+                "to_cls": 0.2, "to_registers": 0.1, "to_high": 0.3,
                 "mixer": "Mamba", "state_first": 2.0, "state_rest": 3.0, "lead_near": 0.4, "lead_far": 0.001 * layer,
             }  # fmt: skip
         layers.append(row)
@@ -84,5 +95,6 @@ def make_survey(source: str = "models/tiny", *, slots: int = 0, spike: float = 5
         "landscape": {"layer": 2, "tokens": TOKENS, "dims": [0, 3, 7, 9], "values": size.tolist()},
         "attention_maps": [{"block": 2, "head": 1, "slots": slots, "tokens": TOKENS, "weights": weights.tolist()}],
         "interventions": rows if big else None,
+        "norm_maps": {"layers": [1, 4], "images": [{"name": "a.png", "png": _png(), "norms": [[[1.0, 2.0]] * 2] * 2}]},
         "audit": {"layer": 2, "scalars": 3, "of": 4096, "tried": {"0": 10.0, "3": 101.0}} if big else None,
     }  # fmt: skip

@@ -16,7 +16,7 @@ from surgery.anatomy.fit import examine_stored
 from surgery.checkpoint.config import read_config
 from surgery.checkpoint.layout import read_layout
 from surgery.errors import DamagedCheckpoint
-from surgery.live import stream as streaming
+from surgery.live import port
 from surgery.live.by_layers import ByLayers
 from surgery.live.graft import fold, folds, grafted
 from surgery.live.likelihood import Likelihood, scored
@@ -41,7 +41,7 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
     """Several batches of each text: two sequences of 40 tokens in one."""
-    monkeypatch.setattr(streaming, "LOGIT_BYTES", 4 * VOCAB * 100)
+    monkeypatch.setattr(port, "LOGIT_BYTES", 4 * VOCAB * 100)
 
 
 def opened(root: Path, room: int = 0, aside: int = 0, *, layers: bool = True) -> Live:

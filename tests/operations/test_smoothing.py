@@ -351,7 +351,7 @@ def test_peaks_are_those_of_the_whole_text(model_type: str, monkeypatch: pytest.
         for handle in handles:
             handle.remove()
         done: list[int] = []
-        monkeypatch.setattr("surgery.live.stream.LOGIT_BYTES", 1)  # a batch for each row
+        monkeypatch.setattr("surgery.live.port.LOGIT_BYTES", 1)  # a batch for each row
         found = scales(live, pairs, text, 0.5, lambda count, what: done.append(count))
     assert done == [1, 1, 1]
     for pair, exponents in zip(pairs, found, strict=True):

@@ -237,6 +237,7 @@ GONE = {
     "attention_maps": ["attention"],
     "super_neurons": ["neurons"],
     "interventions": ["interventions"],
+    "norm_maps": ["norm_maps"],
     # No section stands on these alone.
     "source model_type chunks chunk_length n_slots normed_sites perplexity massive_activations across audit": [],
     "parameters files speed sample provenance": [],

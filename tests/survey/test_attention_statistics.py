@@ -376,7 +376,7 @@ def test_selection_is_what_its_definition_says(kind: str) -> None:
 
 
 def test_selection_starts_elsewhere_in_each_batch(monkeypatch) -> None:
-    monkeypatch.setattr("surgery.live.stream.LOGIT_BYTES", 0)  # batches of one
+    monkeypatch.setattr("surgery.live.port.LOGIT_BYTES", 0)  # batches of one
     model, found = tiny_model("llama"), Selection(rows=2)
     observed(model, [found], tiny_text(rows=3, length=20))
     expected = sorted(int(row) + 1 for turn in range(3) for row in spaced(range(20), 2, turn))

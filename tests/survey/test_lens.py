@@ -10,7 +10,7 @@ import torch
 from helpers.tiny import live_of, one_thread, tiny_config, tiny_model, tiny_text
 from torch import nn
 
-from surgery.live import stream as stream_module
+from surgery.live import port as port_module
 from surgery.live.stream import Batch, Observer, stream
 from surgery.survey import lens
 from surgery.survey.attention import spaced
@@ -45,7 +45,7 @@ def test_layers_predict_through_final_norm_and_output_layer(
     """Each layer predicts through the final norm and the output layer."""
     model, text, prefix = tiny_model(model_type), tiny_text(3, length), [1, 5]
     live, keep = live_of(model), Keep()
-    monkeypatch.setattr(stream_module, "LOGIT_BYTES", 4 * 97 * (length + 2) * size)
+    monkeypatch.setattr(port_module, "LOGIT_BYTES", 4 * 97 * (length + 2) * size)
     with one_thread():
         found = LogitLens(live)
         stream(live, text, [keep, found], prefix=prefix)

@@ -30,7 +30,7 @@ def test_super_neurons_are_those_that_write_the_spike(together, monkeypatch):
     live = planted()
     text = planted_text()
     if not together:
-        monkeypatch.setattr("surgery.live.stream.LOGIT_BYTES", 1)  # batches of one
+        monkeypatch.setattr("surgery.live.port.LOGIT_BYTES", 1)  # batches of one
     found = neurons(live, text)
     keep = kept(live, text) if together else None
     assert [(entry["layer"], entry["unit"], entry["dim"]) for entry in found] == [(LAYER, unit, DIM) for unit in UNITS]

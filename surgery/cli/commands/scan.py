@@ -16,6 +16,10 @@ from ..screen import Screen
 @options(
     TEXT, chunking(8, 1),
     click.option(
+        "--images", multiple=True, type=FILE, metavar="FILE|DIR",
+        help="Images for an encoder, in place of text (repeatable); --chunks says how many are read.",
+    ),
+    click.option(
         "--interventions", is_flag=True, help="Also change the live model as the survey suggests, and measure."
     ),
     click.option("--report", type=RESULT, metavar="FILE", help="Write a report as one HTML file."),
@@ -23,13 +27,16 @@ from ..screen import Screen
     DTYPE, REVISION, DEVICE, MEMORY, QUIET, JSON,
 )  # fmt: skip
 def scan(
-    sources, text, chunks, chunk_length, interventions, report, plots, dtype, revision, device, memory, quiet,
+    sources, text, chunks, chunk_length, images, interventions, report, plots, dtype, revision, device, memory, quiet,
     json_file,
 ) -> int:  # fmt: skip
-    """Survey each SOURCE on text, layer by layer: massive activations, geometry, attention, super neurons."""
-    require_result_file(json_file, "--json", given_paths(*sources, *text, report))
-    require_result_file(report, "--report", given_paths(*sources, *text))
-    require_result_folder(plots, "--plots", given_paths(*sources, *text))
+    """Survey each SOURCE on text, layer by layer: massive activations, geometry, attention, super neurons.
+
+    An encoder of images (DINOv2, ViT, the vision tower of CLIP or LLaVA, ...) is surveyed on --images."""
+    read = given_paths(*sources, *text, *images)
+    require_result_file(json_file, "--json", given_paths(*sources, *text, *images, report))
+    require_result_file(report, "--report", read)
+    require_result_folder(plots, "--plots", read)
     from ...live.text import Chunking
     from ...verbs.scan import scan as verb
     from ...verification.verdict import plain_json
@@ -40,7 +47,7 @@ def scan(
     heads: list[tuple[int, int]] = []  # those of the first source are shown of all, where they have them
     for source in sources:
         survey = verb(
-            source, text=text, dtype=dtype, revision=revision, device=device, memory=memory,
+            source, text=text, images=images, dtype=dtype, revision=revision, device=device, memory=memory,
             interventions=interventions, chunking=Chunking(chunks, chunk_length), heads=heads, command=command(),
             reporter=screen.reporter,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +29,9 @@ def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
         )  # fmt: skip
     console.print(sizes, "")
     console.print(shape)
+    if survey.get("images"):
+        console.print("")
+        console.print(_kinds(survey["layers"]))
     if mixed := [row for row in survey["layers"] if row.get("mixer")]:
         console.print("")
         console.print(_states(mixed))
@@ -38,6 +41,20 @@ def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
         console.print("")
         _show_interventions(console, survey["interventions"])
         console.print(f"\n{_audit(survey['audit'])}", highlight=False)
+
+
+def _kinds(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What the tokens of an image are in each layer: norms by kind, and where patches look."""
+    columns: list[tuple[str, str, Callable[[float | None], str]]] = [
+        ("|CLS|", "cls_norm", _norm), ("|register|", "register_norm", _norm), ("|patch|", "patch_norm", _norm),
+        ("longest", "patch_norm_max", _norm), ("high norm", "high_norm", _percent), ("to CLS", "to_cls", _share),
+        ("to registers", "to_registers", _share), ("to high", "to_high", _share),
+    ]  # fmt: skip
+    kept = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
+    shown = new_table("Tokens", "layer", *(name for name, _, _ in kept))
+    for row in rows:
+        shown.add_row(str(row["layer"]), *(written(row.get(key)) for _, key, written in kept))
+    return shown
 
 
 def _states(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -53,9 +70,11 @@ def _states(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def scanned(survey: Mapping[str, Any]) -> str:
     """The survey in one line."""
-    count, ppl = survey["massive_activations"]["count"], survey["perplexity"]["ppl"]
-    massive = count_of(count, "massive activation")
-    return f"scanned {survey['source']}: {massive} in {len(survey['layers'])} layers, perplexity {score(ppl)}"
+    massive = count_of(survey["massive_activations"]["count"], "massive activation")
+    read = f"{count_of(survey['chunks'], 'image')}"
+    if "perplexity" in survey:
+        read = f"perplexity {score(survey['perplexity']['ppl'])}"
+    return f"scanned {survey['source']}: {massive} in {len(survey['layers'])} layers, {read}"
 
 
 def _share(value: float | None) -> str:
@@ -73,11 +92,18 @@ def _percent(value: float | None) -> str:
 def _findings(survey: Mapping[str, Any]) -> list[str]:
     """What the table comes to, line by line."""
     total, across = survey["massive_activations"], survey["across"]
+    ppl = f"; perplexity {survey['perplexity']['ppl']:.4f}" if "perplexity" in survey else ""
     lines = [
         "",
-        f"{total['count']:,} massive activations in {survey['chunks']} x {survey['chunk_length']} tokens; "
-        f"perplexity {survey['perplexity']['ppl']:.4f}",
+        f"{total['count']:,} massive activations in {survey['chunks']} x {survey['chunk_length']} tokens{ppl}",
     ]
+    if images := survey.get("images"):
+        lines.append(_tokens(images))
+        if spans := (across["auto"] or {}).get("spans"):
+            layers = ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in spans)
+            lines.append(
+                f"By the scale-free criterion (ten times an ordinary token's largest entry): in layers {layers}"
+            )
     if total["count"]:
         tokens = " ".join(repr(token) for token in across["tokens"][:4])
         end = "last to the end" if across["died"] is None else f"gone from layer {across['died']} on"
@@ -100,6 +126,17 @@ def _findings(survey: Mapping[str, Any]) -> list[str]:
         named = ", ".join(f"{name} {span[0]}-{span[1]}" for name, span in phases.items() if span)
         lines.append(f"Phases by layer: {named}")
     return lines
+
+
+def _tokens(images: Mapping[str, Any]) -> str:
+    """What an image becomes, in words."""
+    rows, columns = images["grid"]
+    special, registers = images["special"], images["registers"]
+    named = ["CLS"] if special else []
+    named += [count_of(registers, "register")] if registers else []
+    named += [count_of(special - registers - 1, "special token")] if special > registers + 1 else []
+    before = f"{', '.join(named)} and " if named else ""
+    return f"Each image is {before}{rows} x {columns} patches; high norm: three times as long as the median patch"
 
 
 def _show_interventions(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from helpers.tiny import live_of, tiny_config, tiny_model, tiny_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.live import stream as stream_module
+from surgery.live import port as port_module
 from surgery.live.graft import fold, grafted
 from surgery.live.likelihood import Likelihood, scored
 from surgery.live.paired import Score, mean_interval, paired, student_t
@@ -285,7 +285,7 @@ def test_how_rows_are_batched_changes_nothing(llama, monkeypatch: pytest.MonkeyP
     chunks = tiny_text(rows=5, length=12)
     before, after = MassiveActivations(), MassiveActivations()
     whole = scored(live, chunks, observers=[before])
-    monkeypatch.setattr(stream_module, "LOGIT_BYTES", 4 * 97 * 12 * 2)  # two rows at a time
+    monkeypatch.setattr(port_module, "LOGIT_BYTES", 4 * 97 * 12 * 2)  # two rows at a time
     parts = scored(live, chunks, observers=[after])
     assert np.allclose(whole.chunks, parts.chunks, rtol=1e-12)
     assert before.summary() == after.summary() and before.layers

@@ -1,0 +1,112 @@
+"""What a model reads: token ids of text, or images. The rest of surgery sees batches, and does not ask.
+
+Notation: N sequences or images, T tokens of each.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .text import token_texts
+
+if TYPE_CHECKING:
+    from .model import Live
+
+# Logits are the largest tensor of a pass over text; this bounds a batch of them, and with it the batch size.
+LOGIT_BYTES = 256 * 2**20
+IMAGE_BYTES = 64 * 2**20  # of one layer's hidden states of a batch of images
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """tokens (B, T) as fed to the model; the first `lead` of each row are a prefix that belongs to no text.
+
+    `index`: how many batches of the same text come before it. Of images `tokens` are the numbers of their places, and
+    `given` what the model is called with.
+    """
+
+    tokens: torch.Tensor
+    lead: int
+    index: int = 0
+    given: Mapping[str, torch.Tensor] | None = None
+
+
+class Text:
+    """Token ids (N, T), each row a text of its own."""
+
+    predicts = True
+
+    def batches(self, live: Live, chunks: torch.Tensor, prefix: Sequence[int]) -> Iterator[Batch]:
+        vocabulary = live.model.config.get_text_config().vocab_size
+        size = max(1, LOGIT_BYTES // (4 * vocabulary * (chunks.shape[1] + len(prefix))))
+        lead = torch.tensor(list(prefix), dtype=torch.long).expand(chunks.shape[0], -1)
+        for index, rows in enumerate(torch.cat([lead, chunks], dim=1).split(size)):
+            yield Batch(rows, len(prefix), index)
+
+    def run(self, model: Any, batch: Batch, wanted: bool) -> torch.Tensor | None:
+        """Have the model compute; logits (B, T, V) where they are `wanted`."""
+        keep = {}
+        if (
+            not wanted
+            and len({*getattr(model, "hf_device_map", {}).values()}) < 2  # else logits may be elsewhere than the place
+            and "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        ):
+            # One row of logits is enough for a pass that nobody reads them from. It is named by its place: given a
+            # number of rows, some models (Gemma 4) compute their last blocks for only as many tokens.
+            keep = {"logits_to_keep": torch.tensor([batch.tokens.shape[1] - 1], device=batch.tokens.device)}
+        logits: torch.Tensor = model(input_ids=batch.tokens, use_cache=False, **keep).logits
+        return logits if wanted else None
+
+    def names(self, tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+        """What each of `tokens` is called."""
+        return token_texts(tokenizer, tokens)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pixels (N, C, H, W), of which an encoder makes `special` tokens and then one for each patch of a `grid`, row by
+    row. Of the special ones the first is CLS, and then come the `registers`."""
+
+    grid: tuple[int, int]
+    special: int
+    registers: int
+
+    predicts = False
+
+    @property
+    def tokens(self) -> int:
+        return self.special + self.grid[0] * self.grid[1]
+
+    def batches(self, live: Live, pixels: torch.Tensor, prefix: Sequence[int]) -> Iterator[Batch]:
+        width = live.model.config.get_text_config().hidden_size
+        size = max(1, IMAGE_BYTES // (4 * width * self.tokens))
+        for index, part in enumerate(pixels.split(size)):
+            given = {"pixel_values": part.to(live.device, live.model.dtype)}
+            yield Batch(torch.arange(self.tokens).expand(len(part), -1), 0, index, given)
+
+    def run(self, model: Any, batch: Batch, wanted: bool) -> torch.Tensor | None:
+        """Have the model compute. It predicts nothing."""
+        assert batch.given is not None
+        model(**batch.given)
+        return None
+
+    def names(self, tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+        """What each of the places `tokens` is called."""
+        return [self._name(token) for token in tokens]
+
+    def _name(self, token: int) -> str:
+        if token >= self.special:
+            row, column = divmod(token - self.special, self.grid[1])
+            return f"patch {row + 1},{column + 1}"
+        if token == 0:
+            return "CLS"
+        return f"register {token}" if token <= self.registers else f"special {token + 1}"
+
+
+Port = Text | Images
+TEXT = Text()

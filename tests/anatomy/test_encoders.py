@@ -1,0 +1,74 @@
+"""Encoders of images are found by the seam: where they attend, and which of their tokens are patches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.encoders import BLOCKS, ENCODERS, GRID, REFUSED, config_of, encoder_model
+
+from surgery.anatomy.encoders import examine_encoder, tower_of
+from surgery.errors import SourceError, UnsupportedModel
+from surgery.live.model import Live
+from surgery.live.port import Batch, Images
+from surgery.live.stream import Observer, stream
+
+
+class Keep(Observer):
+    def __init__(self) -> None:
+        self.states: dict[int, torch.Tensor] = {}
+        self.blocks: list[int] = []
+
+    def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
+        self.states[layer] = states
+
+    def attention(self, block: int, call: object, batch: Batch) -> None:
+        self.blocks.append(block)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_each_type_is_read_as_its_own_code_reads_it(kind: str) -> None:
+    _, special, registers = ENCODERS[kind]
+    encoder = examine_encoder(config_of(kind))
+    assert (encoder.special, encoder.registers, encoder.grid(*encoder.size)) == (special, registers, (GRID, GRID))
+    assert len(encoder.anatomy.sites) == len(encoder.anatomy.blocks) == BLOCKS
+    model = encoder_model(kind)
+    assert tower_of(model) == encoder.tower
+    tower = model.get_submodule(encoder.tower)
+    port, keep = Images((GRID, GRID), special, registers), Keep()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    stream(Live(tower, encoder.anatomy, port), pixels, [keep])
+    with torch.no_grad():
+        theirs = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+    assert sorted(keep.states) == list(range(BLOCKS + 1)) and keep.blocks == list(range(BLOCKS))
+    for layer, states in keep.states.items():
+        assert states.shape == (2, port.tokens, 32)
+        if kind != "dpt" and layer < BLOCKS:  # what comes last may be normed by the time that it is told
+            assert torch.equal(states, theirs[layer])
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_such_encoder_says_why(kind: str) -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        examine_encoder(config_of(kind))
+    assert REFUSED[kind][1] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "eva99"}, "is not an architecture of the installed transformers"),
+        ({"model_type": "vit", "image_size": "large"}, "transformers does not accept it as 'vit'"),
+        ({"model_type": "swin", "hidden_size": 32, "depths": 3}, "swin"),
+        ({"model_type": "whisper", "d_model": 32}, "no model can be built of its config"),
+    ],
+)
+def test_bad_configs_are_one_sentence(config: dict, words: str) -> None:
+    with pytest.raises((SourceError, UnsupportedModel)) as caught:
+        examine_encoder(config)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_places_have_names() -> None:
+    port = Images((2, 3), 4, 2)
+    names = ["CLS", "register 1", "register 2", "special 4", "patch 1,1", "patch 1,2", "patch 1,3", "patch 2,1"]
+    assert port.names(None, range(8)) == names and port.tokens == 10

@@ -1,0 +1,97 @@
+"""Tiny encoders of images, made from configs: 3 blocks, images of 32 x 32 in patches of 8 x 8; and images for them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
+
+SIDE, PATCH, BLOCKS = 32, 8, 3
+GRID = SIDE // PATCH
+_TINY: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "intermediate_size": 64,
+    "image_size": SIDE, "patch_size": PATCH,
+}  # fmt: skip
+_TEXT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+# Model type -> its config, and how many tokens stand before the patches, registers among them.
+ENCODERS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "dinov2": (_TINY, 1, 0),
+    "dinov2_with_registers": ({**_TINY, "num_register_tokens": 4}, 5, 4),
+    "dinov3_vit": ({**_TINY, "num_register_tokens": 2}, 3, 2),
+    "vit": (_TINY, 1, 0),
+    "vit_msn": (_TINY, 1, 0),
+    "deit": (_TINY, 2, 0),
+    "beit": (_TINY, 1, 0),
+    "ijepa": (_TINY, 0, 0),
+    "dpt": (_TINY, 1, 0),
+    "clip_vision_model": (_TINY, 1, 0),
+    "siglip_vision_model": (_TINY, 0, 0),
+    "aimv2_vision_model": (_TINY, 0, 0),
+    "clip": ({"vision_config": _TINY, "text_config": _TEXT}, 1, 0),
+    "siglip": ({"vision_config": _TINY, "text_config": _TEXT}, 0, 0),
+    "llava": (
+        {
+            "vision_config": {"model_type": "clip_vision_model", **_TINY},
+            "text_config": {"model_type": "llama", **_TEXT},
+        },
+        1, 0,
+    ),
+}  # fmt: skip
+# Those that are refused, and what of the reason is said.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "vit_mae": (_TINY, "is not 4 x 4 tokens in all of its layers"),
+    "siglip2_vision_model": (_TINY, "missing 2 required positional arguments"),
+    "data2vec-vision": (_TINY, "does not go through transformers' AttentionInterface"),
+    "llama": (_TEXT, "no part of it reads images alone; if it is a language model, give --text"),
+    "videomae": (_TINY, "its structure could not be read without weights"),
+}
+
+
+def config_of(kind: str) -> dict[str, Any]:
+    """What config.json of a tiny one says."""
+    settings = ENCODERS[kind][0] if kind in ENCODERS else REFUSED[kind][0]
+    return {"model_type": kind, **copy.deepcopy(settings)}
+
+
+def encoder_model(kind: str) -> PreTrainedModel:
+    """With random weights that make each part matter."""
+    torch.manual_seed(0)
+    config = config_of(kind)
+    model: PreTrainedModel = AutoModel.from_config(CONFIG_MAPPING[config.pop("model_type")](**config)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or "lambda" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def save_encoder(root: Path, kind: str) -> Path:
+    """A checkpoint with an image processor in `root`."""
+    encoder_model(kind).save_pretrained(root)
+    settings = {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": SIDE, "width": SIDE},
+        "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_rescale": True,
+    }  # fmt: skip
+    (root / "preprocessor_config.json").write_text(json.dumps(settings))
+    return root
+
+
+def picture(seed: int = 0, mode: str = "RGB", size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """Smooth noise."""
+    values = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def save_pictures(root: Path, count: int) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        picture(index).save(root / f"{index}.png")
+    return root
