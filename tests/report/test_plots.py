@@ -126,7 +126,7 @@ def test_plots_are_png_and_svg_and_leave_matplotlib_alone(tmp_path):
     """Plots are written as PNG and SVG, and leave no trace in matplotlib's settings."""
     survey = make_survey()
     survey["layers"] = [{key: row.get(key) for key in ("layer", "max", "sink_score")} for row in survey["layers"]]
-    survey["interventions"] = None
+    survey["interventions"] = survey["norm_maps"] = None
     with matplotlib.rc_context({"font.size": 17.0, "axes.grid": False}):
         before = dict(matplotlib.rcParams)
         files = write_plots([survey], tmp_path / "deep" / "plots")
