@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def require_plain_sites(model: PreTrainedModel, sites: Iterable[str]) -> None:
             )
 
 
-Unpack = Callable[[nn.Module], Callable[[], None]]
+Unpack = Callable[[nn.Module], None]
 
 
 def comes_apart(config: PreTrainedConfig) -> bool:
@@ -106,8 +106,8 @@ def comes_apart(config: PreTrainedConfig) -> bool:
 
 
 def unpacking_each(model: Any, config: PreTrainedConfig, dtype: torch.dtype) -> Unpack | None:
-    """What unpacks a layer of `model`, whose weights come when they are called for, as soon as they are there, and
-    returns what makes it as it was; None where nothing comes packed."""
+    """What unpacks a module of `model`, whose weights come when they are called for, as soon as they are there; None
+    where nothing comes packed."""
     if getattr(config, KEY, None) is None or not hasattr(model, "hf_quantizer"):  # else transformers has unpacked it
         return None
     from compressed_tensors.compressors import decompress_module
@@ -115,22 +115,37 @@ def unpacking_each(model: Any, config: PreTrainedConfig, dtype: torch.dtype) -> 
     compressor = model.hf_quantizer.compressor
     compressor.remove_decompression_hook(model)
 
-    def unpack(module: nn.Module) -> Callable[[], None]:
-        parameters, buffers = {**module._parameters}, {**module._buffers}
-        status = getattr(module, "quantization_status", None)
+    def unpack(module: nn.Module) -> None:
         decompress_module(module, compressor.force_compression_format)
         _widen(module.parameters(recurse=False), dtype)
 
-        def undo() -> None:
-            for held, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                held.clear()
-                held.update(before)  # type: ignore[arg-type]
-            if status is not None:
-                module.quantization_status = status
-
-        return undo
-
     return unpack
+
+
+@dataclass(frozen=True)
+class PackedForm:
+    """What a module holds while its weights are packed, by name, and what is said of that: none of it has values."""
+
+    parameters: dict[str, Any]
+    buffers: dict[str, Any]
+    status: Any
+
+    @classmethod
+    def of(cls, module: nn.Module) -> PackedForm:
+        return cls({**module._parameters}, {**module._buffers}, getattr(module, "quantization_status", None))
+
+    def give(self, module: Any) -> None:
+        """Have `module` hold this, and nothing else."""
+        for held, before in ((module._parameters, self.parameters), (module._buffers, self.buffers)):
+            held.clear()
+            held.update(before)
+        if self.status is not None:
+            module.quantization_status = self.status
+
+
+def packed_forms(model: nn.Module) -> dict[str, PackedForm]:
+    """Of each module of `model`, none of whose weights are there, that comes packed."""
+    return {name: PackedForm.of(part) for name, part in model.named_modules() if hasattr(part, "quantization_scheme")}
 
 
 def unpacked(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from ..endings.temporary import temporary, temporary_errors
 from ..errors import UnsupportedModel
 from ..progress import Advance
 from ..serving.names import PLUGIN, VLLM
-from ..serving.score import DONE, STOPPED
+from ..serving.score import DONE, STOPPED, UNFIT
 
 MAKE = "bin/setup --vllm makes one"
 # What a Python has of vLLM and of the plugin, without importing either.
@@ -82,12 +82,14 @@ def in_vllm(python: Path, directory: Path, ids: torch.Tensor, advance: Advance) 
                 finally:
                     child.kill()
         if code or not result.is_file():
-            raise UnsupportedModel(f"vLLM stopped: {_last_words(log, code)}.")
+            raise UnsupportedModel(f"vLLM {_last_words(log, code)}.")
         return load_file(result)["logs"]
 
 
 def _last_words(log: Path, code: int) -> str:
-    """What the error was that stopped it, else how the process ended."""
+    """What stopped it, or why it was not run; else how the process ended."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    stopped = [line.removeprefix(STOPPED) for line in lines if line.startswith(STOPPED)]
-    return stopped[-1][:300].rstrip(" .:") if stopped else f"exit code {code}"
+    for begin, said in ((UNFIT, "was not run"), (STOPPED, "stopped")):
+        if found := [line.removeprefix(begin) for line in lines if line.startswith(begin)]:
+            return f"{said}: {found[-1][:300].rstrip(' .:')}"
+    return f"stopped: exit code {code}"

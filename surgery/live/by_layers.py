@@ -54,7 +54,7 @@ def loading_by(by_layers: ByLayers | None, directory: Path) -> Iterator[Finish]:
 
         def finish(model: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             layers = Layerwise(model, layout, kept[0], units_of(model, by_layers.anatomy, layout, kept[0]))
-            layers.unpack = unpacking_each(model, config, dtype)
+            layers.unpacking(unpacking_each(model, config, dtype))
             layers.pin(by_layers.room)
             layers.aside = by_layers.aside
             model.layerwise = layers  # type: ignore[assignment]

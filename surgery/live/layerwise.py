@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ..anatomy.packed import Unpack
+from ..anatomy.packed import PackedForm, Unpack, packed_forms
 from ..anatomy.quiet import quiet
 from ..checkpoint.layout import Layout
 from ..checkpoint.reading import read_tensors
@@ -62,8 +62,8 @@ class Layerwise:
             config, device_map={**(config.device_map or {"": torch.device("cpu")}), "<none>": "disk"}
         )
         self.pinned: set[Unit] = set()
-        self.unpack: Unpack | None = None  # what has to be done with modules whose weights have come
-        self._packed: dict[Unit, list[Callable[[], None]]] = {}
+        self._unpack: Unpack | None = None
+        self._forms: dict[str, PackedForm] = {}  # of modules that come packed, by name
         self.aside = 0  # bytes of hidden states that may wait in memory
         self.bytes_read = 0
         self.order = {gate: place for place, gate in enumerate(_in_order(model, self.units))}
@@ -102,6 +102,14 @@ class Layerwise:
             if not unit.gates:
                 self.pinned.add(unit)
                 self._place(unit, self._read(unit))
+
+    def unpacking(self, unpack: Unpack | None) -> None:
+        """Have `unpack` unpack the modules of a unit when it comes, which is so once for the model and all its twins.
+
+        Called before anything is loaded.
+        """
+        if unpack is not None:
+            self._unpack, self._forms = unpack, packed_forms(self.model)
 
     # ---- weights
 
@@ -175,17 +183,25 @@ class Layerwise:
             for model in (self.model, *self._twins):
                 _hold(model.get_submodule(module), name, found[id(empty)])
         self._sound.add(unit)
-        if self.unpack is not None:
-            self._packed[unit] = [
-                self.unpack(model.get_submodule(module))
-                for model in (self.model, *self._twins) for module in _modules(unit)
-            ]  # fmt: skip
+        self._unpacked(unit)
         for change in self._changes:
             self._changed(unit, change)
 
+    def _unpacked(self, unit: Unit) -> None:
+        if self._unpack is None:
+            return
+        for name in _modules(unit):
+            module = self.model.get_submodule(name)
+            self._unpack(module)
+            if name in self._forms:
+                for twin in self._twins:
+                    PackedForm.of(module).give(twin.get_submodule(name))
+
     def _drop(self, unit: Unit) -> None:
-        for undo in self._packed.pop(unit, ()):
-            undo()
+        for module in _modules(unit):
+            if module in self._forms:
+                for model in (self.model, *self._twins):
+                    self._forms[module].give(model.get_submodule(module))
         for module, name, empty in unit.homes:
             for model in (self.model, *self._twins):
                 _hold(model.get_submodule(module), name, empty)
@@ -203,8 +219,6 @@ class Layerwise:
     @contextlib.contextmanager
     def twin(self) -> Iterator[PreTrainedModel]:
         """The same model once more with the same weights, to be given other slots: both compute in one pass."""
-        if self.unpack is not None:
-            self._forget()  # what is unpacked is so in the model alone
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         twin = copy.deepcopy(self.model, shared)  # type: ignore[arg-type]
         self._twins.append(twin)

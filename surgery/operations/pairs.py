@@ -24,6 +24,7 @@ from ..live.places import down_projections
 
 TRIED = (2, 16)  # rows and tokens of the random text that a proof runs on
 TRIED_POWERS = 3  # proofs scale by 2^-3 to 2^3
+PART = 2**22  # numbers of a parameter that are looked at in one go
 STORED = (torch.float16, torch.bfloat16)  # what weights in memory may have been read from
 
 
@@ -93,16 +94,24 @@ def without_loss(every: Sequence[Side], exponents: torch.Tensor) -> torch.Tensor
 
 
 def _lossy(side: Side, exponents: torch.Tensor) -> torch.Tensor:
-    """Channels (width,) whose scaling does not come out exactly."""
+    """Channels (width,) whose scaling does not come out exactly; looked at a part of the parameter at a time."""
     before, factor = side.tensor.detach(), _factor(side, exponents, side.tensor)
-    after = before * factor
-    wrong = after / factor != before
-    for dtype in STORED:
-        if torch.equal(before.to(dtype).to(before), before):
-            wrong |= after.to(dtype).to(before) != after
+    rows = max(1, PART // max(1, before[:1].numel()))
+    stored = [
+        dtype for dtype in STORED if all(torch.equal(part.to(dtype).to(part), part) for part in before.split(rows))
+    ]
     others = [dim for dim in range(before.ndim) if dim != side.dim]
-    wrong = wrong.sum(dim=others) > 0 if others else wrong
-    return wrong[side.start : side.start + len(exponents)].cpu()
+    counts = []
+    for start in range(0, len(before), rows):
+        part = before[start : start + rows]
+        by = factor if side.dim else factor[start : start + rows]
+        after = part * by
+        wrong = after / by != part
+        for dtype in stored:
+            wrong |= after.to(dtype).to(part) != after
+        counts.append(wrong.sum(dim=others) if others else wrong.long())
+    lossy = torch.cat(counts) if side.dim == 0 else torch.stack(counts).sum(dim=0)
+    return lossy[side.start : side.start + len(exponents)].cpu() > 0
 
 
 @torch.no_grad()

@@ -159,9 +159,9 @@ def states(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     panels = [
         ("lead_near", "lead_far", "Share of the output that is due to what leads the text", "blue", "next 8 tokens",
          "last 8 tokens"),
-        ("state_first", "state_rest", "Norm of the output", "orange", "first token", "other tokens"),
+        ("state_rest", None, "Norm of the output, mean over all tokens but the first", "orange", None, None),
     ]  # fmt: skip
-    return _stack(survey, surveys, panels, log={"state_first"})
+    return _stack(survey, surveys, panels, log={"state_rest"})
 
 
 def selected_by_length(survey: dict, surveys: Sequence[dict]) -> Figure | None:

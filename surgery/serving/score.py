@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import traceback
 from pathlib import Path
@@ -19,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from .names import ENTRY
 
-DONE, STOPPED = "scored", "stopped by "  # how lines begin: on standard output, and the last on standard error
+# How lines begin: on standard output, and the last on standard error.
+DONE, STOPPED, UNFIT = "scored", "stopped by ", "not run: "
 # In one process, quiet, in a cache that any machine has (GiB); what is set already stays.
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> None:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available() and (why := unfit(_format(_config(directory)))):
-        sys.exit(f"{STOPPED}{why}; try it on another machine, or export without --engine-python")
+        sys.exit(f"{UNFIT}{why}; export on another machine")
     try:
         save_file({"logs": scored(directory, load_file(request)["ids"])}, result)
     except Exception as error:  # of any class: each of vLLM's models refuses in its own way
@@ -45,6 +47,8 @@ def main(arguments: list[str]) -> None:
 def unfit(form: str | None) -> str | None:
     """Why vLLM on this machine's processor does not compute what a checkpoint of the compressed-tensors format `form`
     says; None where it does."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
     bf16, amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
     if form == "int-quantized" and amx:
         return "this processor has AMX, where vLLM's int8 kernel takes no float32"

@@ -28,7 +28,7 @@ from ..tuning.scratch.variants import Variant, base_config, build, initial_weigh
 from ..tuning.tune import make_accelerator
 from ..verification.verdict import plain_json
 from ..version import VERSION
-from ..words import human
+from ..words import count_of, human
 
 CURVES = "curves"
 
@@ -62,6 +62,7 @@ def pretrain(
     corpus = _corpus(tokenizer, words, other, settings)
     config = base_config(settings, tokenizer.get_vocab_size())
     weights = initial_weights(config, settings.seed)
+    reporter.note(f"{count_of(sum(weight.numel() for weight in weights.values()), 'parameter')} in the plain model")
     variants: dict[str, dict[str, Any]] = {}
     with Stage(out) as stage:
         for name in settings.variants:

@@ -27,7 +27,7 @@ def test_its_first_line_says_what_it_does(file: Path) -> None:
     """A sentence for `surgery recipes`, beside the name, within 80 columns; and it can be read by its name."""
     said = summary(file.read_text())
     assert said.endswith(".") and len(said) <= 61
-    schema = FromScratch if file.stem.endswith("-from-scratch") else Recipe
+    schema = FromScratch if file.stem.endswith("-scratch") else Recipe
     assert read(file.stem, schema) == read(file, schema)
 
 
@@ -56,7 +56,7 @@ def test_a_word_that_is_neither_names_what_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", [file for file in FILES if not file.stem.endswith("-from-scratch")], ids=lambda file: file.stem
+    "file", [file for file in FILES if not file.stem.endswith("-scratch")], ids=lambda file: file.stem
 )
 def test_a_dict_is_the_recipe_that_its_file_is(file: Path) -> None:
     written = YAML(typ="safe").load(file)

@@ -82,7 +82,7 @@ def test_shipped_recipes_load():
         "head-norm",
         "eab-tuned",
         "gpt2-from-scratch",
-        "hybrid-from-scratch",
+        "hybrid-scratch",
         "w8a8-vllm",
     }
     assert {path.stem for path in RECIPES.glob("*.yaml")} == loaded

@@ -400,8 +400,18 @@ def test_any_family_is_trained_in_all_variants(model: dict, text: Path, tmp_path
     ("model", "fragments"),
     [
         ({"family": "lfm9"}, ["pretrain.model.family", "transformers has no 'lfm9'", "gpt2"]),
-        ({"family": "vit"}, ["has no causal language model"]),
+        ({"family": "vit"}, ["pretrain.model: vit", "has no causal language model"]),
+        ({"family": "gemma3"}, ["it is a multimodal model", "gemma3_text"]),
+        ({"family": "mamba"}, ["no layer attends"]),
+        ({"family": "bert"}, ["pretrain.model: bert: "]),
         ({"family": "lfm2", "config": {"layer_types": 3}}, ["transformers does not accept it as 'lfm2'"]),
+        ({"family": "llama", "config": {"layer_typez": []}}, ["'layer_typez' is nothing that transformers knows of"]),
+        ({"family": "llama", "config": {"vocab_size": 10}}, ["'vocab_size' is not for a recipe to say"]),
+        ({"family": "llama", "config": {"eab": {}}}, ["'eab' is not for a recipe to say"]),
+        ({"family": "llama", "config": {"num_key_value_heads": 3}}, ["3 key/value heads do not divide 4"]),
+        ({"family": "llama", "config": {"num_hidden_layers": 3}}, ["its num_hidden_layers is 3 and not 4"]),
+        ({"family": "gpt2", "config": {"n_embd": 64}}, ["its hidden_size is 64 and not 128"]),
+        ({"family": "dbrx"}, ["pretrain.model: dbrx: "]),
     ],
 )
 def test_a_family_that_cannot_be_trained(model: dict, fragments: list[str], text: Path, tmp_path: Path) -> None:

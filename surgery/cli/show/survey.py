@@ -113,10 +113,11 @@ def _findings(survey: Mapping[str, Any]) -> list[str]:
     if any(row.get("lead_far") is not None for row in survey["layers"]):
         lines.append(
             "lead: how much of what such a layer gives is due to the prefix, or without one to the first token, at the "
-            "next 8 tokens and at the last 8 of a sequence"
+            "next 8 tokens and at the last 8 of a sequence (in one batch of four, where there are many)"
         )
     if looked := max((row.get("spectra") or 0 for row in survey["layers"]), default=0):
-        lines.append(f"p1, bits (of entropy) and phases are those of {looked} of the {survey['chunks']} sequences")
+        read = f"{looked} of the {survey['chunks']} {'images' if survey.get('images') else 'sequences'}"
+        lines.append(f"p1, bits (of entropy) and phases are those of {read}")
     for unit in survey["super_neurons"][:3]:
         lines.append(
             f"Super neuron: layer {unit['layer']}, unit {unit['unit']}, {unit['share']:.0%} of what is written to dim "

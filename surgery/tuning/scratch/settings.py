@@ -15,12 +15,13 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
 class Size(Strict):
-    """Blocks, hidden size, and heads of each block, of a model whose MLPs are four times as wide; without dropout.
+    """Blocks, hidden size, and heads of each block, of a model without dropout whose MLPs are four times as wide.
 
-    `family`: its model type in transformers. `config`: what its config.json says beside that, as the family has it.
+    `family`: its model type in transformers, one that `surgery run` takes too. `config`: what its config.json says
+    beside that, or instead of it, in the words of transformers.
     """
 
-    family: Annotated[str, Field(description="the model type in transformers, of any causal language model")] = "gpt2"
+    family: Annotated[str, Field(description="its model type in transformers, one that run takes")] = "gpt2"
     blocks: Annotated[int, Field(ge=1, description="how many blocks")] = 4
     width: Annotated[int, Field(ge=2, description="hidden size")] = 128
     heads: Annotated[int, Field(ge=1, description="heads of each block, which divide the width")] = 4

@@ -23,11 +23,19 @@ from ...anatomy.classes import causal_class
 from ...anatomy.sites import Anatomy, examine, parse_config
 from ...converted.derived import derive, load_derived
 from ...converted.parts import NORMS, SLOTS
-from ...errors import SourceError
+from ...errors import SourceError, SurgeryError, brief
 from ...live.graft import eab_config, head_norm_config
 from ...live.model import Live
 from .settings import Pretrain
 from .tokenizer import SINK_ID
+
+# Keys of config.json that follow from the recipe, or that have no place in it.
+RESERVED = frozenset({
+    "model_type", "vocab_size", "eab", "head_norm", "architectures", "auto_map", "dtype", "torch_dtype",
+    "quantization_config", "attn_implementation", "_attn_implementation", "transformers_version", "_name_or_path",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+})  # fmt: skip
+MLPS = ("intermediate_size", "ffn_dim", "d_ff", "dff", "ffn_hidden_size")  # as families call the width of their MLPs
 
 
 @dataclass(frozen=True)
@@ -45,21 +53,60 @@ class Variant:
 
 def base_config(settings: Pretrain, vocab_size: int) -> PreTrainedConfig:
     """The family with room for `length` tokens after a sink token or slots; no dropout, so that variants differ in
-    nothing but what they are. SourceError where there is no such family, or where it does not take these settings."""
+    nothing but what they are.
+
+    SourceError where there is no such family, where it does not take these settings, or where slots would have no place
+    in it. Nothing as large as a weight is made.
+    """
     size = settings.model
     if size.family not in CONFIG_MAPPING:
-        raise SourceError(f"pretrain.model.family: transformers has no {size.family!r}; write gpt2 or lfm2.")
-    kind = CONFIG_MAPPING[size.family]
-    known = {**kind().to_dict(), **dict.fromkeys(kind.attribute_map)}
-    wanted = {
-        "vocab_size": vocab_size, "hidden_size": size.width, "num_hidden_layers": size.blocks,
-        "num_attention_heads": size.heads, "num_key_value_heads": size.heads, "head_dim": size.width // size.heads,
-        "intermediate_size": 4 * size.width, "max_position_embeddings": settings.length + max(settings.slots, 1),
-        **{key: 0.0 for key in known if key.endswith(("dropout", "pdrop", "dropout_prob"))},
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-    }  # fmt: skip
-    given = {key: value for key, value in wanted.items() if key in known}
-    return parse_config({**given, **size.config, "model_type": size.family})
+        raise SourceError(
+            f"pretrain.model.family: transformers has no {size.family!r}; write one such as gpt2 or llama."
+        )
+    kind: Any = CONFIG_MAPPING[size.family]
+    try:
+        known = {**kind().to_dict(), **dict.fromkeys(kind.attribute_map.values())}.keys() - RESERVED
+        own = {kind.attribute_map.get(key, key): value for key, value in size.config.items()}
+        if unknown := sorted(own.keys() - known):
+            raise SourceError(
+                f"pretrain.model.config: {unknown[0]!r} is {_why_not(unknown[0])} a {size.family}; leave it out"
+            )
+        wanted = {
+            "hidden_size": size.width, "num_hidden_layers": size.blocks, "num_attention_heads": size.heads,
+            "num_key_value_heads": size.heads, "head_dim": size.width // size.heads,
+            "max_position_embeddings": settings.length + max(settings.slots, 1),
+            **dict.fromkeys(MLPS, 4 * size.width),
+            **{key: 0.0 for key in known if key.endswith(("dropout", "pdrop", "dropout_prob"))},
+        }  # fmt: skip
+        renamed = {kind.attribute_map.get(key, key): value for key, value in wanted.items()}
+        given = {key: value for key, value in renamed.items() if key in known}
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        parsed = parse_config({**given, **own, **ids, "vocab_size": vocab_size, "model_type": size.family})
+        _require_size(parsed, settings, vocab_size)
+        examine(parsed.to_dict())
+    except Exception as error:  # of any class: config classes trust what they are given
+        said = str(error).removeprefix("config.json: ").rstrip(".") if isinstance(error, SurgeryError) else brief(error)
+        raise SourceError(
+            said if said.startswith("pretrain.") else f"pretrain.model: {size.family}: {said}."
+        ) from error
+    return parsed
+
+
+def _why_not(key: str) -> str:
+    return "not for a recipe to say of" if key in RESERVED else "nothing that transformers knows of"
+
+
+def _require_size(config: PreTrainedConfig, settings: Pretrain, vocab_size: int) -> None:
+    """SourceError where the family has made another size of what it was given, perhaps a thousand times as large."""
+    size, text = settings.model, config.get_text_config()
+    if text is not config:
+        raise SourceError(f"it is a multimodal model; name the language model inside, {text.model_type}")
+    if size.heads % (groups := getattr(config, "num_key_value_heads", None) or size.heads):
+        raise SourceError(f"its {groups} key/value heads do not divide {size.heads} heads")
+    asked = {"hidden_size": size.width, "num_hidden_layers": size.blocks, "vocab_size": vocab_size}
+    for key, value in asked.items():
+        if getattr(config, key, value) != value:
+            raise SourceError(f"its {key} is {getattr(config, key)} and not {value}, so its size cannot be chosen here")
 
 
 def initial_weights(config: PreTrainedConfig, seed: int) -> dict[str, torch.Tensor]:
