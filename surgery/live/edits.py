@@ -81,8 +81,9 @@ def hidden(live: Live, hides: Callable[[torch.Tensor, torch.Tensor], torch.Tenso
         def change(call: Call) -> Call:
             queries, keys, device = call.query.shape[2], call.key.shape[2], call.key.device
             mask, offset = call.mask, keys - queries
-            if mask is None:  # plain causal, left to the kernel
-                mask = torch.ones(queries, n + keys, dtype=torch.bool, device=device).tril(n + offset)[None, None]
+            if mask is None:  # plain causal, or none at all: left to the kernel
+                mask = torch.ones(queries, n + keys, dtype=torch.bool, device=device)[None, None]
+                mask = mask.tril(n + offset) if call.causal else mask
             hide = hides(torch.arange(offset, keys, device=device)[:, None], torch.arange(keys, device=device)[None])
             hide, low = F.pad(hide, (n, 0)), 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
             touched.count += int(((mask > low) & hide).sum()) * len(call.query) // len(mask)

@@ -150,13 +150,14 @@ class Needs:
         both = (blank.get_input_embeddings(), blank.get_output_embeddings())
         ends = {id(end.weight): _size(end, dtype) for end in both if end}  # one where they are tied
         outside = weights - sum(blocks) - sum(ends.values())
-        most = max([*blocks, *ends.values()])
         stored = sum(tensor.nbytes for tensor in original_tensors(layout).tensors.values())  # slots are small
         packed = stored / max(1, weights)  # of a byte in memory, so many in the files
         fused = any("experts" in name for name, _ in blank.named_parameters())
         packs |= any(name.endswith("weight_scale") for name in layout.tensors)
-        twice = fused or packs  # stacked or unpacked in memory
-        return cls(weights, int(max(outside, 0) + most * (1 + min(packed, 1.0) + twice)))
+        twice = 1 + (fused or packs)  # stacked or unpacked in memory
+        loaded = max([twice * max(blocks), *ends.values()])
+        ahead = max([*blocks, *ends.values()]) * min(packed, 1.0)
+        return cls(weights, int(max(outside, 0) + loaded + ahead))
 
 
 def _size(module: nn.Module, dtype: torch.dtype) -> int:

@@ -224,7 +224,7 @@ def _correlations(survey: dict) -> str | None:
 
 
 def _interventions(survey: dict) -> list[str]:
-    rows = survey.get("interventions") or []
+    rows = [] if survey.get("images") else survey.get("interventions") or []
     kinds = [
         ("Perplexity collapses (ten times or more) under: ", "collapse"),
         ("Perplexity is measurably worse under: ", "worse, "),

@@ -126,7 +126,27 @@ def changes(surveys: Sequence[dict], names: Sequence[str], told: bool = False) -
     return found
 
 
+def fidelity(survey: dict) -> Table | None:
+    """What interventions leave of an encoder's features."""
+    rows = []
+    for row in survey.get("interventions") or []:
+        found = row.get("fidelity") or {}
+        cells = [_cosine(found.get(kind)) for kind in ("cls", "patches")]
+        rows.append((intervention_name(row), number(row.get("touched")), *cells))
+    head = ("intervention", "touched", "CLS", "patches")
+    note = "Cosine of features with those of the untouched encoder, mean over images and its 95% interval."
+    return Table("Interventions", head, rows, note) if rows else None
+
+
+def _cosine(found: dict | None) -> str:
+    return (
+        NONE if not found else f"{number(found['mean'], 4)} ({number(found['low'], 4)} to {number(found['high'], 4)})"
+    )
+
+
 def interventions(survey: dict) -> Table | None:
+    if survey.get("images"):
+        return fidelity(survey)
     rows = []
     for row in survey.get("interventions") or []:
         delta = row.get("delta_nll") or {}

@@ -60,10 +60,10 @@ def scan(
     `command`: the words of the command line, for the survey's provenance.
     """
     if images := files(images):
-        if text or interventions or memory is not None:
-            asked = "text" if text else "interventions" if interventions else "memory"
+        if text or memory is not None:
+            asked = "text" if text else "memory"
             raise SourceError(f"--images surveys an encoder, for which there is no --{asked}; take one of them away.")
-        return scan_images(source, images, revision, device, chunking.count, heads, command, reporter)
+        return scan_images(source, images, revision, device, chunking.count, interventions, heads, command, reporter)
     if not (text := files(text)):
         raise SourceError("a scan needs text to read: give --text FILE.")
     require_device(device)

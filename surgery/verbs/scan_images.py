@@ -18,16 +18,18 @@ from ..progress import Reporter
 from ..results import Survey
 from ..steps.act import provenance, told
 from ..steps.fetch import fetch_weights
+from ..survey.fidelity import passes_on_images, run_on_images
 from ..survey.full import FullSurvey
 
 SIDE = 96  # pixels of a picture in the report
 
 
 def scan_images(
-    source: Path | str, images: Sequence[Path], revision: str | None, device: str, count: int,
+    source: Path | str, images: Sequence[Path], revision: str | None, device: str, count: int, interventions: bool,
     heads: Sequence[tuple[int, int]], command: Sequence[str], reporter: Reporter,
 ) -> Survey:  # fmt: skip
-    """Survey the encoder `source` (a directory or hub id) on the first `count` of `images`, files and directories.
+    """Survey the encoder `source` (a directory or hub id) on the first `count` of `images`, files and directories; with
+    `interventions`, say also what of its features is left where the survey suggests a change.
 
     Raises SourceError for what is no image and for a checkpoint without an image processor, UnsupportedModel for one
     that has no encoder which is called with pixels alone.
@@ -52,8 +54,10 @@ def scan_images(
     act = provenance(
         date, command=command, device=device, files=TextFiles(evaluation=described(files)), hub_ids=[opened.name]
     )
+    survey = {**found.to_dict(None), "norm_maps": shown}
+    if interventions:
+        reporter.step("intervene")
+        with reporter.bar("intervene", passes_on_images(live) * len(pixels)) as advance:
+            survey["interventions"] = run_on_images(live, pixels, survey, advance)
     said = {"spec": opened.name, "kind": opened.kind, "revision": opened.revision}
-    return cast(
-        Survey,
-        {"source": opened.name, "provenance": told(act, said, None), **found.to_dict(None), "norm_maps": shown},
-    )
+    return cast(Survey, {"source": opened.name, "provenance": told(act, said, None), **survey})

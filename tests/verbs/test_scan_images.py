@@ -64,16 +64,18 @@ def test_a_scan_of_each_type(kind: str, ground: Path, tmp_path: Path) -> None:
 
 def test_what_the_screen_and_the_report_show(ground: Path, tmp_path: Path) -> None:
     ended = surgery_command(
-        "scan", ground / "dinov2", "--images", ground / "pictures", "--chunks", 4, "--report", tmp_path / "r.html",
-        "--plots", tmp_path / "plots", "--json", tmp_path / "s.json",
+        "scan", ground / "dinov2", "--images", ground / "pictures", "--chunks", 4, "--interventions",
+        "--report", tmp_path / "r.html", "--plots", tmp_path / "plots", "--json", tmp_path / "s.json",
     )  # fmt: skip
     assert ended.code == 0, ended.out + ended.err
     said = " ".join(ended.out.split())
     assert "Tokens layer |CLS| |patch| longest high norm to CLS" in said and "register|" not in said
     assert "Each image is CLS and 4 x 4 patches; high norm:" in said and "perplexity" not in said
+    assert "cosine with the untouched features" in said and "largest activation to its mean layer" in said
     assert f"scanned {ground / 'dinov2'}" in said or "scanned dinov2" in said
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert {"norm_maps", "kinds", "depth", "sinks"} <= {*page.sections} and "lens" not in page.sections
+    assert "Cosine of features with those of the untouched encoder" in page.text
     assert "4 images, each of which becomes 1 token and 4 × 4 patches" in page.text
     assert (tmp_path / "plots" / "norm_maps.png").stat().st_size > 5000
     assert json.loads((tmp_path / "s.json").read_text())["images"]["special"] == 1
@@ -170,7 +172,7 @@ def test_a_language_model_reads_text_and_an_encoder_images(ground: Path, tmp_pat
     with pytest.raises(SurgeryError, match="give --images to scan") as caught:
         surgery.scan(ground / "dinov2", text=text)
     assert "\n" not in str(caught.value)
-    for other in ({"text": text}, {"interventions": True}, {"memory": 10**9}):
+    for other in ({"text": text}, {"memory": 10**9}):
         with pytest.raises(SourceError, match="--images surveys an encoder, for which there is no --"):
             surgery.scan(ground / "dinov2", images=ground / "pictures", **other)
 

@@ -37,7 +37,10 @@ def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
         console.print(_states(mixed))
     for line in _findings(survey):
         console.print(line, markup=False, highlight=False)
-    if survey.get("interventions"):
+    if survey.get("interventions") and survey.get("images"):
+        console.print("")
+        console.print(_fidelity(survey["interventions"]))
+    elif survey.get("interventions"):
         console.print("")
         _show_interventions(console, survey["interventions"])
         console.print(f"\n{_audit(survey['audit'])}", highlight=False)
@@ -159,6 +162,22 @@ def _show_interventions(console: Console, rows: Sequence[Mapping[str, Any]]) -> 
     for row in rows:
         if row not in done:
             console.print(f"Not possible: {row['name']}, {row['where']}: {row['error']}", markup=False)
+
+
+def _fidelity(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """How alike features are to the untouched encoder's: cosines."""
+    shown = new_table(
+        "Interventions: cosine with the untouched features", "", "where", "touched", "CLS", "patches", words=2
+    )
+    for row in rows:
+        found = row["fidelity"] or {}
+        cells = [_cosine(found.get(kind)) for kind in ("cls", "patches")]
+        shown.add_row(row["name"], escape(row["where"]), str(row["touched"] or 0), *cells)
+    return shown
+
+
+def _cosine(found: Mapping[str, float] | None) -> str:
+    return "" if found is None else f"{found['mean']:.4f} ({found['low']:.4f} to {found['high']:.4f})"
 
 
 def _audit(found: dict) -> str:
