@@ -20,9 +20,11 @@ from ..words import named
 from .calls import Call
 from .classes import of_auto
 from .sites import Anatomy, Site, blocks_of
-from .structure import off_the_seam, on_meta
+from .structure import SEAM, on_meta
 
 AUTO = "AutoModel"
+REGISTERS = ("num_register_tokens", "num_registers")  # as families call how many of them there are
+OFF_THE_SEAM = "its attention does not go through transformers' AttentionInterface, where it could be seen"
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,6 @@ def parse_encoder(config: dict) -> tuple[PreTrainedConfig, Any]:
     return parsed, kind
 
 
-def tower_of(model: PreTrainedModel) -> str | None:
-    """The name of the outermost model inside that takes pixels alone; None where there is none."""
-    return next(
-        (
-            name
-            for name, part in model.named_modules()
-            if isinstance(part, PreTrainedModel) and part.main_input_name == "pixel_values"
-        ),
-        None,
-    )
-
-
 def examine_encoder(config: dict) -> Encoder:
     """What `config` (a raw config.json) describes, without weights.
 
@@ -88,12 +78,19 @@ def examine_encoder(config: dict) -> Encoder:
             model = kind._from_config(copy.deepcopy(parsed), dtype=torch.float32).eval()
     except Exception as error:  # of any class: model code trusts its config
         raise UnsupportedModel(f"{parsed.model_type}: no model can be built of its config ({brief(error)})") from error
-    name = tower_of(model)
-    if name is None:
-        raise UnsupportedModel(
-            f"{parsed.model_type}: no part of it reads images alone; if it is a language model, give --text"
-        )
-    tower: PreTrainedModel = model.get_submodule(name)  # type: ignore[assignment]
+    refused = UnsupportedModel(
+        f"{parsed.model_type}: no part of it reads images alone; give --text to survey a language model"
+    )
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and part.main_input_name == "pixel_values":
+            try:
+                return _examined(parsed, kind, name, part)
+            except UnsupportedModel as error:  # another inside of it may do
+                refused = error
+    raise refused
+
+
+def _examined(parsed: PreTrainedConfig, kind: Any, name: str, tower: PreTrainedModel) -> Encoder:
     size, patch = _pair(tower.config, "image_size"), _pair(tower.config, "patch_size")
     if size is None or patch is None:
         raise UnsupportedModel(
@@ -103,13 +100,16 @@ def examine_encoder(config: dict) -> Encoder:
     calls = _calls(tower, torch.zeros(1, channels, *size, device="meta"))
     rows, columns = size[0] // patch[0], size[1] // patch[1]
     special = min((call.query.shape[2] for call in calls), default=0) - rows * columns
-    registers = getattr(tower.config, "num_register_tokens", None) or 0
     if special < 0 or any(call.query.shape[2] != special + rows * columns for call in calls):
         raise UnsupportedModel(
             f"{parsed.model_type}: an image of {size[0]} x {size[1]} is not {rows} x {columns} tokens in all of its "
             "layers, so what stands where is not known"
         )
-    return Encoder(_anatomy(parsed, kind, tower, calls), name, size, channels, patch, special, min(registers, special))
+    if any(call.causal and call.mask is None for call in calls):
+        raise UnsupportedModel(f"{parsed.model_type}: its tokens see only those before them, as a language model's do")
+    registers = next((found for key in REGISTERS if (found := getattr(tower.config, key, None))), 0)
+    registers = min(registers, max(special - 1, 0))
+    return Encoder(_anatomy(parsed, kind, tower, calls), name, size, channels, patch, special, registers)
 
 
 def _pair(config: PreTrainedConfig, key: str) -> tuple[int, int] | None:
@@ -129,9 +129,11 @@ def _calls(tower: PreTrainedModel, pixels: torch.Tensor) -> list[Call]:
             stack.enter_context(on_meta(tower, calls))
             tower(pixel_values=pixels)
     except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
+        if SEAM in str(error):
+            raise UnsupportedModel(f"{kind}: {OFF_THE_SEAM}") from error
         raise UnsupportedModel(f"{kind}: its structure could not be read without weights ({brief(error)})") from error
     if not calls:
-        raise off_the_seam(kind)
+        raise UnsupportedModel(f"{kind}: {OFF_THE_SEAM}")
     return calls
 
 

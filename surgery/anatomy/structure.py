@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, pytorch_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -21,7 +21,7 @@ from .mixers import Asking, asking
 
 TOKENS = 4
 MIXED_TOKENS = 11  # a prime, which counts of heads, groups and states hardly ever are
-_NAME = "surgery_structure_only"
+SEAM = "surgery_structure_only"
 
 
 def run_structure(
@@ -36,9 +36,8 @@ def run_structure(
     """
     calls: list[Call] = []
     adapter = ADAPTERS.get(config.model_type)
-    # In inference mode `_NoValues` would see other operations than those that it answers.
     allowed = within(None if tensors is None else Allowance.of(tensors))
-    without_values = (torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _NoValues(), allowed)
+    without_values = (*_without_values(), allowed)
     try:
         with contextlib.ExitStack() as stack:
             for context in (_registered(with_mask=adapter is not None or _chooses(config)), *without_values):
@@ -50,7 +49,7 @@ def run_structure(
     except SurgeryError:
         raise
     except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
-        if _NAME in str(error):
+        if SEAM in str(error):
             raise off_the_seam(config.model_type) from error
         how = "be read without weights" if adapter is None else "be brought onto AttentionInterface by its adapter"
         raise UnsupportedModel(f"{config.model_type}: its structure could not {how} ({brief(error)})") from error
@@ -66,7 +65,7 @@ def run_structure(
 
 def run_mixers(model: PreTrainedModel) -> list[Asking]:
     """The modules of a model on the meta device that ask a cache for states, in one forward pass that has one."""
-    without_values = (torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _NoValues())
+    without_values = _without_values()
     try:
         with contextlib.ExitStack() as stack:
             for context in (_registered(with_mask=_chooses(model.config)), *without_values):
@@ -81,11 +80,28 @@ def run_mixers(model: PreTrainedModel) -> list[Asking]:
     return found
 
 
+def _without_values() -> tuple[contextlib.AbstractContextManager[Any], ...]:
+    """In inference mode `_NoValues` would see other operations than those that it answers."""
+    return torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _NoValues(), _uncached()
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """What model code caches by sizes alone is not cached meanwhile: another model would find it on the meta device."""
+    functions: Any = pytorch_utils
+    before = functions.is_torchdynamo_compiling
+    functions.is_torchdynamo_compiling = lambda: True  # asked by transformers' caches, which it passes by then
+    try:
+        yield
+    finally:
+        functions.is_torchdynamo_compiling = before
+
+
 @contextlib.contextmanager
 def on_meta(model: PreTrainedModel | None = None, calls: list[Call] | None = None) -> Iterator[None]:
     """Within the block, modules are made and run on the meta device; attention calls of `model` go into `calls`."""
     with contextlib.ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.no_grad(), torch.device("meta"), _NoValues()):
+        for context in _without_values():
             stack.enter_context(context)
         if model is not None and calls is not None:
             stack.enter_context(_registered(with_mask=False))
@@ -101,7 +117,7 @@ def _chooses(config: PreTrainedConfig) -> bool:
 
 def _built(config: PreTrainedConfig, adapter: Adapter | None) -> PreTrainedModel:
     # Families with adapters choose attention classes by this name while they are built, and know only their own.
-    config._attn_implementation = _NAME if adapter is None else "eager"
+    config._attn_implementation = SEAM if adapter is None else "eager"
     kind: Any = causal_class(type(config))
     model: PreTrainedModel = kind._from_config(config, dtype=torch.bfloat16).eval()
     return model
@@ -115,7 +131,7 @@ def _asking(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[None]:
     configs = {id(config): config for config in held if isinstance(config, PreTrainedConfig)}.values()
     with contextlib.nullcontext() if adapter is None else adapter.bring_onto_seam(model):
         for config in configs:
-            config._attn_implementation = _NAME
+            config._attn_implementation = SEAM
         for part in parts:  # a warning would look at token ids
             part.warn_if_padding_and_no_attention_mask = lambda *args, **kwargs: None
         try:
@@ -137,18 +153,18 @@ def off_the_seam(model_type: str) -> UnsupportedModel:
 @contextlib.contextmanager
 def _registered(with_mask: bool) -> Iterator[None]:
     """An attention name of our own. Without a mask function, transformers builds no mask; adapters may need one."""
-    AttentionInterface.register(_NAME, _no_attention)
+    AttentionInterface.register(SEAM, _no_attention)
     if with_mask:
-        AttentionMaskInterface.register(_NAME, _any_mask)
+        AttentionMaskInterface.register(SEAM, _any_mask)
     try:
         yield
     finally:
-        AttentionInterface._global_mapping.pop(_NAME, None)
-        AttentionMaskInterface._global_mapping.pop(_NAME, None)
+        AttentionInterface._global_mapping.pop(SEAM, None)
+        AttentionMaskInterface._global_mapping.pop(SEAM, None)
 
 
 def _no_attention(module, query, key, value, attention_mask=None, **kwargs):
-    raise RuntimeError(_NAME)  # asked for in another way than the one that `observing` stands at
+    raise RuntimeError(SEAM)  # asked for in another way than the one that `observing` stands at
 
 
 def _any_mask(batch_size, q_length, kv_length, **kwargs) -> torch.Tensor:

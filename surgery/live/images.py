@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 
-from ..anatomy.encoders import Encoder, parse_encoder, tower_of
+from ..anatomy.encoders import Encoder, parse_encoder
 from ..anatomy.quiet import quiet
 from ..checkpoint.config import CONFIG, read_config, without_choices
 from ..errors import SourceError, UnsupportedModel, brief
 from .loading import require_fit, require_memory
 from .model import Live
+from .places import on_layer
 from .port import Images
 
-PROCESSOR = "preprocessor_config.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the latter is what newer versions write
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a directory is searched for
-POOLER = "pooler"  # a head that some classes have and checkpoints of others lack; nothing here reads it
+POOLER = re.compile(
+    r"(^|\.)pooler\."
+)  # a head that some classes have and checkpoints of others lack; nothing here reads it
 
 
 def image_files(given: Sequence[Path], count: int) -> list[Path]:
@@ -33,7 +37,7 @@ def image_files(given: Sequence[Path], count: int) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            found += sorted(one for one in path.iterdir() if one.suffix.lower() in SUFFIXES and one.is_file())
+            found += sorted(one for one in path.iterdir() if one.suffix.lower() in SUFFIXES and _is_shown(one))
         elif path.is_file():
             found.append(path)
         else:
@@ -44,6 +48,10 @@ def image_files(given: Sequence[Path], count: int) -> list[Path]:
             f"{names}: {len(found)} images, and {count} are to be read; give more, or ask for fewer (--chunks)."
         )
     return found[:count]
+
+
+def _is_shown(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".")
 
 
 def read_image(path: Path) -> Image.Image:
@@ -62,12 +70,12 @@ def read_image(path: Path) -> Image.Image:
 
 
 def _in_colour(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a channel, or more: PIL would cut them off
+    if image.mode.startswith("I;16"):  # 16 bits a channel, which PIL would cut off
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):  # of no known range: from the darkest to the brightest
         values = np.asarray(image, dtype=np.float64)
         low, high = float(values.min()), float(values.max())
-        most = 255.0 if 0 <= low and high <= 255 else 65535.0 if 0 <= low and high <= 65535 else None
-        scaled = values * (255 / most) if most else (values - low) * (255 / max(high - low, 1e-12))
-        image = Image.fromarray(scaled.round().astype(np.uint8))
+        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -77,17 +85,18 @@ def _in_colour(image: Image.Image) -> Image.Image:
 
 def load_processor(directory: Path) -> Any:
     """The image processor in `directory`; SourceError if there is none that loads."""
-    if not (directory / PROCESSOR).is_file():
+    file = next((directory / name for name in PROCESSORS if (directory / name).is_file()), None)
+    if file is None:
         raise SourceError(
-            f"{directory} has no {PROCESSOR}, which says how images become pixels; put the model's own there."
+            f"{directory} has no {PROCESSORS[0]}, which says how images become pixels; put the model's own there."
         )
     try:
         with quiet():
             return AutoImageProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except ImportError as error:
+        raise SourceError(f"{file}: this image processor needs torchvision; pip install torchvision.") from error
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
-        raise SourceError(
-            f"{directory / PROCESSOR}: no image processor loads from it ({brief(error)}); correct it."
-        ) from error
+        raise SourceError(f"{file}: no image processor loads from it ({brief(error)}); correct it.") from error
 
 
 def read_pixels(processor: Any, files: Sequence[Path], encoder: Encoder) -> torch.Tensor:
@@ -99,7 +108,7 @@ def read_pixels(processor: Any, files: Sequence[Path], encoder: Encoder) -> torc
     if len({tuple(pixels.shape) for pixels in found}) > 1:
         raise UnsupportedModel(
             f"{encoder.anatomy.model_type}: its processor makes pixels of several sizes, which one pass cannot "
-            f"read; set a size and a crop in {PROCESSOR}"
+            f"read; set a size and a crop in {PROCESSORS[0]}"
         )
     return torch.stack(found)
 
@@ -125,8 +134,11 @@ def port_of(encoder: Encoder, pixels: torch.Tensor) -> Images:
     return Images(encoder.grid(*pixels.shape[-2:]), encoder.special, encoder.registers)
 
 
-def load_encoder(directory: Path, encoder: Encoder, port: Images, device: str = "cpu") -> Live:
-    """The encoder in `directory`, in float32, by transformers' own code. Errors as `loading.load_original`."""
+def load_encoder(directory: Path, encoder: Encoder, port: Images, pixels: torch.Tensor, device: str = "cpu") -> Live:
+    """The encoder in `directory`, in float32, by transformers' own code, on which its reading of `pixels` was tried.
+
+    Errors as `loading.load_original`; UnsupportedModel where pixels do not become what `port` says.
+    """
     config, kind = parse_encoder(without_choices(read_config(directory), directory / CONFIG))
     try:
         with quiet():
@@ -139,14 +151,64 @@ def load_encoder(directory: Path, encoder: Encoder, port: Images, device: str = 
         raise SourceError(
             f"{directory}: transformers cannot load it ({brief(error)}); give a complete checkpoint."
         ) from error
-    missing = [name for name in report.get("missing_keys", ()) if POOLER not in name]
+    missing = [name for name in report.get("missing_keys", ()) if POOLER.search(name) is None]
     require_fit(directory, model, {**report, "missing_keys": missing})
-    name = tower_of(model)
-    assert name == encoder.tower
-    return Live(model.eval().get_submodule(name), encoder.anatomy, port)
+    live = Live(model.eval().get_submodule(encoder.tower), encoder.anatomy, port)
+    _require_places(live, encoder, pixels)
+    return live
 
 
-def thumbnails(files: Sequence[Path], side: int) -> Iterator[Image.Image]:
-    """Small squares of the images, their middles, for people to look at."""
-    for path in files:
-        yield ImageOps.fit(read_image(path), (side, side))
+class _Enough(Exception):
+    """Ends a pass at the first block."""
+
+
+@torch.inference_mode()
+def _require_places(live: Live, encoder: Encoder, pixels: torch.Tensor) -> None:
+    """UnsupportedModel unless an image becomes the tokens that `live.port` says: two images, alike but for one patch,
+    are two rows that differ in the token of that patch alone, where they enter the first block."""
+    assert isinstance(live.port, Images)
+    port, kind = live.port, encoder.anatomy.model_type
+    (rows, columns), (height, width) = port.grid, encoder.patch
+    row, column = rows // 2, (2 * columns) // 3
+    entered: list[torch.Tensor] = []
+
+    def look(states: torch.Tensor) -> None:
+        entered.append(states)
+        raise _Enough
+
+    pair = pixels[:1].repeat(2, 1, 1, 1)
+    pair[1, :, row * height : (row + 1) * height, column * width : (column + 1) * width] += 1.0
+    hook = on_layer(live, 0, look)
+    try:
+        live.model(pixel_values=pair.to(live.device))
+    except _Enough:
+        pass
+    except Exception as error:  # of any class: its code was made for images of one size
+        made = f"{encoder.size[0]} x {encoder.size[1]}"
+        raise UnsupportedModel(
+            f"{kind}: it does not take images of {pixels.shape[2]} x {pixels.shape[3]}, as its processor makes them "
+            f"({brief(error)}); its config.json says {made}"
+        ) from error
+    finally:
+        hook.remove()
+    states = entered[0] if entered else pair
+    if states.shape[:2] != (2, port.tokens):
+        raise UnsupportedModel(
+            f"{kind}: two images of {rows} x {columns} patches become {tuple(states.shape)} and not (2, {port.tokens}, "
+            "d), so what stands where is not known"
+        )
+    changed = (states[0] != states[1]).any(dim=-1).nonzero().flatten().tolist()
+    if changed != [port.special + row * columns + column]:
+        raise UnsupportedModel(
+            f"{kind}: its tokens do not stand as its patches do, after all others and row by row, so what stands where "
+            "is not known"
+        )
+
+
+def picture_of(pixels: torch.Tensor, side: int) -> Image.Image:
+    """Pixels (C, H, W) as the encoder is given them, for people to look at: from the darkest to the brightest."""
+    low, high = pixels.amin(), pixels.amax()
+    values = ((pixels - low) * (255 / (high - low).clamp(min=1e-12))).round().byte()
+    image = Image.fromarray(values.permute(1, 2, 0)[..., [0, -1, -1] if len(values) < 3 else [0, 1, 2]].cpu().numpy())
+    image.thumbnail((side, side))
+    return image

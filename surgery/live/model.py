@@ -38,7 +38,8 @@ class Live:
         """Where token ids go: to the embedding, or to the CPU where that is offloaded and accelerate moves them on."""
         if self.layers is not None:
             return self.layers.device
-        device = next(self.model.get_input_embeddings().parameters()).device
+        first = self.model.get_input_embeddings() if self.port.predicts else self.model
+        device = next(first.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
     @property

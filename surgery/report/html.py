@@ -17,7 +17,7 @@ from ..checkpoint.results import write_result
 from ..errors import OutputError, SourceError
 from ..table import Table
 from ..words import count_of, visible_name
-from . import maps, plots, provenance, tables
+from . import maps, plots, provenance, tables, tokens
 from .beside import beside
 from .style import DARK, LIGHT, drawing, inline_svg, write_figure
 from .summary import names_of, samples, summary
@@ -38,21 +38,21 @@ class Section:
 SECTIONS = (
     Section(
         "landscape", "Activation landscape",
-        "|activation| of the first tokens of the text, in the layer where it peaks. Colour is logarithmic; the bars "
+        "|activation| of the first tokens, in the layer where it peaks. Colour is logarithmic; the bars "
         "show the same on a linear scale. Some dimensions are left out, the loudest never.",
         maps.landscape,
     ),
     Section(
         "norm_maps", "Norms over the image",
-        "How long each patch is, where it lies in the image: light is 0, dark the longest of the layer. Patches that "
-        "stand out hold what concerns the whole image, and not what can be seen there.",
-        maps.norm_maps,
+        "How long each patch is, where it lies in the image: light is 0, dark the longest of the layer. Patches "
+        "that stand out may hold what concerns the whole image, and not what can be seen there.",
+        tokens.norm_maps,
     ),
     Section(
         "kinds", "CLS, registers, patches",
         "What the tokens of an image are in each layer, and where patches look. A high norm is three times that of the "
         "median patch of the same image.",
-        plots.kinds,
+        tokens.kinds,
     ),
     Section(
         "depth", "Norm, entropy and sinks by depth",
@@ -256,7 +256,8 @@ def _sections(surveys: Sequence[dict], names: Sequence[str]) -> Iterator[dict]:
                 card.figures.append(("", Markup(svg)))
             if section.key == "interventions":
                 card.table = tables.interventions(survey)
-        yield from _shown(section.key, section.title, section.text, cards, "table" if _tabled(cards) else "figure")
+        kind = "table" if _tabled(cards) else "wide" if section.key == "norm_maps" else "figure"
+        yield from _shown(section.key, section.title, section.text, cards, kind)
     cards = [Card(name) for name in names]
     for at, (card, survey) in enumerate(zip(cards, surveys, strict=True)):
         for stem, title, drawn in maps.attention_maps(survey):

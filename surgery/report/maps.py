@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..words import finite, number, visible
@@ -154,34 +151,3 @@ def _sparse_labels(axis, labels: Sequence, importance: np.ndarray, pitch: float,
             taken.append(at)
     taken.sort()
     axis.set_ticks(taken, [str(labels[at]) for at in taken])
-
-
-def norm_maps(survey: dict, surveys: Sequence[dict]) -> Figure | None:
-    """Images, and the norms of their patches in a few layers, each layer on a scale of its own from 0."""
-    shown = survey.get("norm_maps")
-    if not shown or not shown.get("images"):
-        return None
-    images, layers = shown["images"], shown["layers"]
-    drawn = figure(40 + 105 * len(images), 40 + 105 * (1 + len(layers)))
-    panels = drawn.subplots(len(images), 1 + len(layers), squeeze=False)
-    tops = [max(np.max(image["norms"][at]) for image in images) for at in range(len(layers))]
-    for row, image in zip(panels, images, strict=True):
-        picture = _picture(image["png"])
-        row[0].imshow(picture, interpolation="none")
-        row[0].set_xticks([])
-        row[0].set_yticks([])
-        row[0].grid(False)
-        row[0].set_ylabel(visible(image["name"], LABEL))
-        for axes, norms, top in zip(row[1:], image["norms"], tops, strict=True):
-            heat(axes, np.array(norms, float) / (top or 1))
-            axes.set_aspect("equal")
-            axes.set_xticks([])
-            axes.set_yticks([])
-    for axes, layer, top in zip(panels[0][1:], layers, tops, strict=True):
-        axes.set_title(f"layer {layer}\n0 to {number(top, 3)}")
-    return drawn
-
-
-def _picture(png: str) -> np.ndarray:
-    """A PNG in base64 as (H, W, 3), 0..1."""
-    return imread(io.BytesIO(base64.b64decode(png)), format="png")[..., :3]

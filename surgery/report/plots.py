@@ -128,32 +128,6 @@ def selection(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     return _stack(survey, surveys, panels, unit={"attended_share", "separability"})
 
 
-def kinds(survey: dict, surveys: Sequence[dict]) -> Figure | None:
-    """Norms of an image's tokens by kind, the share of patches of high norm, and where patches look, by layer."""
-    if not present(values(survey, "patch_norm")):
-        return None
-    drawn = figure(390)
-    norms, high, looks = drawn.subplots(3, sharex=True)
-    for key, colour, name, style in (
-        ("patch_norm", "blue", "patches", "-"), ("patch_norm_max", "blue", "longest patch", ":"),
-        ("cls_norm", "orange", "CLS", "-"), ("register_norm", "green", "registers", "-"),
-    ):  # fmt: skip
-        draw_line(norms, survey, values(survey, key), colour, name, linestyle=style)
-    log_axis(norms, surveys, ("patch_norm", "patch_norm_max", "cls_norm", "register_norm"))
-    norms.set_title("Norm")
-    draw_line(high, survey, values(survey, "high_norm"), "pink", "patches of high norm")
-    share_axis(high)
-    high.set_title("Share of patches at least three times as long as the median patch")
-    for key, colour in (("to_cls", "orange"), ("to_registers", "green"), ("to_high", "pink")):
-        draw_line(looks, survey, values(survey, key), colour)
-    share_axis(looks)
-    looks.set_title("Attention of patches to CLS, to registers, to patches of high norm")
-    depth_axis(looks, survey)
-    pairs = [pair for axes in (norms, high) for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    legend(drawn, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
-    return drawn
-
-
 def states(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     """What layers that hand on a state give, and how much of that is due to what leads the text, by layer."""
     panels = [

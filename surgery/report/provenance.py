@@ -21,7 +21,10 @@ def table(told: Mapping[str, Any] | None) -> Table | None:
     rows = [
         ("source", _source(told.get("source") or {})),
         *_hashes(told.get("source") or {}),
-        *_texts("evaluation text", texts.get("evaluation") or []),
+        *_texts(
+            "image" if not cuts.get("evaluation") and not told.get("recipe") else "evaluation text",
+            texts.get("evaluation") or [],
+        ),
         *_texts("calibration text", texts.get("calibration") or []),
         ("read", _read(cuts, bool(texts.get("split")))),
         ("computed", f"in {_plain(told.get('dtype'))} on {_plain(told.get('device'))}"),

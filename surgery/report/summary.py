@@ -102,18 +102,23 @@ def _model(survey: dict, name: str, told: bool) -> str:
     also = f", {count_of(slots, 'explicit bias slot')} at each attention site" if slots else ""
     text = f"{name}: {kind}{also}" + (f", heads normed at {count_of(normed, 'site')}." if normed else ".")
     if images := survey.get("images"):
-        rows, columns = images["grid"]
-        extra = f"{count_of(images['special'], 'token')} and " if images["special"] else ""
-        first = ", the first of which is CLS" if images["special"] else ""
         text += (
-            f" It was shown {count_of(survey.get('chunks') or 0, 'image')}, each of which becomes {extra}{rows} × "
-            f"{columns} patches{first}."
+            f" It was shown {count_of(survey.get('chunks') or 0, 'image')}, each of which becomes {tokens_of(images)}."
         )
     ppl = (survey.get("perplexity") or {}).get("ppl")
     if survey.get("chunks") and ppl is not None and not told:
         of = f" of {survey['chunk_length']:,} tokens" if survey.get("chunk_length") else ""
         text += f" Its perplexity on {count_of(survey['chunks'], 'chunk')}{of} is {score(ppl)}."
     return text
+
+
+def tokens_of(images: dict) -> str:
+    """What tokens an image becomes, in words."""
+    (rows, columns), special, registers = images["grid"], images["special"], images["registers"]
+    named = ["CLS"] if special else []
+    named += [count_of(registers, "register")] if registers else []
+    named += [count_of(special - registers - 1, "other token")] if special > registers + 1 else []
+    return listing([*named, f"{rows} × {columns} patches"])
 
 
 def _massive(survey: dict, told: bool) -> str | None:
@@ -154,7 +159,8 @@ def _sinks(survey: dict) -> str | None:
     rate = best(survey, "sink_rate")
     if rate is None:
         return None
-    to = "the first token or a slot" if survey.get("n_slots") else "the first token"
+    first = "CLS" if survey.get("images") else "the first token"
+    to = f"{first} or a slot" if survey.get("n_slots") else first
     if rate[1] == 0:
         return f"No head is an attention sink: none gives {to} 30% of its attention on average."
     return (
@@ -204,7 +210,8 @@ def _geometry(survey: dict) -> str | None:
     if finite(share):
         text += f", with {percent(share)} of the energy in one direction"
     looked, of = max((row.get("spectra") or 0 for row in survey["layers"]), default=0), survey.get("chunks") or 0
-    return f"{text} (spectra of {looked} of {of} sequences)." if 0 < looked < of else f"{text}."
+    read = "images" if survey.get("images") else "sequences"
+    return f"{text} (spectra of {looked} of {of} {read})." if 0 < looked < of else f"{text}."
 
 
 def _phases(survey: dict) -> str | None:

@@ -29,6 +29,8 @@ from .states import States
 
 Names = Callable[[Sequence[int]], list[str]]  # what tokens are called
 
+# What is asked of the first token alone, which in an encoder is CLS.
+OF_FIRST = ("sink_score", "slot_score", "sink_rate", "dominance", "value_variance_first", "p1_bound", "entropy_bound")
 SHARE = 1 / 16  # of a pass that spectra may take, and as much the lens
 SPECTRUM = 31  # one of rank r takes as long as so many times r^3 operations of the pass (CPU, r = 512 and 576)
 
@@ -74,6 +76,8 @@ class FullSurvey:
         """
         names = functools.partial(self._port.names, tokenizer)
         layers = _merged(self._per_layer, names)
+        if isinstance(self._port, Images) and not self._port.special:  # the first token is a patch like others
+            layers = [{key: value for key, value in row.items() if key not in OF_FIRST} for row in layers]
         return {
             **self._about,
             **self._read(),

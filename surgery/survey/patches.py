@@ -19,7 +19,7 @@ from PIL import Image
 from ..anatomy.calls import Call
 from ..live.port import Batch, Images
 from ..live.stream import Observer
-from .softmax import Softmax
+from .softmax import BLOCK, Softmax
 
 HIGH = 3.0  # times the median norm of an image's patches, from which on one of them is an outlier
 SHOWN = 4  # images whose norms are shown, place by place
@@ -46,7 +46,8 @@ class Kinds(Observer):
         norms = states.float().norm(dim=-1)  # (B, T)
         patches = norms[:, port.special :]
         middle = patches.median(dim=1, keepdim=True).values
-        self.high[batch] = patches >= HIGH * middle
+        high = (patches >= HIGH * middle) & (middle > 0)
+        self.high[batch] = high
         ends = {"cls": (0, min(1, port.special)), "register": (1, 1 + port.registers)}
         ends["special"] = (max(1 + port.registers, 1), port.special)
         for kind, (start, stop) in ends.items():
@@ -54,21 +55,21 @@ class Kinds(Observer):
                 found[f"{kind}_norm"] += norms[:, start:stop].mean(dim=1).tolist()
         found["patch_norm"] += patches.mean(dim=1).tolist()
         found["patch_norm_max"] += patches.amax(dim=1).tolist()
-        found["high_norm"] += self.high[batch].float().mean(dim=1).tolist()
+        found["high_norm"] += high.float().mean(dim=1).tolist()
 
     def attention(self, block: int, call: Call, batch: Batch) -> None:
-        port, found = self.port, self.sums[block + 1]
-        softmax, high = Softmax(call), self.high[batch]
+        port, found, every = self.port, self.sums[block + 1], self.high.pop(batch)
         patches = torch.arange(port.special, port.tokens)
-        for image in range(len(high)):
-            one = Softmax(_of(call, image)) if len(high) > 1 else softmax
-            weights = one.weights(patches)[0][0].mean(dim=(0, 1))  # (T,), what patches give to each place
+        for image, high in enumerate(every):
+            softmax = Softmax(_of(call, image))
+            given = [softmax.weights(part)[0][0].mean(dim=0).sum(dim=0) for part in patches.split(BLOCK)]
+            weights = torch.stack(given).sum(dim=0) / len(patches)  # (T,), what patches give to each place
             if port.special:
                 found["to_cls"].append(weights[0].item())
             if port.registers:
                 found["to_registers"].append(weights[1 : 1 + port.registers].sum().item())
-            if high[image].any():
-                found["to_high"].append(weights[port.special : port.tokens][high[image]].sum().item())
+            if high.any():
+                found["to_high"].append(weights[port.special : port.tokens][high].sum().item())
 
     def rows(self) -> dict[int, dict]:
         """Layer -> the keys above."""

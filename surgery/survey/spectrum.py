@@ -93,8 +93,9 @@ class Spectrum(Observer):
             top = _largest(magnitude)
             if not torch.isfinite(top).all():
                 raise DamagedCheckpoint(
-                    f"layer {layer}: the residual stream is not finite on this text, so there is nothing to survey; "
-                    "check the weights (download them again), or load the model in float32 if it is in half precision."
+                    f"layer {layer}: the residual stream is not finite on what was read, so there is nothing to "
+                    "survey; check the weights (download them again), or load the model in float32 if it is in half "
+                    "precision."
                 )
             first = magnitude[0].double() if row.device.type != "mps" else magnitude[0].float()
             dominance = first.max() / first.mean().clamp_min(torch.finfo(first.dtype).tiny)

@@ -60,8 +60,8 @@ def scan(
     `command`: the words of the command line, for the survey's provenance.
     """
     if images := files(images):
-        if text or memory is not None:
-            asked = "text" if text else "memory"
+        others = {"text": bool(text), "memory": memory is not None, "dtype": dtype is not None}
+        if asked := next((name for name, given in others.items() if given), None):
             raise SourceError(f"--images surveys an encoder, for which there is no --{asked}; take one of them away.")
         return scan_images(source, images, revision, device, chunking.count, interventions, heads, command, reporter)
     if not (text := files(text)):

@@ -11,7 +11,7 @@ from ..checkpoint.disk import require_space
 from ..checkpoint.provenance import TextFiles, described, moment
 from ..checkpoint.source import open_source
 from ..errors import SourceError
-from ..live.images import image_files, load_encoder, load_processor, port_of, read_pixels, thumbnails
+from ..live.images import image_files, load_encoder, load_processor, picture_of, port_of, read_pixels
 from ..live.loading import require_device
 from ..live.stream import stream
 from ..progress import Reporter
@@ -20,6 +20,7 @@ from ..steps.act import provenance, told
 from ..steps.fetch import fetch_weights
 from ..survey.fidelity import passes_on_images, run_on_images
 from ..survey.full import FullSurvey
+from ..survey.patches import SHOWN
 
 SIDE = 96  # pixels of a picture in the report
 
@@ -45,12 +46,12 @@ def scan_images(
     pixels = read_pixels(processor, files, encoder)
     require_space(opened.root, sum(opened.missing.values()))
     port = port_of(encoder, pixels)
-    live = load_encoder(fetch_weights(opened, reporter), encoder, port, device)
+    live = load_encoder(fetch_weights(opened, reporter), encoder, port, pixels, device)
     found = FullSurvey(live, port.tokens, heads)
     with reporter.bar("scan", len(pixels)) as advance:
         stream(live, pixels, found.observers, advance=advance, what="survey")
     assert found.norms is not None
-    shown = found.norms.to_dict([path.name for path in files], list(thumbnails(files[:4], SIDE)))
+    shown = found.norms.to_dict([path.name for path in files], [picture_of(image, SIDE) for image in pixels[:SHOWN]])
     act = provenance(
         date, command=command, device=device, files=TextFiles(evaluation=described(files)), hub_ids=[opened.name]
     )

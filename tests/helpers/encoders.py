@@ -30,7 +30,7 @@ ENCODERS: dict[str, tuple[dict[str, Any], int, int]] = {
     "vit": (_TINY, 1, 0),
     "vit_msn": (_TINY, 1, 0),
     "deit": (_TINY, 2, 0),
-    "beit": (_TINY, 1, 0),
+    "beit": ({**_TINY, "use_relative_position_bias": True}, 1, 0),  # whose places are cached by the size of images
     "ijepa": (_TINY, 0, 0),
     "dpt": (_TINY, 1, 0),
     "clip_vision_model": (_TINY, 1, 0),
@@ -46,19 +46,27 @@ ENCODERS: dict[str, tuple[dict[str, Any], int, int]] = {
         1, 0,
     ),
 }  # fmt: skip
+# Those whose tokens stand in another way, which shows once they are run: what is said of them.
+ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
+    "yolos": (
+        {**_TINY, "image_size": [SIDE, SIDE], "num_detection_tokens": 5},
+        "its tokens do not stand as its patches",
+    ),
+    "pixtral": (_TINY, "two images of 4 x 4 patches become (1, 32, 32)"),
+}
 # Those that are refused, and what of the reason is said.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "vit_mae": (_TINY, "is not 4 x 4 tokens in all of its layers"),
     "siglip2_vision_model": (_TINY, "missing 2 required positional arguments"),
-    "data2vec-vision": (_TINY, "does not go through transformers' AttentionInterface"),
-    "llama": (_TEXT, "no part of it reads images alone; if it is a language model, give --text"),
+    "data2vec-vision": (_TINY, "AttentionInterface, where it could be seen"),
+    "llama": (_TEXT, "no part of it reads images alone; give --text to survey a language model"),
     "videomae": (_TINY, "its structure could not be read without weights"),
 }
 
 
 def config_of(kind: str) -> dict[str, Any]:
     """What config.json of a tiny one says."""
-    settings = ENCODERS[kind][0] if kind in ENCODERS else REFUSED[kind][0]
+    settings = next(known[kind][0] for known in (ENCODERS, ELSEWHERE, REFUSED) if kind in known)
     return {"model_type": kind, **copy.deepcopy(settings)}
 
 

@@ -405,13 +405,19 @@ def test_any_family_is_trained_in_all_variants(model: dict, text: Path, tmp_path
         ({"family": "mamba"}, ["no layer attends"]),
         ({"family": "bert"}, ["pretrain.model: bert: "]),
         ({"family": "lfm2", "config": {"layer_types": 3}}, ["transformers does not accept it as 'lfm2'"]),
-        ({"family": "llama", "config": {"layer_typez": []}}, ["'layer_typez' is nothing that transformers knows of"]),
+        (
+            {"family": "llama", "config": {"layer_typez": []}},
+            ["'layer_typez' is not in the config that transformers makes of a llama"],
+        ),
         ({"family": "llama", "config": {"vocab_size": 10}}, ["'vocab_size' is not for a recipe to say"]),
         ({"family": "llama", "config": {"eab": {}}}, ["'eab' is not for a recipe to say"]),
         ({"family": "llama", "config": {"num_key_value_heads": 3}}, ["3 key/value heads do not divide 4"]),
         ({"family": "llama", "config": {"num_hidden_layers": 3}}, ["its num_hidden_layers is 3 and not 4"]),
         ({"family": "gpt2", "config": {"n_embd": 64}}, ["its hidden_size is 64 and not 128"]),
         ({"family": "dbrx"}, ["pretrain.model: dbrx: "]),
+        ({"family": "gpt2", "config": {"n_positions": 4}}, ["its max_position_embeddings is 4, and texts"]),
+        ({"family": "gpt2", "config": {"attn_pdrop": 0.5}}, ["'attn_pdrop' is not for a recipe to say"]),
+        ({"family": "llama", "config": {"num_attention_heads": 8}}, ["its num_attention_heads is 8 and not 4"]),
     ],
 )
 def test_a_family_that_cannot_be_trained(model: dict, fragments: list[str], text: Path, tmp_path: Path) -> None:

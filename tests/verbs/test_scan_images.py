@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers.encoders import (
     BLOCKS,
+    ELSEWHERE,
     ENCODERS,
     GRID,
     SIDE,
@@ -76,7 +78,7 @@ def test_what_the_screen_and_the_report_show(ground: Path, tmp_path: Path) -> No
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert {"norm_maps", "kinds", "depth", "sinks"} <= {*page.sections} and "lens" not in page.sections
     assert "Cosine of features with those of the untouched encoder" in page.text
-    assert "4 images, each of which becomes 1 token and 4 × 4 patches" in page.text
+    assert "4 images, each of which becomes CLS and 4 × 4 patches" in page.text
     assert (tmp_path / "plots" / "norm_maps.png").stat().st_size > 5000
     assert json.loads((tmp_path / "s.json").read_text())["images"]["special"] == 1
 
@@ -96,6 +98,7 @@ def test_a_checkpoint_of_a_classifier_has_an_encoder_too(ground: Path, tmp_path:
 def test_images_are_taken_in_their_order(ground: Path, tmp_path: Path) -> None:
     folder = save_pictures(tmp_path / "more", 3)
     (folder / "notes.txt").write_text("no image")
+    (folder / "._0.png").write_text("what some systems leave beside files")
     files = image_files([folder, ground / "pictures" / "0.png"], 4)
     assert [path.name for path in files] == ["0.png", "1.png", "2.png", "0.png"]
     with pytest.raises(SourceError, match=r"more, .*: 3 images, and 9 are to be read|: 4 images, and 9"):
@@ -109,8 +112,13 @@ def test_every_mode_becomes_colour(mode: str, tmp_path: Path) -> None:
     plain = picture(3)
     if mode in ("I;16", "I", "F"):
         grey = np.asarray(plain.convert("L"), dtype=np.float64)
+        if mode != "I;16":  # of no known range: it is stretched
+            grey = (grey - grey.min()) * 255 / (grey.max() - grey.min())
         kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-        image, wanted = Image.fromarray((grey * 257).astype(kind)), plain.convert("L").convert("RGB")
+        image, wanted = (
+            Image.fromarray((grey * 257).astype(kind)),
+            Image.fromarray(grey.astype(np.uint8)).convert("RGB"),
+        )
     else:
         image = plain.convert(mode)
         wanted = image.convert("RGB")
@@ -161,10 +169,45 @@ def test_a_file_that_is_no_image_is_named(what: str, ground: Path, tmp_path: Pat
 # ---- checkpoints
 
 
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_tokens_that_stand_elsewhere_are_noticed(kind: str, ground: Path, tmp_path: Path) -> None:
+    source = save_encoder(tmp_path / kind, kind)
+    with pytest.raises(UnsupportedModel) as caught:
+        surgery.scan(source, images=ground / "pictures", chunking=FEW)
+    assert ELSEWHERE[kind][1] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [SIDE * 2, 6])
+def test_images_of_a_size_that_the_encoder_does_not_take(size: int, ground: Path, tmp_path: Path) -> None:
+    source = save_encoder(tmp_path / "vit", "vit")
+    edit_json(source / "preprocessor_config.json", size={"height": size, "width": size})
+    with pytest.raises(UnsupportedModel, match=f"does not take images of {size} x {size}.*says {SIDE} x {SIDE}"):
+        surgery.scan(source, images=ground / "pictures", chunking=FEW)
+
+
+def test_another_size_is_another_grid(ground: Path, tmp_path: Path) -> None:
+    source = save_encoder(tmp_path / "dinov2", "dinov2")  # which makes places for any size
+    edit_json(source / "preprocessor_config.json", size={"height": SIDE, "width": 2 * SIDE})
+    found = surgery.scan(source, images=ground / "pictures", chunking=FEW)
+    assert found["images"]["grid"] == [GRID, 2 * GRID]
+    shown = found["norm_maps"]["images"][0]
+    assert np.shape(shown["norms"][0]) == (GRID, 2 * GRID)
+    with Image.open(io.BytesIO(base64.b64decode(shown["png"]))) as picture_:
+        assert picture_.size == (64, 32)
+
+
+def test_what_newer_versions_write_beside_weights_will_do(ground: Path, tmp_path: Path) -> None:
+    shutil.copytree(ground / "dinov2", tmp_path / "new")
+    settings = json.loads((tmp_path / "new" / "preprocessor_config.json").read_text())
+    (tmp_path / "new" / "preprocessor_config.json").unlink()
+    (tmp_path / "new" / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert surgery.scan(tmp_path / "new", images=ground / "pictures", chunking=FEW)["images"]["special"] == 1
+
+
 def test_a_language_model_reads_text_and_an_encoder_images(ground: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "llama")
     with pytest.raises(
-        UnsupportedModel, match="no part of it reads images alone; if it is a language model, give --text"
+        UnsupportedModel, match="no part of it reads images alone; give --text to survey a language model"
     ):
         surgery.scan(tmp_path / "llama", images=ground / "pictures", chunking=FEW)
     text = tmp_path / "text.txt"
@@ -172,7 +215,7 @@ def test_a_language_model_reads_text_and_an_encoder_images(ground: Path, tmp_pat
     with pytest.raises(SurgeryError, match="give --images to scan") as caught:
         surgery.scan(ground / "dinov2", text=text)
     assert "\n" not in str(caught.value)
-    for other in ({"text": text}, {"memory": 10**9}):
+    for other in ({"text": text}, {"memory": 10**9}, {"dtype": "bfloat16"}):
         with pytest.raises(SourceError, match="--images surveys an encoder, for which there is no --"):
             surgery.scan(ground / "dinov2", images=ground / "pictures", **other)
 

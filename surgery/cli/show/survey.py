@@ -49,9 +49,9 @@ def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
 def _kinds(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What the tokens of an image are in each layer: norms by kind, and where patches look."""
     columns: list[tuple[str, str, Callable[[float | None], str]]] = [
-        ("|CLS|", "cls_norm", _norm), ("|register|", "register_norm", _norm), ("|patch|", "patch_norm", _norm),
-        ("longest", "patch_norm_max", _norm), ("high norm", "high_norm", _percent), ("to CLS", "to_cls", _share),
-        ("to registers", "to_registers", _share), ("to high", "to_high", _share),
+        ("|CLS|", "cls_norm", _norm), ("|register|", "register_norm", _norm), ("|special|", "special_norm", _norm),
+        ("|patch|", "patch_norm", _norm), ("longest", "patch_norm_max", _norm), ("high norm", "high_norm", _percent),
+        ("to CLS", "to_cls", _share), ("to registers", "to_registers", _share), ("to high", "to_high", _share),
     ]  # fmt: skip
     kept = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     shown = new_table("Tokens", "layer", *(name for name, _, _ in kept))

@@ -35,6 +35,7 @@ RESERVED = frozenset({
     "quantization_config", "attn_implementation", "_attn_implementation", "transformers_version", "_name_or_path",
     "bos_token_id", "eos_token_id", "pad_token_id",
 })  # fmt: skip
+DROPOUTS = ("dropout", "pdrop", "dropout_prob")
 MLPS = ("intermediate_size", "ffn_dim", "d_ff", "dff", "ffn_hidden_size")  # as families call the width of their MLPs
 
 
@@ -67,7 +68,7 @@ def base_config(settings: Pretrain, vocab_size: int) -> PreTrainedConfig:
     try:
         known = {**kind().to_dict(), **dict.fromkeys(kind.attribute_map.values())}.keys() - RESERVED
         own = {kind.attribute_map.get(key, key): value for key, value in size.config.items()}
-        if unknown := sorted(own.keys() - known):
+        if unknown := sorted(key for key in own if key not in known or key.endswith(DROPOUTS)):
             raise SourceError(
                 f"pretrain.model.config: {unknown[0]!r} is {_why_not(unknown[0])} a {size.family}; leave it out"
             )
@@ -76,7 +77,7 @@ def base_config(settings: Pretrain, vocab_size: int) -> PreTrainedConfig:
             "num_key_value_heads": size.heads, "head_dim": size.width // size.heads,
             "max_position_embeddings": settings.length + max(settings.slots, 1),
             **dict.fromkeys(MLPS, 4 * size.width),
-            **{key: 0.0 for key in known if key.endswith(("dropout", "pdrop", "dropout_prob"))},
+            **{key: 0.0 for key in known if key.endswith(DROPOUTS)},
         }  # fmt: skip
         renamed = {kind.attribute_map.get(key, key): value for key, value in wanted.items()}
         given = {key: value for key, value in renamed.items() if key in known}
@@ -93,7 +94,9 @@ def base_config(settings: Pretrain, vocab_size: int) -> PreTrainedConfig:
 
 
 def _why_not(key: str) -> str:
-    return "not for a recipe to say of" if key in RESERVED else "nothing that transformers knows of"
+    if key in RESERVED or key.endswith(DROPOUTS):
+        return "not for a recipe to say of"
+    return "not in the config that transformers makes of"
 
 
 def _require_size(config: PreTrainedConfig, settings: Pretrain, vocab_size: int) -> None:
@@ -101,9 +104,15 @@ def _require_size(config: PreTrainedConfig, settings: Pretrain, vocab_size: int)
     size, text = settings.model, config.get_text_config()
     if text is not config:
         raise SourceError(f"it is a multimodal model; name the language model inside, {text.model_type}")
+    room, needed = getattr(config, "max_position_embeddings", None), settings.length + max(settings.slots, 1)
+    if isinstance(room, int) and room < needed:
+        raise SourceError(f"its max_position_embeddings is {room}, and texts with what leads them take {needed}")
     if size.heads % (groups := getattr(config, "num_key_value_heads", None) or size.heads):
         raise SourceError(f"its {groups} key/value heads do not divide {size.heads} heads")
-    asked = {"hidden_size": size.width, "num_hidden_layers": size.blocks, "vocab_size": vocab_size}
+    asked = {
+        "hidden_size": size.width, "num_hidden_layers": size.blocks, "num_attention_heads": size.heads,
+        "vocab_size": vocab_size,
+    }  # fmt: skip
     for key, value in asked.items():
         if getattr(config, key, value) != value:
             raise SourceError(f"its {key} is {getattr(config, key)} and not {value}, so its size cannot be chosen here")
