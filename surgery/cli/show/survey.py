@@ -104,9 +104,7 @@ def _findings(survey: Mapping[str, Any]) -> list[str]:
         lines.append(_tokens(images))
         if spans := (across["auto"] or {}).get("spans"):
             layers = ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in spans)
-            lines.append(
-                f"By the scale-free criterion (ten times an ordinary token's largest entry): in layers {layers}"
-            )
+            lines.append(f"Massive by the scale-free criterion (ten times an ordinary token's peak): layer {layers}")
     if total["count"]:
         tokens = " ".join(repr(token) for token in across["tokens"][:4])
         end = "last to the end" if across["died"] is None else f"gone from layer {across['died']} on"
