@@ -30,7 +30,8 @@ def held(*models: nn.Module) -> int:
 def alive() -> int:
     """Bytes of all tensors of two dimensions that there are, each storage once."""
     gc.collect()
-    tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and not one.is_meta and one.ndim == 2]
+    plain = (one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter))  # others may hold no memory
+    tensors = [one for one in plain if not one.is_meta and one.ndim == 2]
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
