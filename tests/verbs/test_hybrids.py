@@ -64,6 +64,7 @@ def test_a_run_is_exact_and_verify_computes_it_again(hybrid: Hybrid) -> None:
     assert again["passed"] and "tensors again" in {check["name"] for check in again["integrity"]["checks"]}
 
 
+@pytest.mark.slow
 def test_layer_by_layer_it_is_the_same_to_the_bit(hybrid: Hybrid, tmp_path: Path) -> None:
     recipe = {"surgery": 1, "operations": [FOLD]}
     least = surgery.plan(recipe, hybrid.source).memory()["least"]
@@ -101,6 +102,7 @@ def test_a_scan_says_what_states_remember(hybrid: Hybrid) -> None:
     assert json.dumps(whole) == json.dumps(layers)
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_a_survey_is_taken_up(hybrid: Hybrid, tmp_path: Path) -> None:
     recipe = {"surgery": 1, "operations": [FOLD], "verify": {"perplexity": {"max_ratio": 9.0}}}
     given = {"text": hybrid.text, "chunking": CHUNKS, "surveys": True, "resume": tmp_path / "steps"}

@@ -73,7 +73,11 @@ def found(result) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "recipe"),
-    [("llama", SEARCHED), ("mixtral", OF_EXPERTS), pytest.param("gpt2", GIVEN, marks=pytest.mark.slow)],
+    [
+        ("llama", SEARCHED),
+        pytest.param("mixtral", OF_EXPERTS, marks=pytest.mark.slow),
+        pytest.param("gpt2", GIVEN, marks=pytest.mark.slow),
+    ],
 )
 def test_all_that_is_found_and_written_is_the_same(kind, recipe, texts, tmp_path):
     root = source(tmp_path / "source", kind, texts[0])
@@ -131,7 +135,9 @@ def test_what_cannot_be_is_said_before_weights_are_read(texts, tmp_path, monkeyp
     assert not list(tmp_path.glob("*out*"))
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", ["llama", pytest.param("mixtral", marks=pytest.mark.slow), pytest.param("gpt2", marks=pytest.mark.slow)]
+)
 def test_channels_are_smoothed_alike(kind, texts, tmp_path):
     """Pairs are found and proved a block at a time, and what is scaled is made when it is written."""
     root, given = source(tmp_path / "source", kind, texts[0]), {"calibration": texts[0], "chunking": CHUNKS}
@@ -146,7 +152,9 @@ def test_channels_are_smoothed_alike(kind, texts, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    {"scheme": "w8a8_static", "per_token": ["down_proj"]}, {"scheme": "w4a16", "group": 16}, {"scheme": "fp8_dynamic"},
+    {"scheme": "w8a8_static", "per_token": ["down_proj"]},
+    pytest.param({"scheme": "w4a16", "group": 16}, marks=pytest.mark.slow),
+    pytest.param({"scheme": "fp8_dynamic"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_layers_are_written_in_few_bits_and_read_again_alike(settings, texts, tmp_path):
     """Scales come from a pass by layers, weights one at a time from their files; each is unpacked when it comes."""
@@ -166,7 +174,9 @@ def test_layers_are_written_in_few_bits_and_read_again_alike(settings, texts, tm
         assert ours == theirs
 
 
-@pytest.mark.parametrize("form", COMPRESSED)
+@pytest.mark.parametrize(
+    "form", [form if form == "w8a8 static" else pytest.param(form, marks=pytest.mark.slow) for form in COMPRESSED]
+)
 def test_a_quantised_source_comes_layer_by_layer(form, texts, tmp_path):
     root, results = save_packed(tmp_path / "source", form), []
     save_tokenizer(root, texts[0])

@@ -114,7 +114,7 @@ def test_a_run_that_is_cut_off_goes_on(step, memory, ground, tmp_path, monkeypat
         ("recipe", {"recipe": {**RECIPE, "operations": [{"attention_bias": {"prefix": [1, 5]}}]}}),
         pytest.param("evaluation text", {"chunking": surgery.Chunking(6, 32)}, marks=pytest.mark.slow),
         pytest.param("options", {"surveys": False}, marks=pytest.mark.slow),
-        ("source", {}),
+        pytest.param("source", {}, marks=pytest.mark.slow),
     ],
 )
 def test_steps_of_another_run_are_not_taken_up(what, changed, ground, tmp_path):
@@ -173,6 +173,7 @@ def test_two_runs_cannot_share_a_directory(ground, tmp_path):
     run(ground, tmp_path / "out", tmp_path / "steps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_what_cannot_be_kept_is_said_and_the_run_goes_on(number, ground, tmp_path, monkeypatch):
     steps, out, save = tmp_path / "steps", tmp_path / "out", torch.save
@@ -203,6 +204,7 @@ def test_a_directory_with_other_things_is_left_alone(ground, tmp_path):
         run(ground, tmp_path / "out", tmp_path / "all")
 
 
+@pytest.mark.slow
 def test_a_pipe_in_the_place_of_a_step_does_not_hang(ground, tmp_path):
     steps = tmp_path / "steps"
     run(ground, tmp_path / "first", steps)

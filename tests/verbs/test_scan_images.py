@@ -157,7 +157,7 @@ def damaged(what: str, path: Path) -> None:
         Image.new("1", (60000, 60000)).save(path, "png")
 
 
-@pytest.mark.parametrize("what", ["cut off", "text", "empty", "bomb"])
+@pytest.mark.parametrize("what", ["cut off", "text", "empty", pytest.param("bomb", marks=pytest.mark.slow)])
 def test_a_file_that_is_no_image_is_named(what: str, ground: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     damaged(what, bad)
