@@ -122,6 +122,15 @@ def asked(judgement: Mapping[str, Any]) -> str:
     return f"{'at least' if judgement.get('minimum') else 'at most'} {number(judgement['limit'], 6)}"
 
 
+def tokens_of(images: Mapping[str, Any], times: str = "×") -> str:
+    """`images` of a survey: what tokens an image becomes."""
+    (rows, columns), special, registers = images["grid"], images["special"], images["registers"]
+    named = ["CLS"] if special else []
+    named += [count_of(registers, "register")] if registers else []
+    named += [count_of(special - registers - 1, "special token")] if special > registers + 1 else []
+    return listing([*named, f"{rows} {times} {columns} patches"])
+
+
 def percent(share: float | None) -> str:
     """0.993 -> 99.3%; what is not all is never rounded to 100%."""
     if share is None or not math.isfinite(share):

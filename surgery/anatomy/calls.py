@@ -41,6 +41,18 @@ class Call:
         said = self.arguments.get("is_causal")
         return bool(getattr(self.module, "is_causal", True) if said is None else said)
 
+    def of_row(self, row: int) -> Call:
+        """The call of one sequence alone."""
+
+        def one(tensor: torch.Tensor | None) -> torch.Tensor | None:  # some are the same for all sequences
+            return tensor if tensor is None or len(tensor) == 1 else tensor[row : row + 1]
+
+        arguments = {**self.arguments}
+        if "logit_bias" in arguments:
+            arguments["logit_bias"] = one(arguments["logit_bias"])
+        part = slice(row, row + 1)
+        return Call(self.module, self.query[part], self.key[part], self.value[part], one(self.mask), arguments)
+
     @property
     def scale(self) -> float:
         scaling = self.arguments.get("scaling")

@@ -8,6 +8,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 # Of these some build only the text model inside a multimodal one; then comes the other, which builds all of it.
+ANY = "AutoModel"
 CAUSAL, MULTIMODAL = "AutoModelForCausalLM", "AutoModelForMultimodalLM"
 
 

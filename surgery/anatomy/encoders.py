@@ -7,22 +7,19 @@ that is called with pixels alone.
 from __future__ import annotations
 
 import collections
-import contextlib
 import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import SourceError, UnsupportedModel, brief
-from ..words import named
+from ..errors import UnsupportedModel, brief
 from .calls import Call
-from .classes import of_auto
-from .sites import Anatomy, Site, blocks_of
+from .classes import ANY, of_auto
+from .sites import Anatomy, blocks_of, read_as_config, sites_of
 from .structure import SEAM, on_meta
 
-AUTO = "AutoModel"
 REGISTERS = ("num_register_tokens", "num_registers")  # as families call how many of them there are
 OFF_THE_SEAM = "its attention does not go through transformers' AttentionInterface, where it could be seen"
 
@@ -50,19 +47,10 @@ class Encoder:
 
 def parse_encoder(config: dict) -> tuple[PreTrainedConfig, Any]:
     """The transformers config of a raw config.json, and the class that AutoModel loads for it."""
-    model_type: Any = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise UnsupportedModel(
-            f"config.json: model_type '{named(model_type)}' is not an architecture of the installed transformers; "
-            "upgrade transformers, or check the spelling"
-        )
-    try:
-        parsed = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(config))
-    except Exception as error:  # each config class validates in its own way, with its own errors
-        raise SourceError(f"config.json: transformers does not accept it as {model_type!r} ({brief(error)})") from error
-    kind = of_auto(AUTO, type(parsed))
+    parsed = read_as_config(config)
+    kind = of_auto(ANY, type(parsed))
     if kind is None:
-        raise UnsupportedModel(f"config.json: model_type {model_type!r} is no model that {AUTO} loads")
+        raise UnsupportedModel(f"config.json: model_type {parsed.model_type!r} is no model that {ANY} loads")
     return parsed, kind
 
 
@@ -125,8 +113,7 @@ def _calls(tower: PreTrainedModel, pixels: torch.Tensor) -> list[Call]:
     kind = tower.config.model_type
     calls: list[Call] = []
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(on_meta(tower, calls))
+        with on_meta(tower, calls):
             tower(pixel_values=pixels)
     except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
         if SEAM in str(error):
@@ -143,13 +130,7 @@ def _anatomy(config: PreTrainedConfig, kind: Any, tower: PreTrainedModel, calls:
         if count != 1:
             raise UnsupportedModel(f"{config.model_type}: {names[module]} attends {count} times in one forward pass")
     blocks, block_of = blocks_of(config.model_type, tower, [names[call.module] for call in calls], [])
-    sites = tuple(
-        Site(
-            name=names[call.module], block=block_of[names[call.module]], heads=call.query.shape[1],
-            kv_heads=call.key.shape[1], key_dim=call.key.shape[-1], value_dim=call.value.shape[-1],
-        )
-        for call in calls
-    )  # fmt: skip
+    sites = sites_of(calls, names, block_of)
     return Anatomy(
         model_type=config.model_type, model_class=kind, config_class=type(config), trunk="",
         trunk_class=type(tower).__name__, blocks=blocks, sites=sites, mixers=(), indexers=(), max_positions=None,

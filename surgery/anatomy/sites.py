@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from ..errors import SourceError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS
 from ..words import named
 from .calls import Call
-from .classes import causal_class, of_auto
+from .classes import ANY, causal_class, of_auto
 from .limits import max_length, max_positions
 from .mixers import Indexer, Mixer, described
 from .structure import MIXED_TOKENS, run_mixers, run_structure
@@ -98,8 +99,8 @@ class Anatomy:
         }
 
 
-def parse_config(config: dict) -> PreTrainedConfig:
-    """The transformers config object of a raw config.json; UnsupportedModel where it has no causal language model."""
+def read_as_config(config: dict) -> PreTrainedConfig:
+    """The transformers config object of a raw config.json, of whatever kind of model."""
     model_type: Any = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(
@@ -115,8 +116,15 @@ def parse_config(config: dict) -> PreTrainedConfig:
         parsed = kind.from_dict(kind._decode_special_floats(copy.deepcopy(config)))
     except Exception as error:  # each config class validates in its own way, with its own errors
         raise SourceError(f"config.json: transformers does not accept it as {model_type!r} ({brief(error)})") from error
+    return parsed
+
+
+def parse_config(config: dict) -> PreTrainedConfig:
+    """The same of a causal language model; UnsupportedModel where there is none."""
+    parsed = read_as_config(config)
+    model_type = config["model_type"]
     if causal_class(type(parsed)) is None:
-        reads = getattr(of_auto("AutoModel", type(parsed)), "main_input_name", None)
+        reads = getattr(of_auto(ANY, type(parsed)), "main_input_name", None)
         images = reads == "pixel_values" or hasattr(parsed, "vision_config")
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold"
@@ -200,13 +208,7 @@ def _describe(config: PreTrainedConfig, model: PreTrainedModel, calls: list[Call
         )
     within = {module: name for name, module in trunk.named_modules()}
     blocks, block_of = blocks_of(kind, trunk, [within[call.module] for call in calls], [mixer.name for mixer in mixers])
-    sites = tuple(
-        Site(
-            name=within[call.module], block=block_of[within[call.module]], heads=call.query.shape[1],
-            kv_heads=call.key.shape[1], key_dim=call.key.shape[-1], value_dim=call.value.shape[-1],
-        )
-        for call in calls
-    )  # fmt: skip
+    sites = sites_of(calls, within, block_of)
     vocab_size = getattr(config.get_text_config(), "vocab_size", None)
     return Anatomy(
         model_type=kind, model_class=type(model), config_class=type(config), trunk=trunk_name,
@@ -215,6 +217,19 @@ def _describe(config: PreTrainedConfig, model: PreTrainedModel, calls: list[Call
         max_positions=max_positions(config),
         max_length=max_length(config), vocab_size=vocab_size if isinstance(vocab_size, int) else None, config=config,
         blank=model,
+    )  # fmt: skip
+
+
+def sites_of(
+    calls: list[Call], names: Mapping[nn.Module, str], block_of: Mapping[str, int]
+) -> tuple[Site, ...]:  # fmt: skip
+    """The site of each call, by the `names` of modules and the block of each name."""
+    return tuple(
+        Site(
+            name=names[call.module], block=block_of[names[call.module]], heads=call.query.shape[1],
+            kv_heads=call.key.shape[1], key_dim=call.key.shape[-1], value_dim=call.value.shape[-1],
+        )
+        for call in calls
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -17,7 +16,7 @@ from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.regular import read_json
 from ..errors import DamagedCheckpoint, SourceError, brief
 from ..live.by_layers import ByLayers, loading_by
-from ..live.loading import require_fit, require_memory
+from ..live.loading import from_files, require_fit, require_memory
 from ..live.memory import HERE, Place
 from ..live.model import Live
 from .described import AGAIN
@@ -60,14 +59,10 @@ def load_converted(
     try:
         with quiet(), loading_by(by_layers, root) as finish:
             config = loadable(AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False))
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                root, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
-                local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+            model, report = from_files(AutoModelForCausalLM, root, config, dtype, device)
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
         require_memory(root, error)
         raise DamagedCheckpoint(f"{root} does not load ({brief(error)}); {AGAIN}.") from error
-    model, report = loaded
     require_fit(root, model, report)
     with quiet():
         return finish(model.eval(), config, dtype)

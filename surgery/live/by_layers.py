@@ -115,15 +115,15 @@ def units_of(model: PreTrainedModel, anatomy: Anatomy, layout: Layout, config: L
         tensors = tuple(tensor for tensor, found in stored.items() if found in ids)
         sizes = {id(tensor): tensor.nbytes for _, _, tensor in homes}
         stored_bytes = sum(layout.tensors[tensor].nbytes for tensor in tensors)
-        loaded = max(sum(sizes.values()), _plain(anatomy, gates, model.dtype))
+        loaded = max(sum(sizes.values()), size_of(map(anatomy.blank.get_submodule, gates), model.dtype))
         units.append(Unit(name or OUTSIDE, tuple(gates), tensors, homes, stored_bytes, loaded))
     return units
 
 
-def _plain(anatomy: Anatomy, gates: Iterable[str], dtype: torch.dtype) -> int:
-    """Bytes of what is behind `gates` where nothing is packed."""
-    tensors = {id(p): p.numel() for gate in gates for p in anatomy.blank.get_submodule(gate).parameters()}
-    return sum(tensors.values()) * dtype.itemsize
+def size_of(modules: Iterable[nn.Module], dtype: torch.dtype) -> int:
+    """Bytes of their parameters as they compute, each once."""
+    every = {id(p): p for module in modules for p in module.parameters()}.values()
+    return sum(p.numel() * (dtype.itemsize if p.is_floating_point() else p.itemsize) for p in every)
 
 
 def _stand_in(model: PreTrainedModel, ends: Iterable[str], device: torch.device) -> None:

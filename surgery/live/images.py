@@ -17,16 +17,15 @@ from ..anatomy.encoders import Encoder, parse_encoder
 from ..anatomy.quiet import quiet
 from ..checkpoint.config import CONFIG, read_config, without_choices
 from ..errors import SourceError, UnsupportedModel, brief
-from .loading import require_fit, require_memory
+from .loading import from_files, require_fit, require_memory
 from .model import Live
 from .places import on_layer
 from .port import Images
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the latter is what newer versions write
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a directory is searched for
-POOLER = re.compile(
-    r"(^|\.)pooler\."
-)  # a head that some classes have and checkpoints of others lack; nothing here reads it
+# A head that some classes have and checkpoints of others lack; nothing here reads it.
+POOLER = re.compile(r"(^|\.)pooler\.")
 
 
 def image_files(given: Sequence[Path], count: int) -> list[Path]:
@@ -142,10 +141,7 @@ def load_encoder(directory: Path, encoder: Encoder, port: Images, pixels: torch.
     config, kind = parse_encoder(without_choices(read_config(directory), directory / CONFIG))
     try:
         with quiet():
-            model, report = kind.from_pretrained(
-                directory, config=config, dtype=torch.float32, device_map=None if device == "cpu" else device,
-                local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+            model, report = from_files(kind, directory, config, torch.float32, device)
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
         require_memory(directory, error)
         raise SourceError(

@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -74,6 +75,18 @@ def _devices() -> list[str]:
     return ["cpu"] if kind is None else ["cpu", *(f"{kind.type}:{i}" for i in range(torch.accelerator.device_count()))]
 
 
+def from_files(
+    kind: Any, directory: Path, config: PreTrainedConfig, dtype: torch.dtype, device: str
+) -> tuple[PreTrainedModel, dict]:  # fmt: skip
+    """The model of transformers' class `kind` in `directory`, and its report of the load; a checkpoint's Python files
+    are never run. Whatever transformers raises."""
+    found: tuple[PreTrainedModel, dict] = kind.from_pretrained(
+        directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
+        local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    return found
+
+
 def load_original(
     directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", by_layers: ByLayers | None = None
 ) -> PreTrainedModel:  # fmt: skip
@@ -88,16 +101,12 @@ def load_original(
             config = loadable(parse_config(without_choices(read_config(directory), directory / CONFIG)))
             config._attn_implementation = None
             kind: Any = causal_class(type(config))
-            loaded: Any = kind.from_pretrained(
-                directory, config=config, dtype=dtype, device_map=None if device == "cpu" else device,
-                local_files_only=True, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+            model, report = from_files(kind, directory, config, dtype, device)
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
         require_memory(directory, error)
         raise SourceError(
             f"{directory}: transformers cannot load it ({brief(error)}); give a complete checkpoint."
         ) from error
-    model, report = loaded
     require_fit(directory, model, report)
     with quiet():
         return finish(model.eval(), config, dtype)

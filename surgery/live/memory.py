@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..anatomy.fit import original_tensors
 from ..anatomy.packed import comes_apart
@@ -19,7 +18,7 @@ from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import Layout
 from ..errors import NoSpace, SourceError
 from ..words import human
-from .by_layers import ByLayers
+from .by_layers import ByLayers, size_of
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
@@ -143,12 +142,12 @@ class Needs:
     def of(cls, anatomy: Anatomy, layout: Layout, dtype: torch.dtype, packs: bool = False) -> Needs:
         """`packs`: weights are packed in what is made of it, which is read too."""
         blank = anatomy.blank
-        weights = _size(blank, dtype)
+        weights = size_of([blank], dtype)
         if not comes_apart(anatomy.config):
             return cls(weights, None)
-        blocks = [_size(blank.get_submodule(f"{anatomy.lead}{name}"), dtype) for name in anatomy.blocks]
+        blocks = [size_of([blank.get_submodule(f"{anatomy.lead}{name}")], dtype) for name in anatomy.blocks]
         both = (blank.get_input_embeddings(), blank.get_output_embeddings())
-        ends = {id(end.weight): _size(end, dtype) for end in both if end}  # one where they are tied
+        ends = {id(end.weight): size_of([end], dtype) for end in both if end}  # one where they are tied
         outside = weights - sum(blocks) - sum(ends.values())
         stored = sum(tensor.nbytes for tensor in original_tensors(layout).tensors.values())  # slots are small
         packed = stored / max(1, weights)  # of a byte in memory, so many in the files
@@ -158,10 +157,6 @@ class Needs:
         loaded = max([twice * max(blocks), *ends.values()])
         ahead = max([*blocks, *ends.values()]) * min(packed, 1.0)
         return cls(weights, int(max(outside, 0) + loaded + ahead))
-
-
-def _size(module: nn.Module, dtype: torch.dtype) -> int:
-    return sum(p.numel() * (dtype.itemsize if p.is_floating_point() else p.itemsize) for p in module.parameters())
 
 
 # ---- what is free

@@ -21,6 +21,7 @@ from ..words import (
     ranges,
     rounded,
     score,
+    tokens_of,
     visible_name,
     visible_text,
 )
@@ -110,15 +111,6 @@ def _model(survey: dict, name: str, told: bool) -> str:
         of = f" of {survey['chunk_length']:,} tokens" if survey.get("chunk_length") else ""
         text += f" Its perplexity on {count_of(survey['chunks'], 'chunk')}{of} is {score(ppl)}."
     return text
-
-
-def tokens_of(images: dict) -> str:
-    """What tokens an image becomes, in words."""
-    (rows, columns), special, registers = images["grid"], images["special"], images["registers"]
-    named = ["CLS"] if special else []
-    named += [count_of(registers, "register")] if registers else []
-    named += [count_of(special - registers - 1, "other token")] if special > registers + 1 else []
-    return listing([*named, f"{rows} × {columns} patches"])
 
 
 def _massive(survey: dict, told: bool) -> str | None:

@@ -61,7 +61,7 @@ class Kinds(Observer):
         port, found, every = self.port, self.sums[block + 1], self.high.pop(batch)
         patches = torch.arange(port.special, port.tokens)
         for image, high in enumerate(every):
-            softmax = Softmax(_of(call, image))
+            softmax = Softmax(call.of_row(image))
             given = [softmax.weights(part)[0][0].mean(dim=0).sum(dim=0) for part in patches.split(BLOCK)]
             weights = torch.stack(given).sum(dim=0) / len(patches)  # (T,), what patches give to each place
             if port.special:
@@ -79,12 +79,6 @@ class Kinds(Observer):
             keys = names if layer == 0 else [*names, "to_cls", "to_registers", "to_high"]
             found[layer] = {key: sum(sums[key]) / len(sums[key]) if sums.get(key) else None for key in keys}
         return found
-
-
-def _of(call: Call, image: int) -> Call:
-    mask = None if call.mask is None else call.mask[min(image, len(call.mask) - 1) :][:1]
-    part = slice(image, image + 1)
-    return Call(call.module, call.query[part], call.key[part], call.value[part], mask, call.arguments)
 
 
 class NormMaps(Observer):

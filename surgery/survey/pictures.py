@@ -61,7 +61,7 @@ class AttentionMaps(Observer):
         if block in self._weights:
             return
         stop = min(batch.lead + TOKENS, call.query.shape[2])
-        softmax = Softmax(_of_first(call))
+        softmax = Softmax(call.of_row(0))
         rows = softmax.weights(torch.arange(stop))[0][0]  # (Hq, t, n + S and a sink logit)
         self._weights[block], self._slots[block] = rows[..., : softmax.n + stop].half().cpu(), softmax.n
         self.tokens = batch.tokens[0, :stop].tolist()
@@ -88,16 +88,6 @@ class AttentionMaps(Observer):
             }
             for block, head in chosen
         ]
-
-
-def _of_first(call: Call) -> Call:
-    """The call of the first sequence alone."""
-    mask = None if call.mask is None else call.mask[:1]
-    arguments = {
-        name: value[:1] if name == "logit_bias" and value is not None else value
-        for name, value in call.arguments.items()
-    }
-    return Call(call.module, call.query[:1], call.key[:1], call.value[:1], mask, arguments)
 
 
 def _sink(weights: torch.Tensor, n: int) -> float:

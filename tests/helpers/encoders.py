@@ -12,6 +12,10 @@ import torch
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
+from surgery.anatomy.encoders import examine_encoder
+from surgery.live.model import Live
+from surgery.live.port import Images
+
 SIDE, PATCH, BLOCKS = 32, 8, 3
 GRID = SIDE // PATCH
 _TINY: dict[str, Any] = {
@@ -79,6 +83,13 @@ def encoder_model(kind: str) -> PreTrainedModel:
         if parameter.ndim > 1 or "lambda" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def live_encoder(kind: str) -> Live:
+    """The same, ready for images of the size that it was made for."""
+    encoder = examine_encoder(config_of(kind))
+    port = Images((GRID, GRID), encoder.special, encoder.registers)
+    return Live(encoder_model(kind).get_submodule(encoder.tower), encoder.anatomy, port)
 
 
 def save_encoder(root: Path, kind: str) -> Path:

@@ -7,13 +7,11 @@ import functools
 import numpy as np
 import pytest
 import torch
-from helpers.encoders import GRID, config_of, encoder_model
+from helpers.encoders import live_encoder
 from helpers.tiny import one_thread
 from torch import nn
 
-from surgery.anatomy.encoders import examine_encoder
 from surgery.live.model import Live
-from surgery.live.port import Images
 from surgery.live.stream import stream
 from surgery.survey.fidelity import passes_on_images, run_on_images
 from surgery.survey.full import FullSurvey
@@ -23,12 +21,6 @@ from surgery.survey.full import FullSurvey
 def _one_thread():
     with one_thread():
         yield
-
-
-def live_encoder(kind: str) -> Live:
-    encoder = examine_encoder(config_of(kind))
-    port = Images((GRID, GRID), encoder.special, encoder.registers)
-    return Live(encoder_model(kind).get_submodule(encoder.tower), encoder.anatomy, port)
 
 
 def images() -> torch.Tensor:

@@ -8,14 +8,12 @@ import io
 import numpy as np
 import pytest
 import torch
-from helpers.encoders import BLOCKS, ENCODERS, GRID, config_of, encoder_model, picture
+from helpers.encoders import BLOCKS, ENCODERS, GRID, live_encoder, picture
 from helpers.tiny import one_thread
 from PIL import Image
 
 from surgery.anatomy.calls import Call
-from surgery.anatomy.encoders import examine_encoder
 from surgery.live import port as port_module
-from surgery.live.model import Live
 from surgery.live.port import Batch, Images
 from surgery.live.stream import Observer, stream
 from surgery.survey.attention import AttentionStatistics, Selection
@@ -38,12 +36,6 @@ class Keep(Observer):
         self.weights.setdefault(block, []).extend(weights / weights.sum(axis=-1, keepdims=True))
 
 
-def live_encoder(kind: str) -> tuple[Live, Images]:
-    encoder = examine_encoder(config_of(kind))
-    port = Images((GRID, GRID), encoder.special, encoder.registers)
-    return Live(encoder_model(kind).get_submodule(encoder.tower), encoder.anatomy, port), port
-
-
 def pixels(count: int = 5, loud: bool = True) -> torch.Tensor:
     """Noise; in every other image one patch is much louder than the rest."""
     made = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -53,11 +45,12 @@ def pixels(count: int = 5, loud: bool = True) -> torch.Tensor:
 
 
 def passed(kind: str, *observers: Observer, count: int = 5) -> tuple[Keep, Images]:
-    live, port = live_encoder(kind)
+    live = live_encoder(kind)
     keep = Keep()
     with one_thread():
         stream(live, pixels(count), [keep, *observers])
-    return keep, port
+    assert isinstance(live.port, Images)
+    return keep, live.port
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers", "deit", "siglip_vision_model", "llava"])
@@ -110,7 +103,9 @@ def test_every_token_sees_every_other(kind: str) -> None:
 
 
 def test_norm_maps_lie_as_the_image_does() -> None:
-    live, port = live_encoder("dinov2")
+    live = live_encoder("dinov2")
+    port = live.port
+    assert isinstance(port, Images)
     maps, keep = NormMaps(port), Keep()
     with one_thread():
         stream(live, pixels(6), [maps, keep])
@@ -127,7 +122,9 @@ def test_norm_maps_lie_as_the_image_does() -> None:
 
 
 def test_a_survey_of_images_has_what_has_a_meaning() -> None:
-    live, port = live_encoder("dinov2_with_registers")
+    live = live_encoder("dinov2_with_registers")
+    port = live.port
+    assert isinstance(port, Images)
     survey = FullSurvey(live, port.tokens)
     with one_thread():
         stream(live, pixels(3), survey.observers)

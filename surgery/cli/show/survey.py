@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ...words import count_of, factor, score
+from ...words import count_of, factor, score, tokens_of
 from .tables import new_table
 
 
@@ -101,7 +101,8 @@ def _findings(survey: Mapping[str, Any]) -> list[str]:
         f"{total['count']:,} massive activations in {survey['chunks']} x {survey['chunk_length']} tokens{ppl}",
     ]
     if images := survey.get("images"):
-        lines.append(_tokens(images))
+        became = tokens_of(images, times="x")
+        lines.append(f"Each image is {became}; high norm: three times as long as the median patch")
         if spans := (across["auto"] or {}).get("spans"):
             layers = ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in spans)
             lines.append(f"Massive by the scale-free criterion (ten times an ordinary token's peak): layer {layers}")
@@ -128,17 +129,6 @@ def _findings(survey: Mapping[str, Any]) -> list[str]:
         named = ", ".join(f"{name} {span[0]}-{span[1]}" for name, span in phases.items() if span)
         lines.append(f"Phases by layer: {named}")
     return lines
-
-
-def _tokens(images: Mapping[str, Any]) -> str:
-    """What an image becomes, in words."""
-    rows, columns = images["grid"]
-    special, registers = images["special"], images["registers"]
-    named = ["CLS"] if special else []
-    named += [count_of(registers, "register")] if registers else []
-    named += [count_of(special - registers - 1, "special token")] if special > registers + 1 else []
-    before = f"{', '.join(named)} and " if named else ""
-    return f"Each image is {before}{rows} x {columns} patches; high norm: three times as long as the median patch"
 
 
 def _show_interventions(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
