@@ -86,10 +86,10 @@ def base_config(settings: Pretrain, vocab_size: int) -> PreTrainedConfig:
         _require_size(parsed, settings, vocab_size)
         examine(parsed.to_dict())
     except Exception as error:  # of any class: config classes trust what they are given
-        said = str(error).removeprefix("config.json: ").rstrip(".") if isinstance(error, SurgeryError) else brief(error)
-        raise SourceError(
-            said if said.startswith("pretrain.") else f"pretrain.model: {size.family}: {said}."
-        ) from error
+        said = str(error) if isinstance(error, SurgeryError) else brief(error)
+        said = said.removeprefix("config.json: ").removeprefix(f"{size.family}: ").rstrip(".")
+        where = "" if said.startswith("pretrain.") else f"pretrain.model: {size.family}: "
+        raise SourceError(f"{where}{said}.") from error
     return parsed
 
 
