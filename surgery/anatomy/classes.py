@@ -26,6 +26,33 @@ def holds_all(model: Any, config: Any) -> bool:
     return model.config_class is config or model.config_class not in inside
 
 
+def models_of(config: type) -> dict[str, type]:
+    """Auto class -> the class that it loads for a config, of the module of the one that holds all: the trunk first.
+
+    That is the causal language model, or where there is none, what AutoModel loads. Some heads belong to another model
+    that reads this one's config. KeyError where there is neither.
+    """
+    causal = causal_class(config)
+    whole = of_auto(ANY, config) if causal is None else causal
+    if whole is None:
+        raise KeyError(config)
+    models = {ANY: of_auto(ANY, config), **({} if causal is None else {CAUSAL: causal})}
+    if models[ANY] is causal:
+        del models[ANY]
+    autos = (name for name in vars(modeling_auto) if name.startswith("AutoModelFor"))
+    models.update({name: of_auto(name, config) for name in sorted(autos) if name != CAUSAL})
+    return {
+        name: model
+        for name, model in models.items()
+        if model is not None and model.__module__ == whole.__module__ and holds_all(model, config)
+    }
+
+
+def auto_of(kind: type, config: type) -> str:
+    """The Auto class that loads a class of transformers for a type of config."""
+    return next((auto for auto, model in models_of(config).items() if model is kind), ANY)
+
+
 def of_auto(auto: str, config: type) -> Any:
     """What an Auto class loads for a type of config: where it chooses by architecture, its first choice."""
     found: Any = getattr(modeling_auto, auto)._model_mapping.get(config, None)

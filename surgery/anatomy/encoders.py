@@ -1,14 +1,16 @@
 """The structure of an encoder of images, found as that of a language model is: by running it on the meta device.
 
-A checkpoint may hold more (a text tower, a classifier, a language model): the *tower* is the outermost model inside
-that is called with pixels alone.
+A checkpoint may hold more (a text tower, a classifier, a language model): the *tower* is the model inside
+that is called with pixels alone; of several, one inside the other, the innermost.
 """
 
 from __future__ import annotations
 
 import collections
 import copy
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel, brief
 from .calls import Call
-from .classes import ANY, of_auto
+from .classes import ANY, models_of, of_auto
+from .patching import Patching
 from .sites import Anatomy, blocks_of, read_as_config, sites_of
 from .structure import SEAM, on_meta
 
@@ -24,43 +27,30 @@ REGISTERS = ("num_register_tokens", "num_registers")  # as families call how man
 OFF_THE_SEAM = "its attention does not go through transformers' AttentionInterface, where it could be seen"
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """An encoder: its anatomy, whose names are those within the `tower`, which is named in the whole model.
-
-    `size` (H, W) and `channels` of the images it was made for, `patch` (H, W) of each; of the tokens that an image
-    becomes, the first `special` are no patches, and of these `registers` are, by its config.
-    """
-
-    anatomy: Anatomy
-    tower: str
-    size: tuple[int, int]
-    channels: int
-    patch: tuple[int, int]
-    special: int
-    registers: int
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """How many patches an image of this size has, rows and columns."""
-        return height // self.patch[0], width // self.patch[1]
-
-
 def parse_encoder(config: dict) -> tuple[PreTrainedConfig, Any]:
-    """The transformers config of a raw config.json, and the class that AutoModel loads for it."""
+    """The transformers config of a raw config.json, and the class that the checkpoint is of: what `architectures` names
+    where that is a class of this config, or what AutoModel loads."""
     parsed = read_as_config(config)
-    kind = of_auto(ANY, type(parsed))
+    kind: Any = of_auto(ANY, type(parsed))
     if kind is None:
         raise UnsupportedModel(f"config.json: model_type {parsed.model_type!r} is no model that {ANY} loads")
+    named = parsed.architectures[0] if parsed.architectures else kind.__name__
+    found: Any = vars(sys.modules[kind.__module__]).get(named)
+    if found in models_of(type(parsed)).values():
+        return parsed, found
     return parsed, kind
 
 
-def examine_encoder(config: dict) -> Encoder:
-    """What `config` (a raw config.json) describes, without weights.
+def examine_encoder(config: dict) -> Anatomy:
+    """What `config` (a raw config.json) describes, without weights; its `patching` is there.
 
     UnsupportedModel where no part of it reads pixels alone, where that does not attend through transformers'
     AttentionInterface, or where its tokens are not a grid of patches.
     """
-    parsed, kind = parse_encoder(config)
+    return _examine(*parse_encoder(config))
+
+
+def _examine(parsed: PreTrainedConfig, kind: Any) -> Anatomy:
     try:
         with on_meta():
             model = kind._from_config(copy.deepcopy(parsed), dtype=torch.float32).eval()
@@ -69,16 +59,21 @@ def examine_encoder(config: dict) -> Encoder:
     refused = UnsupportedModel(
         f"{parsed.model_type}: no part of it reads images alone; give --text to survey a language model"
     )
+    found: Anatomy | None = None
     for name, part in model.named_modules():
+        if found is not None and not name.startswith(found.lead):
+            break
         if isinstance(part, PreTrainedModel) and part.main_input_name == "pixel_values":
             try:
-                return _examined(parsed, kind, name, part)
+                found = _examined(parsed, model, name, part)  # the innermost: a classifier has its encoder inside
             except UnsupportedModel as error:  # another inside of it may do
                 refused = error
-    raise refused
+    if found is None:
+        raise refused
+    return found
 
 
-def _examined(parsed: PreTrainedConfig, kind: Any, name: str, tower: PreTrainedModel) -> Encoder:
+def _examined(parsed: PreTrainedConfig, model: PreTrainedModel, name: str, tower: PreTrainedModel) -> Anatomy:
     size, patch = _pair(tower.config, "image_size"), _pair(tower.config, "patch_size")
     if size is None or patch is None:
         raise UnsupportedModel(
@@ -95,9 +90,45 @@ def _examined(parsed: PreTrainedConfig, kind: Any, name: str, tower: PreTrainedM
         )
     if any(call.causal and call.mask is None for call in calls):
         raise UnsupportedModel(f"{parsed.model_type}: its tokens see only those before them, as a language model's do")
-    registers = next((found for key in REGISTERS if (found := getattr(tower.config, key, None))), 0)
-    registers = min(registers, max(special - 1, 0))
-    return Encoder(_anatomy(parsed, kind, tower, calls), name, size, channels, patch, special, registers)
+    key = next((key for key in REGISTERS if getattr(tower.config, key, None)), None)
+    registers = 0 if key is None else min(getattr(tower.config, key), max(special - 1, 0))
+    patching = Patching(size, channels, patch, special, registers, key)
+    return _anatomy(parsed, model, name, tower, calls, patching)
+
+
+@dataclass(frozen=True)
+class Emptied:
+    """What leaves registers out: entries of config.json, and tensors by name within the trunk that have no rows then,
+    with their shapes."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def without_registers(anatomy: Anatomy) -> Emptied:
+    """What becomes of the model without its registers. UnsupportedModel where its config does not lead there."""
+    patching = anatomy.patching
+    assert patching is not None and patching.register_key is not None
+    kind, key = anatomy.model_type, patching.register_key
+    config = copy.deepcopy(anatomy.config)
+    places = {"": config, **{name: part for name in config.sub_configs if (part := getattr(config, name, None))}}
+    where, holder = next((name, part) for name, part in places.items() if getattr(part, key, None))
+    setattr(holder, key, 0)
+    without = _examine(config, anatomy.model_class)
+    shapes = {
+        name: (tuple(before.shape), tuple(after.shape))
+        for (name, before), (_, after) in zip(
+            anatomy.blank.named_parameters(), without.blank.named_parameters(), strict=True
+        )
+    }
+    left = without.patching
+    tensors = {name.removeprefix(anatomy.lead): after for name, (before, after) in shapes.items() if before != after}
+    if (
+        left is None or left.registers or left.special != patching.special - patching.registers
+        or without.sites != anatomy.sites or any(0 not in shape for shape in tensors.values()) or not tensors
+    ):  # fmt: skip
+        raise UnsupportedModel(f"{kind}: with {key} 0 in its config it is not the same encoder without its registers")
+    return Emptied({key: 0} if not where else {where: {key: 0}}, tensors)
 
 
 def _pair(config: PreTrainedConfig, key: str) -> tuple[int, int] | None:
@@ -124,7 +155,10 @@ def _calls(tower: PreTrainedModel, pixels: torch.Tensor) -> list[Call]:
     return calls
 
 
-def _anatomy(config: PreTrainedConfig, kind: Any, tower: PreTrainedModel, calls: list[Call]) -> Anatomy:
+def _anatomy(
+    config: PreTrainedConfig, model: PreTrainedModel, name: str, tower: PreTrainedModel, calls: list[Call],
+    patching: Patching,
+) -> Anatomy:  # fmt: skip
     names = {module: name for name, module in tower.named_modules()}
     for module, count in collections.Counter(call.module for call in calls).items():
         if count != 1:
@@ -132,7 +166,7 @@ def _anatomy(config: PreTrainedConfig, kind: Any, tower: PreTrainedModel, calls:
     blocks, block_of = blocks_of(config.model_type, tower, [names[call.module] for call in calls], [])
     sites = sites_of(calls, names, block_of)
     return Anatomy(
-        model_type=config.model_type, model_class=kind, config_class=type(config), trunk="",
+        model_type=config.model_type, model_class=type(model), config_class=type(config), trunk=name,
         trunk_class=type(tower).__name__, blocks=blocks, sites=sites, mixers=(), indexers=(), max_positions=None,
-        max_length=None, vocab_size=None, config=tower.config, blank=tower,
+        max_length=None, vocab_size=None, config=config, blank=model, patching=patching,
     )  # fmt: skip

@@ -20,11 +20,14 @@ from ..checkpoint.layout import Layout
 from ..checkpoint.reading import without_values
 from ..errors import DamagedCheckpoint, SurgeryError, brief
 from ..words import count_of, named
+from .encoders import examine_encoder
 from .packed import from_headers, require_patterns, require_plain_sites
 from .quiet import quiet
 from .sites import ADDED, Anatomy, examine
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+# A head of encoders that some classes have and checkpoints of others lack; nothing here reads it.
+POOLER = re.compile(r"(^|\.)pooler\.")
 SPARE_BUFFERS = 2**28  # elements of tables that a model makes for itself, beside those that it stores
 
 
@@ -67,6 +70,14 @@ def examine_stored(config: dict, layout: Layout) -> tuple[Anatomy, Fit]:
     return anatomy, fit(anatomy, layout)
 
 
+def encoder_stored(config: dict, layout: Layout) -> tuple[Anatomy, Fit]:
+    """The same of an encoder."""
+    require_countable(config, layout.tensors, layout.root / CONFIG)
+    with quiet():
+        anatomy = examine_encoder(config)
+    return anatomy, fit(anatomy, layout)
+
+
 def original_tensors(layout: Layout) -> Layout:
     """The layout of a converted checkpoint without what operations added to its sites."""
     own = {name: info for name, info in layout.tensors.items() if not any(part in ADDED for part in name.split("."))}
@@ -85,7 +96,8 @@ def fit(anatomy: Anatomy, layout: Layout) -> Fit:
     if unexpected >= layout.tensors.keys():
         known = f"a name that {anatomy.model_class.__name__} knows"
         raise _unfit(layout, f"none has {known}, the first is {named(min(unexpected))}", 1)
-    kinds = (("is missing", report["missing_keys"]), ("has no place in the model", wrong))
+    missing = [name for name in report["missing_keys"] if POOLER.search(name) is None]
+    kinds = (("is missing", missing), ("has no place in the model", wrong))
     if mismatched := sorted(report["mismatched_keys"], key=str):
         name, stored, asked = mismatched[0]
         raise _unfit(

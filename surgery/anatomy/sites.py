@@ -20,6 +20,7 @@ from .calls import Call
 from .classes import ANY, causal_class, of_auto
 from .limits import max_length, max_positions
 from .mixers import Indexer, Mixer, described
+from .patching import Patching
 from .structure import MIXED_TOKENS, run_mixers, run_structure
 
 # Arguments that a site may pass on and that leave attention what it is. All others that are not None are refused.
@@ -58,7 +59,8 @@ class Anatomy:
     Made once for a source, since it takes a parse of the config and a model on the meta device; both are kept, as
     `config` and `blank`. The blank model has modules and shapes and no weights, and nothing is changed on it.
     `max_positions` is how many positions the model has, `max_length` how many the fold is exact on, if that is bounded.
-    `vocab_size` is how many token ids the config gives embeddings to, None where it does not say.
+    `vocab_size` is how many token ids the config gives embeddings to, None where it does not say. `patching`: of an
+    encoder of images; its trunk is what is called with pixels.
     """
 
     model_type: str
@@ -75,6 +77,7 @@ class Anatomy:
     vocab_size: int | None
     config: PreTrainedConfig = field(repr=False, compare=False)
     blank: PreTrainedModel = field(repr=False, compare=False)
+    patching: Patching | None = None
 
     @property
     def lead(self) -> str:
@@ -96,6 +99,7 @@ class Anatomy:
             },
             **({"whole_mask": True} if adapter is not None and adapter.whole_mask else {}),
             **({} if self.max_length is None else {"max_length": self.max_length}),
+            **({} if self.patching is None else {"sees_all": True}),
         }
 
 

@@ -53,7 +53,7 @@ class _Entry(BaseModel):
 class TensorEntry(_Entry):
     """What became of one tensor, and where it lies. `of`: the tensor of the source that a quantised one replaces."""
 
-    status: Literal["kept", "changed", "added", "quantised"]
+    status: Literal["kept", "changed", "added", "quantised", "emptied"]
     shard: str
     dtype: str
     shape: Shape

@@ -51,14 +51,14 @@ class TextFiles(_Part):
 
 
 class Cut(_Part):
-    """So many chunks of so many tokens."""
+    """So many chunks of so many tokens; of images there is only their number."""
 
     count: Annotated[int, Field(ge=1, le=10**9)]
-    length: Annotated[int, Field(ge=2, le=10**9)]
+    length: Annotated[int, Field(ge=2, le=10**9)] | None = None
 
 
 class Cuts(_Part):
-    """How evaluation and calibration text were cut; None for what was not read."""
+    """How evaluation and calibration text (or images) were cut; None for what was not read."""
 
     evaluation: Cut | None = None
     calibration: Cut | None = None

@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..anatomy.classes import CAUSAL, auto_of
+from ..anatomy.sites import Anatomy
 from ..checkpoint.provenance import Provenance
 from ..checkpoint.source import Source
 from ..words import listing, visible_name, wrapped
@@ -26,10 +28,10 @@ _CARD = """---
 ## Load
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {reader}, {auto}
 
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=False)  # it needs no code
+model = {auto}.from_pretrained("PATH", trust_remote_code=True)
+{reads} = {reader}.from_pretrained("PATH", trust_remote_code=False)  # it needs no code
 ```
 
 {loading}
@@ -63,7 +65,7 @@ _LOADING = """{needed} are all it needs. With `import surgery` first, `trust_rem
 {inside}"""
 _LIMITS = (
     "* The attention implementation is `sdpa` or `eager`; others are refused, since they would leave the {added} out.",
-    "* A class loaded by its own name (`{causal}.from_pretrained`) bypasses all of this, cannot be stopped, and gives "
+    "* A class loaded by its own name (`{kind}.from_pretrained`) bypasses all of this, cannot be stopped, and gives "
     "a model without its {added}.",
 )
 _PACKED = (
@@ -72,6 +74,10 @@ _PACKED = (
 )
 _ROUNDED = {True: "with values rounded between layers as the format says", False: "with the weights unpacked"}
 _AS_PLAIN = " transformers reads this format with `quantization_config=CompressedTensorsConfig(dequantize=True)` alone."
+_READS = {
+    True: {"reader": "AutoTokenizer", "reads": "tokenizer"},
+    False: {"reader": "AutoImageProcessor", "reads": "processor"},
+}
 _UNPROVED = "Nothing: written with --no-verify."
 
 
@@ -105,19 +111,19 @@ class Shown:
 
 
 def model_card(
-    source: Source, known: Origin, causal: str, recipe: dict[str, Any], sections: Sequence[Section], shown: Shown
+    source: Source, known: Origin, anatomy: Anatomy, recipe: dict[str, Any], sections: Sequence[Section], shown: Shown
 ) -> str:
-    """The card's text. `causal` is the original's class; `known` is what the source's own card says."""
+    """The card's text. `anatomy` is the original's; `known` is what the source's own card says."""
     adding = [section for section in sections if section.adds is not None]
     added = " and ".join(section.adds for section in adding if section.adds is not None)
-    metadata = _metadata(known, [section.tag for section in adding if section.tag is not None], shown)
+    metadata = _metadata(known, anatomy, [section.tag for section in adding if section.tag is not None], shown)
     base = _base(source, known)
     starts = [f"{base} with ", *["It also has "] * len(adding)]
     what = [wrapped(start + section.text) for start, section in zip(starts, adding, strict=False)]
     what = what or [f"It was made of {base}."]
     what += [wrapped(section.text) for section in sections if section.adds is None]
     inside = " ".join(section.loading for section in sections if section.loading)
-    limits = [line.format(added=added, causal=causal) for line in _LIMITS]
+    limits = [line.format(added=added, kind=anatomy.model_class.__name__) for line in _LIMITS]
     packed = source.quantised
     if packed is not None:
         limits.append(f"* {_PACKED.format(words=packed.words, rounded=_ROUNDED[packed.rounds_activations])}")
@@ -133,16 +139,28 @@ def model_card(
         loading=wrapped(_LOADING.format(needed=needed, inside=inside)), results=shown.results or _UNPROVED,
         limits="\n".join(wrapped(line).replace("\n", "\n  ") for line in limits),
         licence=wrapped(_licence(known)), made=shown.made,
-        recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
+        recipe=json.dumps(recipe, indent=2, ensure_ascii=False), auto=_auto(anatomy), **_READS[anatomy.patching is None],
     )  # fmt: skip
 
 
-def _metadata(known: Origin, tags: Sequence[str], shown: Shown) -> ModelCardData:
+def _auto(anatomy: Anatomy) -> str:
+    return CAUSAL if anatomy.patching is None else auto_of(anatomy.model_class, anatomy.config_class)
+
+
+def _task(anatomy: Anatomy) -> str:
+    """What the hub calls what the model is for."""
+    if anatomy.patching is None:
+        return "text-generation"
+    classifies = _auto(anatomy) == "AutoModelForImageClassification"
+    return "image-classification" if classifies else "image-feature-extraction"
+
+
+def _metadata(known: Origin, anatomy: Anatomy, tags: Sequence[str], shown: Shown) -> ModelCardData:
     """What the hub reads. It derives lineage from `base_model`; of its relations, "finetune" alone fits new weights."""
     results = [] if shown.verdict is None else _evaluated(shown.verdict, shown.act)
     return ModelCardData(
         language=_one_or_list(known.language), license=known.license, license_name=known.license_name,
-        license_link=known.license_link, library_name="transformers", pipeline_tag="text-generation",
+        license_link=known.license_link, library_name="transformers", pipeline_tag=_task(anatomy),
         tags=["surgery", *tags], base_model=_one_or_list(known.base_model),
         model_name=shown.name if results else None, eval_results=results or None,
         base_model_relation="finetune" if known.base_model else None,
@@ -152,7 +170,7 @@ def _metadata(known: Origin, tags: Sequence[str], shown: Shown) -> ModelCardData
 def _evaluated(verdict: Mapping[str, Any], act: Provenance) -> list[EvalResult]:
     """Perplexity after and before, as whoever converted the model has measured it."""
     files, cut, scores = act.texts.evaluation, act.chunks.evaluation, verdict.get("perplexity") or {}
-    if not files or cut is None:
+    if not files or cut is None or cut.length is None:
         return []
     named = {"converted": "perplexity", "bare": "perplexity of the original"}
     found = {name: float((scores.get(key) or {}).get("ppl", math.nan)) for key, name in named.items()}

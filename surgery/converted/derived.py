@@ -1,7 +1,7 @@
 """The derived model type of a converted checkpoint: `eab_llama` from `llama`, and so on for every family.
 
 The classes are a few lines of generated Python that mix `AttentionBiasMixin` into those of transformers: the trunk, the
-causal language model, and every other head that an Auto class loads for the base, such as classifiers. A checkpoint
+causal language model if there is one, and every other head that an Auto class loads for the base, such as classifiers. A checkpoint
 with head norms is of another type, `eab_norm_llama`, with `HeadNormMixin` in its place, so that nothing which knows
 slots alone takes it for one of its own (see `parts`). The same text is written into checkpoints (loaded with
 trust_remote_code) and imported here (loaded after `import surgery`, without).
@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import runtime
-from ..anatomy.classes import CAUSAL, causal_class, holds_all, of_auto
+from ..anatomy.classes import ANY, CAUSAL, models_of
 from ..checkpoint.manifest import TYPE_PREFIX
 from ..endings.temporary import lasting_temporary, temporary_errors
 from ..runtime.eab_families import ADAPTERS
@@ -40,7 +39,6 @@ RUNTIME_FILES = (
 ADAPTER_FILE = "eab_families.py"  # carried only by families that need an adapter
 NORM_FILE = f"{PARTS[NORMS].file}.py"  # carried only where heads are normed
 ONLY_SLOTS = frozenset({SLOTS})
-TRUNK = "AutoModel"
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,13 @@ class Derived:
     classes: Mapping[str, str]
     source: str
 
-    @property
-    def causal_class(self) -> str:
-        return self.classes[CAUSAL]
+    def name_of(self, native: type) -> str:
+        """The name of the class that derives from one of transformers."""
+        return f"{class_prefix(self.parts)}{native.__name__}"
 
-    @property
-    def native_class(self) -> str:
-        """The name of the class of transformers that the causal LM derives from."""
-        return self.causal_class.removeprefix(class_prefix(self.parts))
+    def native_name(self, name: str) -> str:
+        """The name of the class of transformers that the class of this name derives from."""
+        return name.removeprefix(class_prefix(self.parts))
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -84,14 +81,14 @@ class Derived:
 
 
 def derive(base: str, parts: frozenset[str] = ONLY_SLOTS) -> Derived:
-    """The type derived from a transformers model type that has a causal language model (KeyError otherwise)."""
+    """The type derived from a transformers model type; KeyError where AutoModel loads nothing of it."""
     return _derive(base, parts | ONLY_SLOTS)
 
 
 @functools.cache
 def _derive(base: str, parts: frozenset[str]) -> Derived:
     config = CONFIG_MAPPING[base]
-    models = _models(config)
+    models = models_of(config)
     model_type, kind = converted_type(base, parts), class_prefix(parts)
     # Some model types (openai-gpt) are no names of Python modules.
     module = f"modeling_{model_type.replace('-', '_')}"
@@ -102,29 +99,10 @@ def _derive(base: str, parts: frozenset[str]) -> Derived:
     )  # fmt: skip
 
 
-def _models(config: type) -> dict[str, type]:
-    """Auto class -> the class that it loads for a config, of the module of the causal language model; the trunk first.
-
-    Some heads belong to another model that reads this one's config. KeyError without a causal language model.
-    """
-    if (causal := causal_class(config)) is None:
-        raise KeyError(config)
-    models = {TRUNK: of_auto(TRUNK, config), CAUSAL: causal}
-    if models[TRUNK] is causal:
-        del models[TRUNK]
-    autos = (name for name in vars(modeling_auto) if name.startswith("AutoModelFor"))
-    models.update({name: of_auto(name, config) for name in sorted(autos) if name != CAUSAL})
-    return {
-        name: model
-        for name, model in models.items()
-        if model is not None and _together(model, causal) and holds_all(model, config)
-    }
-
-
 def other_heads(config: PreTrainedConfig) -> list[str]:
     """Names of the linear layers outside of the trunk in the models but the causal one that Auto classes load."""
-    models, names = _models(type(config)), []
-    for kind in set(models.values()) - {models.get(TRUNK), models[CAUSAL]}:
+    models, names = models_of(type(config)), []
+    for kind in set(models.values()) - {models.get(ANY), models.get(CAUSAL)}:
         with torch.device("meta"):
             model: Any = kind(copy.deepcopy(config))
         if model.base_model is model:
@@ -135,10 +113,6 @@ def other_heads(config: PreTrainedConfig) -> list[str]:
     return sorted(set(names))
 
 
-def _together(model: type, causal: type) -> bool:
-    return model.__module__ == causal.__module__
-
-
 def _source(
     base: str, model_type: str, kind: str, parts: tuple[Part, ...], config: type, models: Mapping[str, type]
 ) -> str:
@@ -147,8 +121,8 @@ def _source(
     imports: dict[str, set[str]] = {}
     for model in (config, *classes):
         imports.setdefault(model.__module__, set()).add(model.__name__)
-    if TRUNK in models:
-        imports["transformers"] = {TRUNK}
+    if ANY in models:
+        imports["transformers"] = {ANY}
     carried = {"eab_families": {"ADAPTERS"}} if base in ADAPTERS else {}
     for part in parts:
         carried.setdefault(part.file, set()).add(part.mixin)
@@ -156,7 +130,7 @@ def _source(
     mixins = ", ".join(part.mixin for part in parts)
     summary = " and ".join(part.summary for part in parts)
     lines = [
-        f'"""{models[CAUSAL].__name__} with {summary}. Written by surgery."""',
+        f'"""{(models.get(CAUSAL) or models[ANY]).__name__} with {summary}. Written by surgery."""',
         "",
         *(_import(module, names) for module, names in sorted(imports.items())),
         "",
@@ -182,10 +156,10 @@ def _source(
         "    derived.register_for_auto_class(auto)",
         f"{kind}{config.__name__}.register_for_auto_class()",
     ]
-    if TRUNK in models:
+    if ANY in models:
         lines += [
             "# Some heads ask AutoModel for their trunk, by its config.",
-            f"AutoModel.register({kind}{config.__name__}, {kind}{models[TRUNK].__name__}, exist_ok=True)",
+            f"AutoModel.register({kind}{config.__name__}, {kind}{models[ANY].__name__}, exist_ok=True)",
         ]
     return "\n".join([*lines, ""])
 

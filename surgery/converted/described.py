@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from ..anatomy.encoders import examine_encoder
 from ..anatomy.fit import fit, original_tensors
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, examine
@@ -20,7 +21,7 @@ from ..errors import DamagedCheckpoint, SourceError
 from ..words import named
 from .entries import FORMAT, EabEntry, Entry, HeadNormEntry
 from .files import lowered_limits
-from .parts import NORMS, Converted, converted_from
+from .parts import NORMS, Converted, class_prefix, converted_from
 
 AGAIN = "convert the source again"
 OURS = ("eab", "head_norm", "auto_map", "architectures")  # keys of config.json that a run writes anew
@@ -70,6 +71,12 @@ class Described:
         base["model_type"] = self.converted.base
         tensors = original_tensors(read_layout(self.root))
         require_countable(base, tensors.tensors, self.root / CONFIG)
+        if self.eab.sees_all:
+            base["architectures"] = self._native_names()
+            with quiet():
+                anatomy = examine_encoder(base)
+                fit(anatomy, tensors)
+            return base, self._checked(anatomy)
         n_slots, limit = self.eab.n_slots, base.get("max_position_embeddings")
         raised = {**base, "max_position_embeddings": limit + n_slots} if type(limit) is int else base
         with quiet():  # the raised limit is a guess
@@ -77,9 +84,18 @@ class Described:
             if raised != base and not lowered_limits(raised, anatomy, n_slots):  # then a run had left it as it was
                 found, anatomy = base, examine(base, tensors=len(tensors.tensors))
             fit(anatomy, tensors)
+        return found, self._checked(anatomy)
+
+    def _native_names(self) -> list[str]:
+        """`architectures` of the source, as those of the checkpoint say it."""
+        lead = class_prefix(self.converted.parts)
+        said = self.config.get("architectures")
+        return [str(name).removeprefix(lead) for name in said] if isinstance(said, list) else []
+
+    def _checked(self, anatomy: Anatomy) -> Anatomy:
         if wrong := self._unlike(anatomy):
             raise damaged(self.root, f"{named(wrong[0])} is not as a run writes it for {anatomy.model_type}")
-        return found, anatomy
+        return anatomy
 
     def _unlike(self, anatomy: Anatomy) -> list[str]:
         """Keys of `eab`, and sites of `head_norm`, that are not those of a model of this anatomy."""

@@ -63,6 +63,7 @@ class EabEntry(Entry):
         indexers: name of each indexer in the trunk -> the width of its keys, and how its cache comes.
         whole_mask: the model's code looks into the mask, and cannot do with None.
         max_length: how many positions the fold is exact on, if that is bounded.
+        sees_all: every query sees every key and every slot: an encoder.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -77,6 +78,7 @@ class EabEntry(Entry):
     indexers: dict[str, IndexerEntry] = {}
     whole_mask: bool = False
     max_length: int | None = None
+    sees_all: bool = False
 
 
 class HeadNormEntry(Entry):

@@ -62,15 +62,18 @@ def rewritten_layout(
     return plan_file(name, entries, {"format": "pt"})
 
 
-def converted_config(config: dict, derived: Derived, entries: Mapping[str, dict], lowered: Mapping[str, int]) -> dict:
+def converted_config(
+    config: dict, derived: Derived, native: type, entries: Mapping[str, Any], lowered: Mapping[str, int]
+) -> dict:
     """config.json of the converted checkpoint: the source's, with derived type, its code, and what was added described.
 
-    `entries` are those of the operations.
+    `native`: the class of transformers that the source is of; `entries` are those of the operations.
     """
     emitted = without_paths(copy.deepcopy(spelled_for_conversion(config)))
     emitted.update(lowered)
     emitted.update(
-        model_type=derived.model_type, architectures=[derived.causal_class], auto_map=derived.auto_map, **entries
+        model_type=derived.model_type, architectures=[derived.name_of(native)], auto_map=derived.auto_map,
+        **entries,
     )
     return emitted
 

@@ -14,11 +14,12 @@ class _LazyTypes(dict):
 
     def _known(self, key) -> Converted | None:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
         found = converted_from(key)
         base = found and found.base
-        return found if base in CONFIG_MAPPING._mapping and base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+        known = base in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or base in MODEL_MAPPING_NAMES
+        return found if known and base in CONFIG_MAPPING._mapping else None
 
     def __contains__(self, key) -> bool:
         return super().__contains__(key) or self._known(key) is not None

@@ -18,6 +18,7 @@ import torch
 from ..anatomy.sites import Anatomy
 from ..errors import DamagedCheckpoint, UnsupportedModel
 from ..parts import KINDS, every_shape
+from ..parts import shapes as declared
 from ..runtime.eab_added import require_added
 from ..runtime.eab_families import ADAPTERS
 from ..runtime.eab_head_norm import install_norms
@@ -38,16 +39,23 @@ EPS = 1e-6  # added to the mean square of a head, so that one that brings nothin
 @dataclass(frozen=True)
 class Fold:
     """A prefix (token ids) as parts of the model, slots visible "as_prefix" or "always". Of an empty prefix there are
-    none. `tensors`: what each holds, by its name within the trunk."""
+    none, unless they were estimated. `tensors`: what each holds, by its name within the trunk."""
 
     prefix: tuple[int, ...]
     tensors: Mapping[str, torch.Tensor]
     visible: str
 
+    @property
+    def n(self) -> int:
+        """How many slots a site has."""
+        return len(self.prefix) or next((len(tensor) for tensor in self.tensors.values()), 0)
 
-def eab_config(anatomy: Anatomy, prefix: Sequence[int], visible: str) -> dict:
-    """`config.eab` of a model in which `prefix` is folded."""
-    return {"format": EAB_FORMAT, "prefix_ids": list(prefix), **anatomy.eab(len(prefix), visible)}
+
+def eab_config(anatomy: Anatomy, prefix: Sequence[int], visible: str, n: int | None = None) -> dict:
+    """`config.eab` of a model in which `prefix` is folded, or that has `n` slots of no prefix."""
+    return {
+        "format": EAB_FORMAT, "prefix_ids": list(prefix), **anatomy.eab(len(prefix) if n is None else n, visible)
+    }  # fmt: skip
 
 
 def fold(live: Live, prefix: Sequence[int], visible: str) -> Fold:
@@ -110,7 +118,17 @@ def _sound(live: Live, n: int, parts: Mapping[str, torch.Tensor]) -> dict[str, t
 
 def grafted(live: Live, fold: Fold) -> contextlib.AbstractContextManager[None]:
     """The original model with the parts of `fold` in place, within a `with` block."""
-    return installed(live, eab_config(live.anatomy, fold.prefix, fold.visible), fold.tensors)
+    return installed(live, eab_config(live.anatomy, fold.prefix, fold.visible, fold.n), fold.tensors)
+
+
+def held_parts(live: Live, fold: Fold) -> Fold:
+    """`fold` as the live model holds it: tuning may have trained it."""
+    held: dict[str, torch.Tensor] = {}
+    for kind, shapes in declared(eab_config(live.anatomy, fold.prefix, fold.visible, fold.n)).items():
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
+            values = kind.values(live.trunk.get_submodule(module))
+            held |= {f"{module}.{part}": value.detach().clone() for part, value in values.items()}
+    return Fold(fold.prefix, held, fold.visible)
 
 
 @contextlib.contextmanager

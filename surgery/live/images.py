@@ -1,8 +1,7 @@
-"""Images from files, as the checkpoint's own image processor makes pixels of them; and the encoder that reads them."""
+"""Images from files, as the checkpoint's own image processor makes pixels of them."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,26 +12,19 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 
-from ..anatomy.encoders import Encoder, parse_encoder
+from ..anatomy.sites import Anatomy
 from ..anatomy.quiet import quiet
-from ..checkpoint.config import CONFIG, read_config, without_choices
 from ..errors import SourceError, UnsupportedModel, brief
-from .loading import from_files, require_fit, require_memory
 from .model import Live
 from .places import on_layer
 from .port import Images
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the latter is what newer versions write
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a directory is searched for
-# A head that some classes have and checkpoints of others lack; nothing here reads it.
-POOLER = re.compile(r"(^|\.)pooler\.")
 
 
-def image_files(given: Sequence[Path], count: int) -> list[Path]:
-    """The first `count` images among files and directories, which are searched for images by name, in order.
-
-    SourceError where there are fewer.
-    """
+def every_image(given: Sequence[Path]) -> list[Path]:
+    """The images among files and directories, which are searched for images by name, in order."""
     found: list[Path] = []
     for path in given:
         if path.is_dir():
@@ -41,6 +33,12 @@ def image_files(given: Sequence[Path], count: int) -> list[Path]:
             found.append(path)
         else:
             raise SourceError(f"{path}: is neither a file nor a directory; give images with --images.")
+    return found
+
+
+def image_files(given: Sequence[Path], count: int) -> list[Path]:
+    """The first `count` of them; SourceError where there are fewer."""
+    found = every_image(given)
     if len(found) < count:
         names = ", ".join(map(str, given))
         raise SourceError(
@@ -98,60 +96,35 @@ def load_processor(directory: Path) -> Any:
         raise SourceError(f"{file}: no image processor loads from it ({brief(error)}); correct it.") from error
 
 
-def read_pixels(processor: Any, files: Sequence[Path], encoder: Encoder) -> torch.Tensor:
+def read_pixels(processor: Any, files: Sequence[Path], anatomy: Anatomy) -> torch.Tensor:
     """Pixels (N, C, H, W) of the files, as the checkpoint's processor makes them.
 
     SourceError for a file that is no image, UnsupportedModel where the processor makes something else of one.
     """
-    found = [_pixels(processor, path, encoder) for path in files]
+    found = [_pixels(processor, path, anatomy) for path in files]
     if len({tuple(pixels.shape) for pixels in found}) > 1:
         raise UnsupportedModel(
-            f"{encoder.anatomy.model_type}: its processor makes pixels of several sizes, which one pass cannot "
+            f"{anatomy.model_type}: its processor makes pixels of several sizes, which one pass cannot "
             f"read; set a size and a crop in {PROCESSORS[0]}"
         )
     return torch.stack(found)
 
 
-def _pixels(processor: Any, path: Path, encoder: Encoder) -> torch.Tensor:
-    image, kind = read_image(path), encoder.anatomy.model_type
+def _pixels(processor: Any, path: Path, anatomy: Anatomy) -> torch.Tensor:
+    assert anatomy.patching is not None
+    image, channels = read_image(path), anatomy.patching.channels
     try:
         made = processor(image, return_tensors="pt")["pixel_values"]
     except Exception as error:  # of any class, as the settings in its file have it
         raise SourceError(
             f"{path}: the checkpoint's image processor cannot read it ({brief(error)}); correct its settings."
         ) from error
-    if not isinstance(made, torch.Tensor) or made.ndim != 4 or len(made) != 1 or made.shape[1] != encoder.channels:
+    if not isinstance(made, torch.Tensor) or made.ndim != 4 or len(made) != 1 or made.shape[1] != channels:
         raise UnsupportedModel(
-            f"{kind}: its processor does not make one image of {encoder.channels} channels of {path.name}"
+            f"{anatomy.model_type}: its processor does not make one image of {channels} channels of {path.name}"
         )
     pixels: torch.Tensor = made[0]
     return pixels
-
-
-def port_of(encoder: Encoder, pixels: torch.Tensor) -> Images:
-    """What becomes of such pixels."""
-    return Images(encoder.grid(*pixels.shape[-2:]), encoder.special, encoder.registers)
-
-
-def load_encoder(directory: Path, encoder: Encoder, port: Images, pixels: torch.Tensor, device: str = "cpu") -> Live:
-    """The encoder in `directory`, in float32, by transformers' own code, on which its reading of `pixels` was tried.
-
-    Errors as `loading.load_original`; UnsupportedModel where pixels do not become what `port` says.
-    """
-    config, kind = parse_encoder(without_choices(read_config(directory), directory / CONFIG))
-    try:
-        with quiet():
-            model, report = from_files(kind, directory, config, torch.float32, device)
-    except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
-        require_memory(directory, error)
-        raise SourceError(
-            f"{directory}: transformers cannot load it ({brief(error)}); give a complete checkpoint."
-        ) from error
-    missing = [name for name in report.get("missing_keys", ()) if POOLER.search(name) is None]
-    require_fit(directory, model, {**report, "missing_keys": missing})
-    live = Live(model.eval().get_submodule(encoder.tower), encoder.anatomy, port)
-    _require_places(live, encoder, pixels)
-    return live
 
 
 class _Enough(Exception):
@@ -159,12 +132,12 @@ class _Enough(Exception):
 
 
 @torch.inference_mode()
-def _require_places(live: Live, encoder: Encoder, pixels: torch.Tensor) -> None:
+def require_places(live: Live, pixels: torch.Tensor) -> None:
     """UnsupportedModel unless an image becomes the tokens that `live.port` says: two images, alike but for one patch,
     are two rows that differ in the token of that patch alone, where they enter the first block."""
-    assert isinstance(live.port, Images)
-    port, kind = live.port, encoder.anatomy.model_type
-    (rows, columns), (height, width) = port.grid, encoder.patch
+    port, patching, kind = live.port, live.anatomy.patching, live.anatomy.model_type
+    assert isinstance(port, Images) and patching is not None
+    (rows, columns), (height, width) = port.grid, patching.patch
     row, column = rows // 2, (2 * columns) // 3
     entered: list[torch.Tensor] = []
 
@@ -176,11 +149,11 @@ def _require_places(live: Live, encoder: Encoder, pixels: torch.Tensor) -> None:
     pair[1, :, row * height : (row + 1) * height, column * width : (column + 1) * width] += 1.0
     hook = on_layer(live, 0, look)
     try:
-        live.model(pixel_values=pair.to(live.device))
+        live.trunk(pixel_values=pair.to(live.device, live.model.dtype))
     except _Enough:
         pass
     except Exception as error:  # of any class: its code was made for images of one size
-        made = f"{encoder.size[0]} x {encoder.size[1]}"
+        made = f"{patching.size[0]} x {patching.size[1]}"
         raise UnsupportedModel(
             f"{kind}: it does not take images of {pixels.shape[2]} x {pixels.shape[3]}, as its processor makes them "
             f"({brief(error)}); its config.json says {made}"

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..anatomy.classes import causal_class
-from ..anatomy.fit import belonging
+from ..anatomy.encoders import parse_encoder
+from ..anatomy.fit import POOLER, belonging
 from ..anatomy.packed import loadable
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, parse_config
@@ -33,6 +34,7 @@ from ..errors import DamagedCheckpoint, NoSpace, SourceError, brief, out_of_memo
 from .by_layers import ByLayers, loading_by
 from .memory import HERE, Place
 from .model import Live
+from .port import TEXT, Port
 from .templates import require_templates
 
 GENERATION = "generation_config.json"
@@ -88,9 +90,10 @@ def from_files(
 
 
 def load_original(
-    directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", by_layers: ByLayers | None = None
+    directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", by_layers: ByLayers | None = None,
+    encoder: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
-    """The unchanged model, through transformers' own code only (a checkpoint's Python files are never run).
+    """The unchanged model, a causal language model or one with an `encoder`, through transformers' own code only (a checkpoint's Python files are never run).
 
     `device` is a torch device, or "auto" to let accelerate place it over GPUs, memory and disk. `by_layers`: weights
     come when they are called for. Raises DamagedCheckpoint where tensors and config do not fit, SourceError where
@@ -98,9 +101,8 @@ def load_original(
     """
     try:
         with quiet(), loading_by(by_layers, directory) as finish:
-            config = loadable(parse_config(without_choices(read_config(directory), directory / CONFIG)))
-            config._attn_implementation = None
-            kind: Any = causal_class(type(config))
+            raw = without_choices(read_config(directory), directory / CONFIG)
+            config, kind = parse_encoder(raw) if encoder else _causal(raw)
             model, report = from_files(kind, directory, config, dtype, device)
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
         require_memory(directory, error)
@@ -112,12 +114,19 @@ def load_original(
         return finish(model.eval(), config, dtype)
 
 
+def _causal(raw: dict) -> tuple[PreTrainedConfig, Any]:
+    config = loadable(parse_config(raw))
+    config._attn_implementation = None
+    return config, causal_class(type(config))
+
+
 def live_original(
-    directory: Path, anatomy: Anatomy, place: Place = HERE, dtype: torch.dtype = torch.float32
+    directory: Path, anatomy: Anatomy, place: Place = HERE, dtype: torch.dtype = torch.float32, port: Port = TEXT
 ) -> Live:  # fmt: skip
     """The same, wherever it is to compute: resident, or layer by layer where it does not fit. NoSpace if neither."""
     by_layers = place.by_layers(anatomy, read_layout(directory), dtype)
-    return Live(load_original(directory, dtype, place.device, by_layers), anatomy)
+    model = load_original(directory, dtype, place.device, by_layers, encoder=anatomy.patching is not None)
+    return Live(model, anatomy, port)
 
 
 def require_in_memory(model: PreTrainedModel, what: str) -> None:
@@ -142,7 +151,9 @@ def require_fit(directory: Path, model: PreTrainedModel, report: dict) -> None:
 
     Tensors that are not part of the model may lie beside them.
     """
-    wrong = {**report, "unexpected_keys": belonging(model, report.get("unexpected_keys", ()))}
+    missing = [name for name in report.get("missing_keys", ()) if POOLER.search(name) is None]
+    unexpected = belonging(model, report.get("unexpected_keys", ()))
+    wrong = {**report, "missing_keys": missing, "unexpected_keys": unexpected}
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := sorted(wrong.get(kind, ()), key=str):
             name, *shapes = found[0] if isinstance(found[0], tuple) else (found[0],)

@@ -80,8 +80,8 @@ class Place:
         given = f"{human(allowed)} {'are given (--memory)' if self.memory is not None else 'are free'}"
         if needs.layer is None:
             raise NoSpace(
-                f"{spec} is quantised, and unpacked all at once: that needs {human(needs.resident)} of memory, and "
-                f"{given}; give it more, or --device auto."
+                f"{spec} comes all at once, as encoders and packed weights of its kind do: that needs "
+                f"{human(needs.resident)} of memory, and {given}; give it more, or --device auto."
             )
         if needs.by_layers > allowed:
             raise NoSpace(
@@ -143,7 +143,7 @@ class Needs:
         """`packs`: weights are packed in what is made of it, which is read too."""
         blank = anatomy.blank
         weights = size_of([blank], dtype)
-        if not comes_apart(anatomy.config):
+        if anatomy.patching is not None or not comes_apart(anatomy.config):
             return cls(weights, None)
         blocks = [size_of([blank.get_submodule(f"{anatomy.lead}{name}")], dtype) for name in anatomy.blocks]
         both = (blank.get_input_embeddings(), blank.get_output_embeddings())

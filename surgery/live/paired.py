@@ -10,6 +10,7 @@ from statistics import NormalDist
 from .score import Score
 
 CONFIDENCE = 0.95
+NONE_IN = 3  # 0 of N differed: at 95%, up to 3/N may (the rule of three)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ def mean_interval(values: Sequence[float]) -> Interval:
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     margin = student_t(count - 1) * math.sqrt(variance / count)
     return Interval(mean, mean - margin, mean + margin)
+
+
+def share_interval(same: Sequence[bool]) -> Interval:
+    """The share of True among `same` and its interval; where all are, the rule of three."""
+    if all(same):
+        return Interval(1.0, max(0.0, 1.0 - NONE_IN / len(same)), 1.0)
+    found = mean_interval([float(one) for one in same])
+    return Interval(found.mean, max(found.low, 0.0), min(found.high, 1.0))
 
 
 def student_t(freedom: int) -> float:

@@ -82,3 +82,12 @@ def on_layer(
     if layer:
         return trunk.get_submodule(blocks[layer - 1]).register_forward_hook(leaving, prepend=first)
     return trunk.get_submodule(blocks[0]).register_forward_pre_hook(entering, with_kwargs=True, prepend=first)
+
+
+def final_norm(live: Live) -> nn.Module | None:
+    """The norm between the last block and the output layer: the one that stands after the blocks in the trunk."""
+    stacks = {name.split(".")[0] for name in live.anatomy.blocks}
+    children = list(live.trunk.named_children())
+    after = [i for i, (name, _) in enumerate(children) if name in stacks]
+    norms = [child for _, child in children[max(after) + 1 :] if "norm" in type(child).__name__.lower()]
+    return norms[0] if len(norms) == 1 else None

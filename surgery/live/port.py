@@ -15,6 +15,7 @@ import torch
 from .text import token_texts
 
 if TYPE_CHECKING:
+    from ..anatomy.sites import Anatomy
     from .model import Live
 
 # Logits are the largest tensor of a pass over text; this bounds a batch of them, and with it the batch size.
@@ -48,9 +49,9 @@ class Text:
         for index, rows in enumerate(torch.cat([lead, chunks], dim=1).split(size)):
             yield Batch(rows, len(prefix), index)
 
-    def run(self, model: Any, batch: Batch, wanted: bool) -> torch.Tensor | None:
+    def run(self, live: Live, batch: Batch, wanted: bool) -> torch.Tensor | None:
         """Have the model compute; logits (B, T, V) where they are `wanted`."""
-        keep = {}
+        keep, model = {}, live.model
         if (
             not wanted
             and len({*getattr(model, "hf_device_map", {}).values()}) < 2  # else logits may be elsewhere than the place
@@ -83,17 +84,20 @@ class Images:
         return self.special + self.grid[0] * self.grid[1]
 
     def batches(self, live: Live, pixels: torch.Tensor, prefix: Sequence[int]) -> Iterator[Batch]:
-        width = live.model.config.get_text_config().hidden_size
+        width = live.trunk.config.get_text_config().hidden_size
         size = max(1, IMAGE_BYTES // (4 * width * self.tokens))
         for index, part in enumerate(pixels.split(size)):
             given = {"pixel_values": part.to(live.device, live.model.dtype)}
             yield Batch(torch.arange(self.tokens).expand(len(part), -1), 0, index, given)
 
-    def run(self, model: Any, batch: Batch, wanted: bool) -> torch.Tensor | None:
-        """Have the model compute. It predicts nothing."""
+    def run(self, live: Live, batch: Batch, wanted: bool) -> torch.Tensor | None:
+        """Have the encoder compute; where they are `wanted`, what a head makes of it: logits (B, classes)."""
         assert batch.given is not None
-        model(**batch.given)
-        return None
+        if not wanted:
+            live.trunk(**batch.given)
+            return None
+        logits: torch.Tensor = live.model(**batch.given).logits
+        return logits
 
     def names(self, tokenizer: Any, tokens: Sequence[int]) -> list[str]:
         """What each of the places `tokens` is called."""
@@ -110,3 +114,13 @@ class Images:
 
 Port = Text | Images
 TEXT = Text()
+
+
+def port_of(anatomy: Anatomy, chunks: torch.Tensor | None = None) -> Port:
+    """What a model reads, given what it is to read: a language model token ids (N, T), an encoder pixels (N, C, H, W);
+    of the size that it was made for, where there are none."""
+    if anatomy.patching is None:
+        return TEXT
+    patching = anatomy.patching
+    height, width = patching.size if chunks is None else chunks.shape[-2:]
+    return Images(patching.grid(height, width), patching.special, patching.registers)

@@ -140,7 +140,7 @@ def _forward(
     batch = replace(batch, tokens=batch.tokens.to(live.device))
     before = now.set((reading, batch))
     try:
-        logits = live.port.run(live.model, batch, bool(wanting))
+        logits = live.port.run(live, batch, bool(wanting))
         if logits is not None:
             for observer in wanting:
                 observer.logits(logits, batch)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from .attention_bias import AttentionBias
 from .base import Operation
+from .estimated_bias import EstimatedBias
 from .head_norm import HeadNorm
 from .quantise import Quantise
 from .rotation import Rotation
 from .smoothing import Smoothing
 
 # Each is fitted to what those before it leave.
-OPERATIONS: tuple[type[Operation], ...] = (AttentionBias, Rotation, Smoothing, HeadNorm, Quantise)
+OPERATIONS: tuple[type[Operation], ...] = (AttentionBias, EstimatedBias, Rotation, Smoothing, HeadNorm, Quantise)

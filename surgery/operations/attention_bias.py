@@ -22,14 +22,14 @@ from ..checkpoint.layout import Stored
 from ..converted.card import Section
 from ..converted.described import Described, damaged
 from ..errors import SourceError
-from ..live.graft import Fold, eab_config, fold, grafted
+from ..live.graft import Fold, eab_config, fold, grafted, held_parts
 from ..live.model import Live
 from ..live.text import token_texts, tokenize
 from ..parts import every_shape
 from ..parts import shapes as declared
 from ..recipe.fields import Prefix
 from ..words import count_of, listing, quoted
-from .base import Changes, Exact, Fitting, NothingToDo, Operation, Stand, Target, Trained
+from .base import Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, Target, Trained
 from .prefix_search import PrefixSearch
 
 VISIBLE = {
@@ -59,6 +59,7 @@ class AttentionBias(Operation):
     name: ClassVar[str] = "attention_bias"
     example: ClassVar[str] = "{prefix: auto}"
     adds: ClassVar[bool] = True
+    reading: ClassVar[Port | None] = "text"
 
     prefix: Annotated[Prefix, Field(description="the tokens to fold, each a text or an id; auto searches for them")] = (
         "auto"
@@ -195,12 +196,7 @@ class AttentionBias(Operation):
         return grafted(live, parts.fold)
 
     def held(self, live: Live, parts: Folded) -> Folded:
-        held: dict[str, torch.Tensor] = {}
-        for kind, shapes in declared(eab_config(live.anatomy, parts.fold.prefix, parts.fold.visible)).items():
-            for module in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
-                values = kind.values(live.trunk.get_submodule(module))
-                held |= {f"{module}.{part}": value.detach().clone() for part, value in values.items()}
-        return Folded(Fold(parts.fold.prefix, held, parts.fold.visible), parts.search)
+        return Folded(held_parts(live, parts.fold), parts.search)
 
     def tensors(self, live: Live, parts: Folded) -> Mapping[str, torch.Tensor]:
         return {

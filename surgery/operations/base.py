@@ -28,6 +28,7 @@ from ..recipe.fields import Named
 from ..table import Table
 
 Exact = Literal["bits", "rounding", "no"]
+Port = Literal["text", "images"]  # what a model reads
 Alter = Callable[[torch.Tensor], torch.Tensor]
 Parts = Any  # what one operation fitted; opaque to all but that operation
 
@@ -143,13 +144,14 @@ class Operation(Named):
 
     `example`: its settings, as a recipe writes them. `rests`: grafted, it leaves the function as it is, whatever is
     emitted later (head norms at gate 0). `adds`: it adds something to a site, which a converted checkpoint needs.
-    `last`: it comes after tuning too. `key`: of its table in a report, where that is not its name.
+    `last`: it comes after tuning too. `reading`: what a model has to read for it, where not any will do. `key`: of its table in a report, where that is not its name.
     """
 
     example: ClassVar[str] = "{}"
     rests: ClassVar[bool] = False
     adds: ClassVar[bool] = False
     last: ClassVar[bool] = False
+    reading: ClassVar[Port | None] = None
     key: ClassVar[str | None] = None
 
     @property

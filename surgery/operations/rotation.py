@@ -30,7 +30,7 @@ from ..live.loading import require_in_memory
 from ..live.model import Live
 from ..live.parts import OUTSIDE, Part, parts
 from ..words import count_of
-from .base import Changes, Exact, Fitting, Operation, Stand, Target
+from .base import Changes, Exact, Fitting, Operation, Port, Stand, Target
 from .orthogonal import hadamard, rotation_matrix
 from .symmetry import Way, following, heads
 from .turning import LOUD, ROUNDING, Change, folding, proved, turning, turning_heads
@@ -76,6 +76,7 @@ class Rotation(Operation):
     """
 
     name: ClassVar[str] = "rotation"
+    reading: ClassVar[Port | None] = "text"
 
     kind: Annotated[
         Literal["hadamard", "random"], Field(description="a Hadamard matrix with random signs, or any orthogonal one")

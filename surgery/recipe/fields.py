@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -73,6 +75,7 @@ Targets = Annotated[
     Or("a list of names"),
 ]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -83,9 +86,14 @@ class Strict(BaseModel):
 
 
 class Named(Strict):
-    """Settings that stand under a name of their own. A key without a default has `Field(examples=[...])`."""
+    """Settings that stand under a name of their own. A key without a default has `Field(examples=[...])`.
+
+    `told_by`: where several kinds have the same name, the key that says it is this one; None of the one that is meant
+    where no such key is there.
+    """
 
     name: ClassVar[str]
+    told_by: ClassVar[str | None] = None
 
 
 class OneOf(Strict):
@@ -119,14 +127,29 @@ def one_of(kinds: Sequence[type[Named]], noun: str, example: str) -> Any:
 
     `example`: settings of the first of them, as a recipe writes them.
     """
-    fields: dict[str, Any] = {kind.name: (kind, None) for kind in kinds}
+    fields: dict[str, Any] = {kind.name: (_kinds_called(kind.name, kinds), None) for kind in kinds}
     model = create_model(noun.capitalize(), __base__=OneOf, **fields)
     model.noun, model.shown = noun, f"{kinds[0].name}: {example}"
     return Annotated[
         model,
         AfterValidator(lambda entry: entry.chosen),
-        PlainSerializer(lambda chosen: {chosen.name: chosen.model_dump(mode="json", exclude_none=True)}),
+        PlainSerializer(lambda chosen: {chosen.name: chosen.model_dump(mode="json", exclude_none=True, by_alias=True)}),
     ]
+
+
+def _kinds_called(name: str, kinds: Sequence[type[Named]]) -> Any:
+    """The annotation of settings under `name`: of the one kind that is called so, or of whichever a key tells."""
+    found = {kind.told_by or "": kind for kind in kinds if kind.name == name}
+    if len(found) == 1:
+        return next(iter(found.values()))
+
+    def told(value: object) -> str:
+        if isinstance(value, Named):
+            return value.told_by or ""
+        return next((key for key in found if key and isinstance(value, dict) and key in value), "")
+
+    tagged = [Annotated[kind, Tag(key)] for key, kind in found.items()]
+    return Annotated[functools.reduce(operator.or_, tagged), Discriminator(told)]  # type: ignore[arg-type]
 
 
 def known(name: str, model: type[BaseModel]) -> str:

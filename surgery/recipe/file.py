@@ -150,21 +150,27 @@ def _sentence(detail: ErrorDetails, key: Key, schema: type[Strict]) -> str:
 
 def model_at(schema: type[BaseModel], key: Key) -> type[BaseModel]:
     """The model of the mapping at `key`; where there is no mapping, of the nearest one that holds the key."""
-    for part in key:
-        field = schema.model_fields.get(part) if isinstance(part, str) else None
-        schema = (_model_in(field.annotation) if field is not None else None) or schema
+    for part, below in zip(key, (*key[1:], None), strict=True):
+        field = field_of(schema, part) if isinstance(part, str) else None
+        models = [] if field is None else _models_in(field.annotation)
+        schema = next((one for one in models if field_of(one, below) is not None), next(iter(models), schema))
     return schema
 
 
-def _model_in(annotation: object) -> type[BaseModel] | None:
-    """The first model that an annotation mentions."""
+def field_of(model: type[BaseModel], key: object) -> FieldInfo | None:
+    """The field that a recipe calls `key`."""
+    return next((field for name, field in model.model_fields.items() if key == (field.alias or name)), None)
+
+
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    """The models that an annotation mentions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]
 
 
 def _alternative(holder: type[BaseModel], name: str | int) -> str:
-    field = holder.model_fields.get(str(name), FieldInfo())
+    field = field_of(holder, name) or FieldInfo()
     return next((f", or {mark.alternative}" for mark in field.metadata if isinstance(mark, Or)), "")
 
 
@@ -172,7 +178,7 @@ def _example(holder: type[BaseModel], name: str | int) -> str:
     """The default of a key, or what could be written where there is none."""
     if isinstance(name, int):
         return "0"  # an entry of a list
-    field = holder.model_fields[name]
+    field = field_of(holder, name) or FieldInfo()
     return written(field.examples[0] if field.examples else field.default)
 
 

@@ -21,11 +21,8 @@ def table(told: Mapping[str, Any] | None) -> Table | None:
     rows = [
         ("source", _source(told.get("source") or {})),
         *_hashes(told.get("source") or {}),
-        *_texts(
-            "image" if not cuts.get("evaluation") and not told.get("recipe") else "evaluation text",
-            texts.get("evaluation") or [],
-        ),
-        *_texts("calibration text", texts.get("calibration") or []),
+        *_texts(f"evaluation {_thing(cuts)}", texts.get("evaluation") or []),
+        *_texts(f"calibration {_thing(cuts)}", texts.get("calibration") or []),
         ("read", _read(cuts, bool(texts.get("split")))),
         ("computed", f"in {_plain(told.get('dtype'))} on {_plain(told.get('device'))}"),
         ("begun", _plain(told.get("date")).replace("T", " ").replace("Z", " UTC")),
@@ -42,8 +39,9 @@ def line(told: Mapping[str, Any] | None) -> str:
     if not told:
         return ""
     files, cut = (told.get("texts") or {}).get("evaluation") or [], (told.get("chunks") or {}).get("evaluation")
-    parts = [_plain(told.get("date"))[:10], ", ".join(_plain(file["name"]) for file in files)]
-    parts.append(f"{count_of(cut['count'], 'chunk')} of {cut['length']:,} tokens" if cut else "")
+    named = [_plain(file["name"]) for file in files[:MOST]]
+    parts = [_plain(told.get("date"))[:10], ", ".join(named) if len(files) <= MOST else ""]
+    parts.append(_cut(cut) if cut else "")
     parts.append(f"surgery {_plain((told.get('versions') or {}).get('surgery'))}")
     return " · ".join(part for part in parts if part)
 
@@ -62,16 +60,31 @@ def _hashes(source: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _texts(what: str, files: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    return [
-        (what, f"{_plain(file['name'])}, {human(file['bytes'])}, SHA-256 {_plain(file['sha256'])}") for file in files
+    rows = [
+        (what, f"{_plain(file['name'])}, {human(file['bytes'])}, SHA-256 {_plain(file['sha256'])}")
+        for file in files[:MOST]
     ]
+    return rows if len(files) <= MOST else [*rows, ("", f"and {count_of(len(files) - MOST, 'file')} more")]
+
+
+def _thing(cuts: Mapping[str, Any]) -> str:
+    """What was read: of images there is no length."""
+    return "image" if any(cut and cut["length"] is None for cut in cuts.values()) else "text"
+
+
+def _cut(cut: Mapping[str, Any]) -> str:
+    if cut["length"] is None:
+        return count_of(cut["count"], "image")
+    return f"{count_of(cut['count'], 'chunk')} of {cut['length']:,} tokens"
 
 
 def _read(cuts: Mapping[str, Any], split: bool) -> str:
     """How text was cut; of one text that was split, which half was for what."""
     halves = {"evaluation": " of its second half", "calibration": " of its first half"} if split else {}
+    if _thing(cuts) == "image":
+        halves = dict.fromkeys(halves, ", every other one of those given")
     said = [
-        f"{what}: {count_of(cut['count'], 'chunk')} of {cut['length']:,} tokens{halves.get(what, '')}"
+        f"{what}: {_cut(cut)}{halves.get(what, '')}"
         for what in ("evaluation", "calibration")
         if (cut := cuts.get(what))
     ]

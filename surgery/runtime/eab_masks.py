@@ -59,6 +59,12 @@ def eab_mask(
     In a row with P padding tokens on its left, the prefix would have stood at P .. P+n-1 and text token i at i + n. The
     model's own `mask_function` is asked about those places, so windows, chunks and what comes next need no code here.
     """
+    if config.eab.get("sees_all", False):  # slots are visible wherever anything is, and have no columns
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function=mask_function,
+            attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=False, use_vmap=use_vmap,
+            allow_is_bidirectional_skip=kwargs.get("allow_is_bidirectional_skip", False), device=device,
+        )  # fmt: skip
     n, always = config.eab["n_slots"], config.eab["slots_visible"] == "always"
     whole = config.eab.get("whole_mask", False)
     if not getattr(config, "is_causal", True):

@@ -12,7 +12,8 @@ visible to a query exactly where the model's own mask would have shown it the pr
 trunk's class, and `sites`, which maps the name of each site in it to [kv_heads, key_dim, value_dim]. `mixers` are those
 modules beside the sites that hand a state from token to token (`eab_mixers`), `indexers` those that choose what sparse
 attention sees (`eab_indexer`). Where needed, `max_length` bounds the positions on which the fold is exact, and
-`whole_mask` says that the model's code cannot do without a mask.
+`whole_mask` says that the model's code cannot do without a mask. `sees_all` says that the trunk is an encoder: every
+query sees every slot, and no position moves.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ PARALLEL_ARGUMENTS = ("tp_plan", "tp_size", "device_mesh", "distributed_config")
 
 class Slots(Added):
     """The slots of one site: key (n, kv_heads, key_dim), value (n, kv_heads, value_dim), as if rotary was applied.
-    `shown`: attention weights that a caller asks for have columns for them too."""
+    `shown`: attention weights that a caller asks for have columns for them too. `sees_all`: in an encoder."""
 
     key: Tensor
     value: Tensor
     shown = False
+    sees_all = False
 
     def __init__(self, n_slots: int, kv_heads: int, key_dim: int, value_dim: int):
         super().__init__()
@@ -89,9 +91,10 @@ def eab_attention(
     """
     if unknown := [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in HARMLESS_TENSORS]:
         raise ValueError(f"attention with slots does not know the argument {unknown[0]!r} and will not ignore it")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if module.attention_bias.sees_all is (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(
-            "attention with slots is defined for causal attention only: a prefix is not constant without it"
+            "slots that were folded from a prefix are defined for causal attention only, without which a prefix is not "
+            "constant; and those of an encoder are not for causal attention"
         )
     if query_scale is not None:
         query = (query * query_scale).to(query.dtype)
@@ -99,9 +102,10 @@ def eab_attention(
     n = slot_key.shape[0]
     if indices is not None:
         attention_mask = selected(attention_mask, indices, n + key.shape[2])
-    slot_mask, mask = slots_and_text(attention_mask, n, key.shape[2])
+    all_seen = module.attention_bias.sees_all
+    slot_mask, mask = (None, attention_mask) if all_seen else slots_and_text(attention_mask, n, key.shape[2])
     queries, keys = query.shape[2], key.shape[2]
-    causal = mask is None and queries > 1
+    causal = mask is None and queries > 1 and not all_seen
     if getattr(attention_mask, "eab_first_keys", False):
         causal, mask, slot_mask = True, None, None
         key, value = key[:, :, :queries], value[:, :, :queries]
@@ -165,13 +169,14 @@ def install(model: PreTrainedModel, eab: dict[str, Any], adapter: Any = None) ->
     for name, (kv_heads, key_dim, value_dim) in eab["sites"].items():
         site = trunk.get_submodule(name)
         site.attention_bias = Slots(n, kv_heads, key_dim, value_dim)
+        site.attention_bias.sees_all = eab.get("sees_all", False)
         undo.callback(delattr, site, "attention_bias")
         guard = functools.partial(_guard_site, trunk.config)
         undo.callback(site.register_forward_pre_hook(guard).remove)
         if n and hasattr(site, "attn_temperature_tuning"):
             scale = functools.partial(scale_queries, n)
             undo.callback(site.register_forward_pre_hook(scale, with_kwargs=True).remove)
-    if n:
+    if n and not eab.get("sees_all", False):
         undo.enter_context(install_mixers(trunk, n, eab.get("mixers", {})))
         undo.enter_context(install_indexers(trunk, n, eab.get("indexers", {})))
         _move_text(model, trunk, n, eab.get("max_length"), undo)

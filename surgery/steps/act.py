@@ -23,7 +23,8 @@ def provenance(
     calibration: torch.Tensor | None = None,
     hub_ids: Collection[str] = (),
 ) -> Provenance:
-    """The provenance of an act that began at `date`; `evaluation` (N, T) and `calibration` (M, T) are what was read.
+    """The provenance of an act that began at `date`; `evaluation` (N, T) and `calibration` (M, T), or pixels, are what was
+    read.
 
     `hub_ids` are arguments of `command` that look like paths and are none.
     """
@@ -34,7 +35,9 @@ def provenance(
 
 
 def _cut(chunks: torch.Tensor | None) -> Cut | None:
-    return None if chunks is None else Cut(count=chunks.shape[0], length=chunks.shape[1])
+    if chunks is None:
+        return None
+    return Cut(count=len(chunks), length=chunks.shape[1] if chunks.ndim == 2 else None)
 
 
 def told(act: Provenance, source: Mapping[str, Any] | None, recipe: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def check_again(
     if not files.passed and (others := other_versions(manifest)):
         files = replace(files, detail=f"{files.detail}; {others}")
     found = [files, check(TENSORS, lambda: _same_tensors(described.root, manifest, again, directory))]
-    if again.changes.replaced or any(entry.status == "quantised" for entry in manifest.tensors.values()):
+    if again.changes.replaced or any(entry.status in ("quantised", "emptied") for entry in manifest.tensors.values()):
         found.append(check(QUANTISED, lambda: same_quantised(described, manifest, again, directory)))
     if again.control is not None:
         found.append(check(FUNCTION, functools.partial(_same_function, described, again.control, place)))

@@ -27,7 +27,7 @@ def same_quantised(described: Described, manifest: Manifest, again: Again, direc
     """
     layout, original = read_layout(described.root), read_layout(directory)
     planned = {(name, of) for of, instead in again.changes.replaced.items() for name in instead}
-    claimed = {(name, entry.of) for name, entry in manifest.tensors.items() if entry.status == "quantised"}
+    claimed = {(name, entry.of) for name, entry in manifest.tensors.items() if entry.status in ("quantised", "emptied")}
     if other := sorted(planned ^ claimed, key=str):
         does = "quantises" if other[0] in planned else "does not quantise"
         return False, f"{other[0][0]}: the recipe {does} it, and {MANIFEST} says otherwise"

@@ -80,7 +80,9 @@ def emit_beside(plan: Plan, stage: Stage, directory: Path, changes: Changes) -> 
 def emitted_config(plan: Plan, changes: Changes) -> dict[str, Any]:
     """config.json of the converted checkpoint."""
     lowered = lowered_limits(plan.source.config, plan.anatomy, changes.positions)
-    return converted_config(without_code(plan.source.config), plan.derived, changes.config, lowered)
+    return converted_config(
+        without_code(plan.source.config), plan.derived, plan.anatomy.model_class, changes.config, lowered
+    )
 
 
 class _Weights(Mapping[str, torch.Tensor]):

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from ..anatomy.sites import Anatomy
+from ..live.features import Features
+from ..live.images import picture_of
 from ..live.likelihood import Likelihood
 from ..live.model import Live
+from ..live.port import Images
 from ..live.roundings import rounds_values
 from ..live.sample import continuation, speed
-from ..live.score import Score
 from ..live.stream import Observer, Reading, read
 from ..live.text import FEW_CHUNKS, decoded
 from ..progress import Reporter
 from ..survey.full import FullSurvey
+from ..survey.patches import SHOWN, SIDE
 from ..verification.gates import Gate
 from ..verification.gates.base import VARIANTS, Judgement, Measured, Subject, Variant
 from ..verification.verdict import found_by, judged
@@ -43,7 +45,8 @@ def few_of(chunks: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Measuring:
-    """Text (N, T) to evaluate on, other text (M, T) to calibrate on, the gates, and what they made ready, by name."""
+    """Text (N, T) to evaluate on, other text (M, T) to calibrate on, the gates, and what they made ready, by name. Of an
+    encoder both are pixels."""
 
     evaluation: torch.Tensor
     calibrating: torch.Tensor | None
@@ -53,10 +56,11 @@ class Measuring:
 
     def original(self, live: Live, prefix: Sequence[int], tokenizer, survey: FullSurvey | None) -> Measured:
         """The unchanged model: bare, after BOS where it has one, and after the folded prefix, if any."""
-        bos = tokenizer.bos_token_id
-        leads: dict[Variant, tuple[int, ...]] = {"bare": (), "control": tuple(prefix)}
-        if bos is not None:
-            leads["bos"] = (bos,)
+        leads: dict[Variant, tuple[int, ...]] = {"bare": ()}
+        if live.port.predicts:
+            leads["control"] = tuple(prefix)
+            if (bos := tokenizer.bos_token_id) is not None:
+                leads["bos"] = (bos,)
         return self._measured(live, tokenizer, leads, survey, original=True)
 
     def converted(self, live: Live, tokenizer, survey: FullSurvey | None) -> Measured:
@@ -70,21 +74,23 @@ class Measuring:
         subject = Subject(live, tokenizer, original, self.evaluation, self.calibrating, self.reporter)
         watched: dict[str, dict[str, Any]] = {gate.name: {} for gate in self.gates}
         readings: list[Reading] = []
-        likelihoods: dict[Variant, Likelihood] = {}
+        scoring: dict[Variant, Likelihood | Features] = {}
         for lead in dict.fromkeys(leads.values()):  # variants that are read after the same tokens are one
             variants = [variant for variant in leads if leads[variant] == lead]
-            observers, likelihood = self._observers(variants), Likelihood()
-            likelihoods.update(dict.fromkeys(variants, likelihood))
+            observers, scores = self._observers(variants), Likelihood() if live.port.predicts else Features(live)
+            scoring.update(dict.fromkeys(variants, scores))
             for (name, variant), observer in observers.items():
                 watched[name][variant] = observer
-            main, looking = not MAIN.isdisjoint(variants), [likelihood, *observers.values()]
+            main, looking = not MAIN.isdisjoint(variants), [scores, *observers.values()]
             text = self.evaluation if main or observers else self.evaluation[: few_of(self.evaluation)]
             readings += _readings(text, lead, looking, survey if main else None, VARIANTS[variants[0]])
         with subject.bar("", sum(len(reading.chunks) for reading in readings)) as advance:
             read(live, readings, advance)
-        scores: dict[str, Score] = {variant: likelihood.score for variant, likelihood in likelihoods.items()}
         beyond = {gate.name: gate.measure(subject, self.ready.get(gate.name)) for gate in self.gates}
-        return Measured(scores, watched, beyond)
+        return Measured(
+            {variant: one.score for variant, one in scoring.items() if isinstance(one, Likelihood)}, watched, beyond,
+            {variant: one for variant, one in scoring.items() if isinstance(one, Features)}, live.port,
+        )  # fmt: skip
 
     def _observers(self, variants: Sequence[Variant]) -> dict[tuple[str, Variant], Observer]:
         """(Gate, variant) -> its observer, of gates that have one."""
@@ -111,10 +117,9 @@ class Pair:
     """What original and converted model are measured on: see `Measuring`.
 
     `prefix` stands in front of the original's text as control; `recipe` says how near the two are to be. `names`, of
-    original and converted: where given, some of the text is surveyed too.
+    original and converted: where given, some of the text is surveyed too. `pictures`: of images, what each is called.
     """
 
-    anatomy: Anatomy
     prefix: tuple[int, ...]
     recipe: Recipe
     gates: Sequence[Gate]
@@ -122,6 +127,7 @@ class Pair:
     calibrating: torch.Tensor | None
     ready: Mapping[str, Any]
     names: tuple[str, str] | None = None
+    pictures: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,9 @@ def measure_pair(
     survey = _survey(live, pair, names[1], heads)
     after = measuring.converted(live, tokenizer, survey)
     surveys = [one for one in (surveyed, _shown(live, tokenizer, pair, names[1], survey)) if one is not None]
-    exact = is_exact(pair.recipe, live.model.config, pair.evaluation.shape[1] + len(pair.prefix))
+    exact = live.port.predicts and is_exact(
+        pair.recipe, live.model.config, pair.evaluation.shape[1] + len(pair.prefix)
+    )
     if exact and rounds_values(live.model):  # what random token ids have shown in float64
         reporter.note("its layers round their inputs, so on text it is near the original after the prefix, not equal")
         exact = False
@@ -171,7 +179,8 @@ def measure_pair(
 
 
 def _survey(live: Live, pair: Pair, name: str | None, heads: Sequence[tuple[int, int]]) -> FullSurvey | None:
-    return None if name is None else FullSurvey(live, pair.evaluation.shape[1], heads)
+    length = live.port.tokens if isinstance(live.port, Images) else pair.evaluation.shape[1]
+    return None if name is None else FullSurvey(live, length, heads)
 
 
 def _shown(
@@ -180,7 +189,12 @@ def _shown(
     """What a survey found, with what a model says and how fast, under the name that it is to be shown by."""
     if survey is None:
         return None
-    return {"source": name, **survey.to_dict(tokenizer), **_tried(live, tokenizer, pair.evaluation[0])}
+    found = {"source": name, **survey.to_dict(tokenizer)}
+    if not live.port.predicts:
+        assert survey.norms is not None
+        pictures = [picture_of(image, SIDE) for image in pair.evaluation[:SHOWN]]
+        return {**found, "norm_maps": survey.norms.to_dict(pair.pictures, pictures)}
+    return {**found, **_tried(live, tokenizer, pair.evaluation[0])}
 
 
 def _tried(live: Live, tokenizer: Any, chunk: torch.Tensor) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 from ..errors import DamagedCheckpoint
+from ..live.images import require_places
 from ..live.loading import live_original
 from ..live.memory import Place
 from ..live.model import Live
+from ..live.port import port_of
 from ..live.quantised import loaded_linears
 from ..live.roundings import rounds_values, steady
 from ..operations.base import Changes, Fitting, Once, Operation, Parts
 from ..progress import Reporter
+from ..verification.alike import random_features, require_alike
 from ..verification.equivalence import Equivalence, compare_random_ids, take_control
 from .plan import Plan
 
@@ -48,13 +51,16 @@ def operate(
 ) -> Operated:  # fmt: skip
     """Load the original from `directory`; fit and graft each operation in its order; compare; collect the tensors.
 
-    chunks (M, T): calibration text, None where there is none. UnsupportedModel where the model with all of its exact
+    chunks (M, T): calibration text, or pixels, None where there is none. UnsupportedModel where the model with all of its exact
     operations in place is not the original after the same prefix: nothing is written then.
     """
     reporter.step("load the original")
-    live = live_original(directory, plan.anatomy, place, plan.fitting_dtype)
+    port = port_of(plan.anatomy, chunks)
+    live = live_original(directory, plan.anatomy, place, plan.fitting_dtype, port)
     if live.layers is None:  # layer by layer each is looked at when it comes
         _require_finite(live)
+    if chunks is not None and not port.predicts:
+        require_places(live, chunks)
     changes = plan.recipe.changes
     if plan.recipe.rounds_linears:
         loaded_linears(live)  # weights that are offloaded are refused before the work begins
@@ -71,6 +77,9 @@ def operate(
             planned = plan.by_operation[change.name]
             fitting = Fitting(plan.target, planned, chunks, reporter, {**parts}, training, gate, directory, once)
             part = parts[change.name] = change.fit(live, fitting)
+            if not port.predicts:
+                grafts.enter_context(_grafted_alike(live, change, part, reporter))
+                continue
             if change is changes[0]:  # the model is still as it came; only the first can stand for a prefix
                 prefix = change.plan(plan.target, part).prefix or ()
                 control = take_control(live, prefix, comparable(live, changes))
@@ -94,6 +103,18 @@ def _in_float32(live: Live, changes: Sequence[Operation], parts: Mapping[str, Pa
         if tensor.dtype == torch.float64:
             tensor.data = tensor.data.float()
     return {change.name: change.held(live, parts[change.name]) for change in changes if change.name in parts}
+
+
+@contextlib.contextmanager
+def _grafted_alike(live: Live, change: Operation, part: Parts, reporter: Reporter) -> Iterator[None]:
+    """An encoder with `change` in place, which is compared with what it was before, where that is to be the same."""
+    same = change.exact != "no" or change.rests
+    before = random_features(live) if same else None
+    with change.graft(live, part):
+        if before is not None:
+            reporter.step(f"compare on random images, before and after {change.name}")
+            require_alike(live, before, change.name)
+        yield
 
 
 def _last_exact(changes: Sequence[Operation]) -> Operation:

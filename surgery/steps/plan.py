@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from ..anatomy.fit import Fit, examine_stored
+from ..anatomy.classes import causal_class
+from ..anatomy.fit import Fit, encoder_stored, examine_stored
 from ..anatomy.linears import linears
-from ..anatomy.sites import Anatomy, examine
+from ..anatomy.sites import Anatomy, examine, read_as_config
 from ..checkpoint.disk import free_space, require_space, require_target, same_disk
 from ..checkpoint.gguf_tokenizer import write_tokenizer
 from ..checkpoint.source import Source, has_tokenizer, open_source, without_tokenizer
@@ -24,10 +25,12 @@ from ..converted.files import added_layout, lowered_limits, shard_names
 from ..endings.temporary import temporary
 from ..errors import SourceError, UnsupportedModel
 from ..live.graft import eab_config
+from ..live.images import load_processor
 from ..live.loading import load_tokenizer, require_generation
 from ..live.memory import HERE, Needs, Place
-from ..operations.base import Changes, Parts, Target
+from ..operations.base import Changes, Parts, Port, Target
 from .inputs import Reader
+from .pictures import PixelReader
 from .planned_files import FilePlan, files_of, room
 from .recipe import Recipe
 
@@ -60,9 +63,11 @@ class Plan:
         return self.target.anatomy
 
     @property
-    def reader(self) -> Reader:
-        """How text becomes token ids of this model."""
-        return Reader(self.target.tokenizer, self.target.vocab_size)
+    def reader(self) -> Reader | PixelReader:
+        """How text becomes token ids of this model, or images its pixels."""
+        if self.anatomy.patching is None:
+            return Reader(self.target.tokenizer, self.target.vocab_size)
+        return PixelReader(load_processor(self.source.root), self.anatomy)
 
     @property
     def lowered(self) -> dict[str, int]:
@@ -85,7 +90,7 @@ class Plan:
         """The tensors that `changes` puts in the place of others, as entries of the manifest."""
         layout = self.source.layout
         return {
-            name: {**_entry("quantised", self.shards[layout.tensors[of].shard], t.dtype, t.shape), "of": of}
+            name: {**_entry("quantised" if 0 not in t.shape else "emptied", self.shards[layout.tensors[of].shard], t.dtype, t.shape), "of": of}
             for of, instead in changes.replaced.items()
             for name, t in instead.items()
         }
@@ -162,11 +167,13 @@ def plan_on(
     """The same for a source that is open."""
     # Before the tokenizer, which would complain in its own words.
     _require_plain(source, recipe)
-    anatomy, fits = examine_source(source)
+    port = recipe.reading or reading_of(source)
+    recipe = recipe.of(port)
+    anatomy, fits = examine_source(source, port)
     if source.kind != "gguf":
         require_generation(source.root)
     wanted = needs_tokenizer or any(change.needs_tokenizer for change in recipe.changes)
-    source, tokenizer = _with_tokenizer(source, recipe, wanted)
+    source, tokenizer = _with_tokenizer(source, recipe, wanted, port)
     target = Target(anatomy, source.layout, tokenizer)
     by_operation = {change.name: change.plan(target) for change in recipe.changes}
     changes = _together(anatomy, by_operation)
@@ -220,8 +227,13 @@ def _require_plain(source: Source, recipe: Recipe) -> None:
         )
 
 
-def examine_source(source: Source) -> tuple[Anatomy, Fit]:
-    """What the source is, and how its tensors fit that; those of a GGUF were named after its model.
+def reading_of(source: Source) -> Port:
+    """What the source reads, where nothing else says it: text, if there is a causal language model of it."""
+    return "images" if source.kind != "gguf" and causal_class(type(read_as_config(source.config))) is None else "text"
+
+
+def examine_source(source: Source, port: Port = "text") -> tuple[Anatomy, Fit]:
+    """What the source is, as a model that reads text or images, and how its tensors fit that; those of a GGUF were named after its model.
 
     SourceError where a package is missing that reads its format.
     """
@@ -229,7 +241,7 @@ def examine_source(source: Source) -> tuple[Anatomy, Fit]:
         source.quantised.require_loader(source.root)
     if source.blank is not None:
         return examine(source.config, source.blank), Fit()
-    return examine_stored(source.config, source.layout)
+    return (examine_stored if port == "text" else encoder_stored)(source.config, source.layout)
 
 
 def _together(anatomy: Anatomy, by_operation: Mapping[str, Changes]) -> Changes:
@@ -238,8 +250,10 @@ def _together(anatomy: Anatomy, by_operation: Mapping[str, Changes]) -> Changes:
     return functools.reduce(operator.add, (*by_operation.values(), sites))
 
 
-def _with_tokenizer(source: Source, recipe: Recipe, wanted: bool) -> tuple[Source, Any]:
-    """The source and its tokenizer. One that does not load, and is not `wanted`, is left out of the source."""
+def _with_tokenizer(source: Source, recipe: Recipe, wanted: bool, port: Port) -> tuple[Source, Any]:
+    """The source and its tokenizer. One that does not load, and is not `wanted`, is left out of the source. An encoder
+    has none, or that of a text tower beside it."""
+    wanted, reads = wanted and port == "text", recipe.reads_text and port == "text"
     if not wanted and not has_tokenizer(source.companions):
         return source, None
     folder = source.root / "additional_chat_templates"
@@ -251,8 +265,8 @@ def _with_tokenizer(source: Source, recipe: Recipe, wanted: bool) -> tuple[Sourc
     try:
         return source, source_tokenizer(source)
     except (SourceError, UnsupportedModel) as error:
-        if wanted or recipe.reads_text:
-            way_out = "" if recipe.reads_text else ", or list the prefix as ids and run --no-verify"
+        if wanted or reads:
+            way_out = "" if reads else ", or list the prefix as ids and run --no-verify"
             raise type(error)(f"{str(error).removesuffix('.')}{way_out}.") from error
         warnings.warn(f"{str(error).rpartition('; ')[0]}; its files are left out.", stacklevel=3)
         return without_tokenizer(source), None

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from ..errors import RecipeError
 from ..operations import OPERATIONS
-from ..operations.base import Operation
+from ..operations.base import Operation, Port
 from ..recipe.fields import AsTuple, one_of
 from ..recipe.file import Document, parse, read
 from ..tuning.operation import Tune
@@ -47,7 +48,7 @@ class Recipe(Document):
         names = [operation.name for operation in value]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"asks for {twice} more than once; give all its settings in one entry")
-        in_order = [kind.name for kind in OPERATIONS if kind.name in names]
+        in_order = list(dict.fromkeys(kind.name for kind in OPERATIONS if kind.name in names))
         if names != in_order:
             early = next(name for name, wanted in zip(names, in_order, strict=True) if name != wanted)
             raise ValueError(
@@ -55,7 +56,7 @@ class Recipe(Document):
                 f"{', '.join(in_order)}"
             )
         if not any(operation.adds for operation in value):
-            adding = " or ".join(kind.name for kind in OPERATIONS if kind.adds)
+            adding = " or ".join(dict.fromkeys(kind.name for kind in OPERATIONS if kind.adds))
             raise ValueError(f"has {' and '.join(names)} alone, which adds nothing; put {adding} with it")
         return value
 
@@ -77,6 +78,28 @@ class Recipe(Document):
                 f"remove {asked[0]}"
             )
         return value
+
+    def of(self, port: Port) -> Recipe:
+        """The same for a model that reads text, or images: gates that always apply and are of the other are left out.
+
+        RecipeError where it asks for something that the model cannot have.
+        """
+        other = {gate.name for gate in self.verify.gates() if gate.reading not in (None, port)}
+        asked = [one.name for one in self.changes if one.reading not in (None, port)]
+        asked += [f"verify.{name}" for name in sorted(other & self.verify.model_fields_set)]
+        if asked:
+            reads = {"text": "a language model, which reads text", "images": "an encoder, which reads images"}
+            raise RecipeError(
+                f"the recipe asks for {asked[0]}, which is not for {reads[port]}; remove it, or give another source."
+            )
+        return self.model_copy(update={"verify": self.verify.model_copy(update=dict.fromkeys(other))})
+
+    @property
+    def reading(self) -> Port | None:
+        """What the model has to read for it; None where any will do."""
+        gates = [gate for gate in self.verify.gates() if not gate.always or gate.name in self.verify.model_fields_set]
+        asked = (one.reading for one in (*self.changes, *gates))
+        return next((port for port in asked if port is not None), None)
 
     @property
     def changes(self) -> tuple[Operation, ...]:
@@ -102,7 +125,7 @@ class Recipe(Document):
 
     @property
     def reads_text(self) -> bool:
-        """Whether its operations read text, verified or not."""
+        """Whether its operations read text, or images, verified or not."""
         return self.searches or self.reads is not None or self.tune is not None
 
     @property

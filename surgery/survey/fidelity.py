@@ -13,28 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..live.edits import Change, TouchedNothing, edit_stream, hidden
+from ..live.features import Features
 from ..live.model import Live
 from ..live.paired import mean_interval
 from ..live.port import Batch, Images
 from ..live.stream import Observer, stream
 from ..progress import Advance, unseen
-from .lens import final_norm
-
-
-class Features(Observer):
-    """What the encoder makes of each image, after its last norm: tokens (T, d), on the CPU."""
-
-    def __init__(self, live: Live) -> None:
-        self.last, self.norm = len(live.anatomy.blocks), final_norm(live)
-        self.found: list[torch.Tensor] = []
-
-    def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
-        if layer == self.last:
-            normed = states if self.norm is None else self.norm(states)
-            self.found.extend(normed.float().cpu())
 
 
 class Largest(Observer):
@@ -69,8 +55,6 @@ def run_on_images(live: Live, pixels: torch.Tensor, survey: dict, advance: Advan
     `cls` None where there is no such token). One that finds no hold has `error` and None for the rest. `advance` is
     told of images, N for each pass, of which there are `passes_on_images`.
     """
-    port = live.port
-    assert isinstance(port, Images)
     layer = _loudest(survey)
     untouched, largest = Features(live), Largest(layer)
     stream(live, pixels, [untouched, largest], advance=advance, what="untouched")
@@ -85,7 +69,7 @@ def run_on_images(live: Live, pixels: torch.Tensor, survey: dict, advance: Advan
                 {"name": plan.name, "where": plan.where, "touched": None, "fidelity": None, "error": str(error)}
             )
             continue
-        found = fidelity(features.found, untouched.found, port)
+        found = fidelity(features, untouched)
         rows.append({"name": plan.name, "where": plan.where, "touched": touched.count, "fidelity": found})
     return rows
 
@@ -96,12 +80,12 @@ def passes_on_images(live: Live) -> int:
     return 5 + bool(live.port.registers) + bool(live.port.special)
 
 
-def fidelity(after: Sequence[torch.Tensor], before: Sequence[torch.Tensor], port: Images) -> dict[str, Any]:
-    """Features (T, d) of each image, twice: how alike CLS and patches are."""
-    alike = [F.cosine_similarity(a, b, dim=-1) for a, b in zip(after, before, strict=True)]  # (T,) of each
-    patches = mean_interval([row[port.special :].mean().item() for row in alike])
-    cls = mean_interval([row[0].item() for row in alike]) if port.special else None
-    return {"cls": None if cls is None else cls.to_dict(), "patches": patches.to_dict()}
+def fidelity(after: Features, before: Features) -> dict[str, Any]:
+    """Features of each image, twice: how alike CLS and patches are."""
+    cls, patches = after.alike(before)
+    return {
+        "cls": None if cls is None else mean_interval(cls).to_dict(), "patches": mean_interval(patches).to_dict()
+    }  # fmt: skip
 
 
 def _loudest(survey: dict) -> int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
 from ..live.likelihood import token_losses
 from ..live.model import Live
+from ..live.places import final_norm
 from ..live.stream import Batch, Observer
 from ..words import factor
 from .attention import spaced
@@ -70,12 +70,3 @@ class LogitLens(Observer):
 
     def _add(self, layer: int, losses: torch.Tensor) -> None:
         self._nll[layer] = self._nll.get(layer, 0.0) + losses.double().sum().item()
-
-
-def final_norm(live: Live) -> nn.Module | None:
-    """The norm between the last block and the output layer: the one that stands after the blocks in the trunk."""
-    stacks = {name.split(".")[0] for name in live.anatomy.blocks}
-    children = list(live.trunk.named_children())
-    after = [i for i, (name, _) in enumerate(children) if name in stacks]
-    norms = [child for _, child in children[max(after) + 1 :] if "norm" in type(child).__name__.lower()]
-    return norms[0] if len(norms) == 1 else None

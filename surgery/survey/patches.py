@@ -19,10 +19,12 @@ from PIL import Image
 from ..anatomy.calls import Call
 from ..live.port import Batch, Images
 from ..live.stream import Observer
+from .across import auto_massive
 from .softmax import BLOCK, Softmax
 
 HIGH = 3.0  # times the median norm of an image's patches, from which on one of them is an outlier
 SHOWN = 4  # images whose norms are shown, place by place
+SIDE = 96  # pixels of their pictures in a report
 KINDS = ("cls", "register", "special", "patch")
 
 
@@ -79,6 +81,31 @@ class Kinds(Observer):
             keys = names if layer == 0 else [*names, "to_cls", "to_registers", "to_high"]
             found[layer] = {key: sum(sums[key]) / len(sums[key]) if sums.get(key) else None for key in keys}
         return found
+
+
+class Standing(Observer):
+    """Which tokens of each image stand out most, in the layer where one does so most, before the last.
+
+    Those with an entry of ten times an ordinary token's largest (`across.auto_massive`), and those that are three times
+    as long as the median token.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, list[list[int]]] = defaultdict(list)  # by layer, of each image
+        self.ratios: dict[int, list[float]] = defaultdict(list)
+
+    def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
+        for row in states.float():
+            places, ordinary = auto_massive(row)
+            norms = row.norm(dim=-1)
+            longest = (norms >= HIGH * norms.median()).nonzero().flatten().tolist() if norms.median() > 0 else []
+            self.found[layer].append(sorted({*places[:, 0].tolist(), *longest}))
+            self.ratios[layer].append(float(row.abs().max() / ordinary) if ordinary > 0 else 0.0)
+
+    def chosen(self) -> list[list[int]]:
+        """The tokens of each image."""
+        inner = sorted(self.found)[1:-1] or sorted(self.found)
+        return self.found[max(inner, key=lambda layer: sum(self.ratios[layer]))]
 
 
 class NormMaps(Observer):

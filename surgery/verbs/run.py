@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
+import torch
+
 from ..anatomy.sites import Anatomy
 from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.layout import read_layout
@@ -20,12 +22,14 @@ from ..checkpoint.stage import Stage
 from ..checkpoint.witness import Reading
 from ..converted.card import Shown, model_card
 from ..converted.origin import origin
+from ..converted.described import read_described
 from ..converted.reading import live_converted
 from ..endings.leftovers import clear_for
 from ..errors import OutputError, SourceError
 from ..live.loading import live_original, load_tokenizer, require_device
 from ..live.memory import Place
 from ..live.model import Live
+from ..live.port import port_of
 from ..operations import OPERATIONS
 from ..operations.base import NothingToDo, Stand
 from ..progress import SILENT, Reporter
@@ -34,13 +38,14 @@ from ..report.verdict import card_tables
 from ..results import Verdict
 from ..steps.act import provenance, told
 from ..steps.emit import emit, source_entry
-from ..steps.inputs import Texts, gather_texts
+from ..steps.inputs import Texts
 from ..steps.measure import Pair, measure_pair
 from ..steps.operate import Operated, operate
 from ..steps.options import RUN, RunKeywords, RunOptions, with_keywords
 from ..steps.plan import Plan, prepare
 from ..steps.reading import check_reading, reading_of
-from ..steps.ready import Ready, make_ready, say_notes
+from ..steps.pictures import Pictures
+from ..steps.ready import Ready, gather, make_ready, say_notes
 from ..steps.recipe import Given, Recipe, load_recipe
 from ..steps.resume import ALWAYS, Steps, identity, keeping
 from ..steps.tune import assist, dismiss, prepare_training
@@ -77,14 +82,14 @@ def _converted(
     require_device(options.device)
     _require_measured(options)
     signer = None if options.sign is None else Signer(options.sign)
-    texts = gather_texts(options.text, options.calibration, reporter)
+    texts = gather(options, reporter)
     _clear_leftovers(out, options, reporter)
     reporter.step(f"plan {source}")
     plan = _plan(recipe, source, out, options)
     say_notes(plan, options, reporter)
     inputs = make_ready(plan, texts, options, reporter)
     act = provenance(
-        date, command=options.command, device=options.device, files=texts.files, evaluation=inputs.evaluation,
+        date, command=options.command, device=options.device, files=inputs.files, evaluation=inputs.evaluation,
         calibration=inputs.calibrating, hub_ids=[plan.source.name],
     )  # fmt: skip
     training = prepare_training(plan, texts, inputs.calibrating, inputs.chunking, options, out)
@@ -181,7 +186,7 @@ def _materialised(plan: Plan, stage: Stage, reporter: Reporter) -> tuple[Plan, P
 
 
 def _measure(
-    plan: Plan, stage: Stage, directory: Path, operated: Operated, ready: Ready, texts: Texts, options: RunOptions,
+    plan: Plan, stage: Stage, directory: Path, operated: Operated, ready: Ready, texts: Texts | Pictures, options: RunOptions,
     reporter: Reporter, steps: Steps,
 ) -> tuple[Findings, list[dict] | None]:  # fmt: skip
     """What the files as emitted were found to be, through their own tokenizer, beside the original; and surveys."""
@@ -189,15 +194,17 @@ def _measure(
     if ready.evaluation is None:
         return findings, None
     prefix, tokenizer = operated.changes.prefix or (), plan.target.tokenizer
-    checks = [check_tokenizer(stage.path, tokenizer, prefix, texts.evaluation)]
+    checks = [check_tokenizer(stage.path, tokenizer, prefix, texts.evaluation)] if isinstance(texts, Texts) else []
+    port = port_of(plan.anatomy, ready.evaluation)
     pair = Pair(
-        plan.anatomy, prefix, plan.recipe, plan.recipe.verify.gates(), ready.evaluation, ready.calibrating, ready.gates,
+        prefix, plan.recipe, plan.recipe.verify.gates(), ready.evaluation, ready.calibrating, ready.gates,
         names=(f"{plan.source.name}, original", f"{plan.source.name}, converted") if options.surveys else None,
+        pictures=ready.pictures,
     )  # fmt: skip
     found = measure_pair(
         pair,
-        original=lambda: (live_original(directory, plan.anatomy, options.place), tokenizer),
-        converted=lambda: _emitted(stage.path, plan.anatomy, options.place),
+        original=lambda: (live_original(directory, plan.anatomy, options.place, port=port), tokenizer),
+        converted=lambda: _emitted(stage.path, plan.anatomy, options.place, ready.evaluation),
         reporter=reporter,
         steps=steps,
     )
@@ -210,8 +217,12 @@ def _measure(
     return replace(findings, checks=checks, judgements=found.judgements, measured=found.measured), found.surveys
 
 
-def _emitted(directory: Path, anatomy: Anatomy, place: Place) -> tuple[Live, Any]:
-    """The converted model in `directory` and its tokenizer, which is tried in a fork: before this process is large."""
+def _emitted(directory: Path, anatomy: Anatomy, place: Place, chunks: torch.Tensor) -> tuple[Live, Any]:
+    """The converted model in `directory` and its tokenizer, which is tried in a fork: before this process is large. It
+    is to read `chunks`."""
+    if anatomy.patching is not None:  # registers may have been left out
+        anatomy = read_described(directory).anatomy
+        return live_converted(directory, anatomy, place, port_of(anatomy, chunks)), None
     tokenizer = load_tokenizer(directory)
     return live_converted(directory, anatomy, place), tokenizer
 
@@ -239,7 +250,7 @@ def _finish(
     if known.broken is not None:
         reporter.note(f"{known.broken}: the card does not tell its licence")
     stage.add_text("README.md", model_card(
-        plan.source, known, plan.anatomy.model_class.__name__, recipe.to_dict(), sections,
+        plan.source, known, plan.anatomy, recipe.to_dict(), sections,
         _shown(stage, findings, manifest, recipe),
     ))  # fmt: skip
     reporter.step("check the files against the source")

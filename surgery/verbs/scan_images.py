@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ..anatomy.encoders import examine_encoder
+from ..anatomy.sites import Anatomy
 from ..checkpoint.disk import require_space
-from ..checkpoint.provenance import TextFiles, described, moment
+from ..checkpoint.provenance import TextFiles, described, moment, name_of, plain
 from ..checkpoint.source import open_source
+from ..converted.described import read_described
+from ..converted.reading import is_converted, live_converted
 from ..errors import SourceError
-from ..live.images import image_files, load_encoder, load_processor, picture_of, port_of, read_pixels
-from ..live.loading import require_device
+from ..live.images import image_files, load_processor, picture_of, read_pixels, require_places
+from ..live.loading import live_original, require_device
+from ..live.memory import Place
+from ..live.model import Live
+from ..live.port import Images, port_of
 from ..live.stream import stream
 from ..progress import Reporter
 from ..results import Survey
@@ -20,9 +27,7 @@ from ..steps.act import provenance, told
 from ..steps.fetch import fetch_weights
 from ..survey.fidelity import passes_on_images, run_on_images
 from ..survey.full import FullSurvey
-from ..survey.patches import SHOWN
-
-SIDE = 96  # pixels of a picture in the report
+from ..survey.patches import SHOWN, SIDE
 
 
 def scan_images(
@@ -38,27 +43,57 @@ def scan_images(
     require_device(device)
     date, files = moment(), image_files(images, count)
     reporter.step(f"load {source}")
-    opened = open_source(str(source), revision=revision)
-    if opened.kind == "gguf":
-        raise SourceError(f"{source} is a GGUF file, which holds no encoder of images; give its directory or a hub id.")
-    encoder = examine_encoder(opened.config)
-    processor = load_processor(opened.root)
-    pixels = read_pixels(processor, files, encoder)
-    require_space(opened.root, sum(opened.missing.values()))
-    port = port_of(encoder, pixels)
-    live = load_encoder(fetch_weights(opened, reporter), encoder, port, pixels, device)
+    opened = _opened(str(source), revision, reporter)
+    pixels = read_pixels(load_processor(opened.root), files, opened.anatomy)
+    port = port_of(opened.anatomy, pixels)
+    assert isinstance(port, Images)
+    live = opened.load(Place(device), port)
+    require_places(live, pixels)
     found = FullSurvey(live, port.tokens, heads)
     with reporter.bar("scan", len(pixels)) as advance:
         stream(live, pixels, found.observers, advance=advance, what="survey")
     assert found.norms is not None
     shown = found.norms.to_dict([path.name for path in files], [picture_of(image, SIDE) for image in pixels[:SHOWN]])
     act = provenance(
-        date, command=command, device=device, files=TextFiles(evaluation=described(files)), hub_ids=[opened.name]
+        date, command=command, device=device, files=TextFiles(evaluation=described(files)), evaluation=pixels,
+        hub_ids=[str(opened.source["spec"])]
     )
     survey = {**found.to_dict(None), "norm_maps": shown}
     if interventions:
         reporter.step("intervene")
         with reporter.bar("intervene", passes_on_images(live) * len(pixels)) as advance:
             survey["interventions"] = run_on_images(live, pixels, survey, advance)
-    said = {"spec": opened.name, "kind": opened.kind, "revision": opened.revision}
-    return cast(Survey, {"source": opened.name, "provenance": told(act, said, None), **survey})
+    return cast(
+        Survey, {"source": opened.source["spec"], "provenance": told(act, opened.source, None), **survey}
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint of which everything is known that can be refused before its weights are read, and how to read them."""
+
+    source: dict[str, Any]  # as provenance has it
+    root: Path
+    anatomy: Anatomy
+    load: Callable[[Place, Images], Live]
+
+
+def _opened(source: str, revision: str | None, reporter: Reporter) -> _Opened:
+    root = Path(source)
+    if is_converted(root):
+        anatomy = read_described(root).anatomy
+        if anatomy.patching is None:
+            raise SourceError(f"{root} is a converted language model; give --text to survey it.")
+        return _Opened(
+            {"spec": plain(name_of(root)), "kind": "converted", "revision": None}, root, anatomy,
+            lambda place, port: live_converted(root, anatomy, place, port),
+        )  # fmt: skip
+    opened = open_source(source, revision=revision)
+    if opened.kind == "gguf":
+        raise SourceError(f"{source} is a GGUF file, which holds no encoder of images; give its directory or a hub id.")
+    found = examine_encoder(opened.config)
+    require_space(opened.root, sum(opened.missing.values()))
+    return _Opened(
+        {"spec": opened.name, "kind": opened.kind, "revision": opened.revision}, opened.root, found,
+        lambda place, port: live_original(fetch_weights(opened, reporter), found, place, port=port),
+    )  # fmt: skip

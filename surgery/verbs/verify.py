@@ -156,7 +156,7 @@ def chunking_of(root: Path, count: int | None = None, length: int | None = None)
     except DamagedCheckpoint:  # which `verify` says
         act = None
     cut = CHUNKS if act is None or act.chunks.evaluation is None else act.chunks.evaluation
-    return Chunking(cut.count if count is None else count, cut.length if length is None else length)
+    return Chunking(cut.count if count is None else count, (cut.length or CHUNKS.length) if length is None else length)
 
 
 def _told(
@@ -252,7 +252,7 @@ def _measured(
     anatomy, tokenizer, prefix = described.anatomy, ready.tokenizer, described.eab.prefix_ids
     own = tokenizer if original is None else original
     found = measure_pair(
-        Pair(anatomy, prefix, recipe, ready.gates, ready.evaluation, ready.calibrating, ready.by_gate),
+        Pair(prefix, recipe, ready.gates, ready.evaluation, ready.calibrating, ready.by_gate),
         original=None if directory is None else lambda: (live_original(directory, anatomy, options.place), own),
         converted=lambda: (live_converted(root, anatomy, options.place), tokenizer),
         reporter=reporter,

@@ -31,7 +31,7 @@ def kept_tensors(
 
     Of one that is stored quantised it is only said that others stand in its place: `steps.again` computes them.
     """
-    quantised = {entry.of for entry in manifest.tensors.values() if entry.status == "quantised"}
+    quantised = {entry.of for entry in manifest.tensors.values() if entry.status in ("quantised", "emptied")}
 
     def identical(a: TensorInfo, b: TensorInfo) -> bool:
         same_file = hashed and manifest.files[a.shard].sha256 == manifest.source["sha256"][b.shard]

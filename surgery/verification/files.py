@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from ..anatomy.classes import CAUSAL
 from ..checkpoint.config import CONFIG
 from ..checkpoint.contents import (
     SETTINGS,
@@ -82,8 +83,10 @@ def same_code(root: Path, described: Described) -> Found:
         derived = derive(*described.converted)
     except KeyError:
         return False, f"config.json: model_type {config['model_type']!r} is not of the installed transformers"
-    for chooses, wanted in (("auto_map", derived.auto_map), ("architectures", [derived.causal_class])):
-        if config.get(chooses) != wanted:
+    classes = {*derived.classes.values()} if described.eab.sees_all else {derived.classes.get(CAUSAL)}
+    named = [[name] for name in classes]
+    for chooses, wanted in (("auto_map", [derived.auto_map]), ("architectures", named)):
+        if config.get(chooses) not in wanted:
             return False, f"config.json: {chooses} is not what this version of surgery writes; {_OTHER_VERSION}"
     for name, path in all_files(root).items():
         if path.is_file() and name.lower().endswith(".json") and name not in (MANIFEST, INDEX):

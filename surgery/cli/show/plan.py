@@ -12,7 +12,7 @@ from rich.markup import escape
 from ...words import human
 from .tables import new_table
 
-STATUSES = ("added", "changed", "may change", "quantised", "kept")
+STATUSES = ("added", "changed", "may change", "quantised", "emptied", "kept")
 
 
 def show_plan(console: Console, plan: dict) -> None:

@@ -6,15 +6,20 @@ from .agreement import Agreement
 from .base import Gate
 from .cache_edits import CacheEdits
 from .equivalence import Equivalence
+from .fidelity import Fidelity
 from .massive_activations import MassiveActivations
+from .neighbours import Neighbours
 from .perplexity import Perplexity
 from .quantised import Quantised
+from .quantised_features import QuantisedFeatures
 from .streaming import Streaming
 from .tasks import Tasks
+from .top1 import Top1
 
 # In the order in which they are measured and judged.
 GATES: tuple[type[Gate], ...] = (
-    Equivalence, Perplexity, Agreement, Quantised, Streaming, CacheEdits, Tasks, MassiveActivations,
+    Equivalence, Perplexity, Agreement, Quantised, Streaming, CacheEdits, Tasks,
+    Fidelity, Neighbours, Top1, QuantisedFeatures, MassiveActivations,
 )  # fmt: skip
 # In the order in which a verdict shows them: what always applies first.
 SHOWN = tuple(sorted(GATES, key=lambda gate: not gate.always))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 
-from ...live.paired import Interval, mean_interval
+from ...live.paired import NONE_IN, Interval, mean_interval
 from ...live.stream import Batch, Observer
 from ...table import Table
 from ...words import count_of, percent
 from .base import Gate, Judgement, Measured, Variant, at_least
 
-NONE_IN = 3  # 0 of N tokens differed: at 95%, up to 3/N may (the rule of three)
 
 
 class Greedy(Observer):
@@ -49,6 +48,7 @@ class Agreement(Gate):
     """
 
     name: ClassVar[str] = "agreement"
+    reading: ClassVar[Literal["text", "images"] | None] = "text"
 
     min_share: Annotated[
         float,

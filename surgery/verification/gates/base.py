@@ -7,11 +7,13 @@ README.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from ...live.port import TEXT, Port
 from ...live.score import Score
 from ...recipe.fields import Named
 from ...table import Table
@@ -19,6 +21,7 @@ from ...table import Table
 if TYPE_CHECKING:
     import torch
 
+    from ...live.features import Features
     from ...live.model import Live
     from ...live.stream import Observer
     from ...live.text import Chunking
@@ -66,18 +69,21 @@ def at_least(name: str, value: float, limit: float) -> Judgement:
 class Inputs:
     """What a measurement is given: chunks of evaluation text, the device, files of tasks (--tasks).
 
-    `room`: how many positions either model has for text; None where there is no end of them.
+    `room`: how many positions either model has for text; None where there is no end of them. `classes`: whether the
+    model has a head that says what is in an image.
     """
 
     chunking: Chunking
     device: str
     room: int | None = None
     tasks: Path | None = None
+    classes: bool = False
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured, on chunks (N, T); scales come from `calibrating` (M, T), other text.
+    """The model that is measured, on chunks (N, T); scales come from `calibrating` (M, T), other text. Of an encoder both
+    are pixels.
 
     `original`: whether it is the one that was converted.
     """
@@ -104,12 +110,20 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of one model: scores by variant; by gate and variant, the observer that looked on; and by gate,
-    what `Gate.measure` returned."""
+    """What was found of one model: scores by variant, or of an encoder features; by gate and variant, the observer that
+    looked on; and by gate, what `Gate.measure` returned."""
 
     scores: Mapping[str, Score]
     watched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     further: Mapping[str, Any] = field(default_factory=dict)
+    features: Mapping[str, Features] = field(default_factory=dict)
+    port: Port = TEXT
+
+    def finite(self, variant: Variant) -> bool:
+        """Whether what it says is made of numbers."""
+        if variant in self.features:
+            return self.features[variant].finite
+        return math.isfinite(self.scores[variant].nll)
 
 
 class Gate(Named):
@@ -121,6 +135,7 @@ class Gate(Named):
     """
 
     always: ClassVar[bool] = False  # applies with its defaults where a recipe does not name it
+    reading: ClassVar[Literal["text", "images"] | None] = None  # what a model has to read for it
     same_function: ClassVar[bool] = False  # applies only where the converted model is to compute what the original does
 
     @property

@@ -19,7 +19,7 @@ first tokens, as in StreamingLLM, a first span begins after them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -71,6 +71,7 @@ class CacheEdits(Gate):
     """
 
     name: ClassVar[str] = "cache_edits"
+    reading: ClassVar[Literal["text", "images"] | None] = "text"
 
     tokens: Annotated[int, Field(ge=8, examples=[64], description="how many are deleted or inserted")]
     max_ratio: Positive = Field(examples=[1.25], description="the largest ratio, of all four edits")

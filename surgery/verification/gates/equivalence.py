@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ class Equivalence(Gate):
     """
 
     name: ClassVar[str] = "equivalence"
+    reading: ClassVar[Literal["text", "images"] | None] = "text"
     always: ClassVar[bool] = True
     same_function: ClassVar[bool] = True
 

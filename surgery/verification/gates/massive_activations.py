@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field
 
 from ...live.stream import Observer
-from ...live.text import token_texts
 from ...survey.massive import MassiveActivations as Counted
 from ...table import Table
 from ...words import listing, number, quoted, ranges
@@ -31,21 +30,20 @@ class MassiveActivations(Gate):
 
     def judge(self, original: Measured | None, converted: Measured) -> list[Judgement]:
         # A stream that is not finite has no massive activations either.
-        finite = math.isfinite(converted.scores["converted"].nll)
-        count = self._seen(converted, "converted").count if finite else math.nan
+        count = self._seen(converted, "converted").count if converted.finite("converted") else math.nan
         return [at_most(self.name, count, self.max)]
 
     def found(self, original: Measured | None, converted: Measured, tokenizer: Any) -> dict[str, Any]:
         """`massive_activations` of the bare original (None without it) and of the converted model."""
 
-        def summary(seen: Counted) -> dict[str, Any]:
-            found = seen.summary()
-            if tokenizer is None:
+        def summary(measured: Measured, variant: Variant) -> dict[str, Any]:
+            found = self._seen(measured, variant).summary()
+            if tokenizer is None and measured.port.predicts:
                 return found
-            return {**found, "tokens": token_texts(tokenizer, found["token_ids"])}
+            return {**found, "tokens": measured.port.names(tokenizer, found["token_ids"])}
 
-        before = None if original is None else summary(self._seen(original, "bare"))
-        return {self.name: {"before": before, "after": summary(self._seen(converted, "converted"))}}
+        before = None if original is None else summary(original, "bare")
+        return {self.name: {"before": before, "after": summary(converted, "converted")}}
 
     def _seen(self, measured: Measured, variant: Variant) -> Counted:
         seen: Counted = measured.watched[self.name][variant]

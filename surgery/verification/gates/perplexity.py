@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ class Perplexity(Gate):
     """Perplexity over the bare original's, judged at the upper end of the paired 95% interval."""
 
     name: ClassVar[str] = "perplexity"
+    reading: ClassVar[Literal["text", "images"] | None] = "text"
     always: ClassVar[bool] = True
 
     max_ratio: Annotated[Positive, Field(description="the largest ratio")] = 1.01

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -58,6 +58,7 @@ class Quantised(Gate):
     """
 
     name: ClassVar[str] = "quantised"
+    reading: ClassVar[Literal["text", "images"] | None] = "text"
 
     w8a8_static: Int8 | None = None
     w8a8_dynamic: Int8 | None = None

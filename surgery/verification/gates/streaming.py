@@ -8,7 +8,7 @@ masks, in one pass per chunk; positions are those of the text, not renumbered wi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -43,6 +43,7 @@ class Streaming(Gate):
     """
 
     name: ClassVar[str] = "streaming"
+    reading: ClassVar[Literal["text", "images"] | None] = "text"
 
     window: Annotated[int, Field(ge=2, examples=[256], description="tokens in the cache, the newest among them")]
     max_ratio: Positive = Field(examples=[1.25], description="the largest ratio")

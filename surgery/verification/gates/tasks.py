@@ -15,20 +15,19 @@ import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 from transformers import PreTrainedModel
 
 from ...errors import SourceError, brief, out_of_memory
-from ...live.paired import Interval, mean_interval
+from ...live.paired import NONE_IN, Interval, mean_interval
 from ...recipe.fields import AsTuple
 from ...table import Table
 from ...words import fixed, interval, number, visible_name
 from .base import Gate, Inputs, Judgement, Measured, Subject, at_most
 
 BATCH = 8
-NONE_IN = 3  # 0 of N documents differed: at 95%, up to 3/N may (the rule of three)
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,7 @@ class Tasks(Gate):
     """
 
     name: ClassVar[str] = "tasks"
+    reading: ClassVar[Literal["text", "images"] | None] = "text"
 
     names: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],

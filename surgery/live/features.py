@@ -1,0 +1,65 @@
+"""What an encoder makes of images, in the end: features, and how alike those of two models are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .model import Live
+from .places import final_norm
+from .port import Batch, Images
+from .stream import Observer
+
+
+class Features(Observer):
+    """Of each image, after the last norm: CLS, if there is one, and the patches, (1 + P, d) or (P, d), on the CPU.
+
+    Registers and other special tokens are left out: models are compared that differ in them.
+    """
+
+    def __init__(self, live: Live) -> None:
+        assert isinstance(live.port, Images)
+        self.last = len(live.anatomy.blocks)
+        self.norm: Callable[[torch.Tensor], torch.Tensor] = final_norm(live) or nn.Identity()
+        self.cls, self.special = min(1, live.port.special), live.port.special
+        self.found: list[torch.Tensor] = []
+
+    def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
+        if layer == self.last:
+            kept = torch.cat([states[:, : self.cls], states[:, self.special :]], dim=1)
+            self.found.extend(self.norm(kept).float().cpu())
+
+    def __getstate__(self) -> dict:  # without the model
+        return {**vars(self), "norm": nn.Identity()}
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(image.isfinite().all()) for image in self.found)
+
+    @property
+    def of_image(self) -> torch.Tensor:
+        """(N, d): what stands for the whole image, CLS, or the mean patch where there is none."""
+        return torch.stack([image[0] if self.cls else image.mean(dim=0) for image in self.found])
+
+    def alike(self, other: Features) -> tuple[list[float] | None, list[float]]:
+        """The cosine of each image's CLS to that of `other` (None without one), and the mean cosine of its patches.
+
+        ValueError unless both are of the same images.
+        """
+        if len(self.found) != len(other.found) or self.cls != other.cls:
+            raise ValueError("features can be compared of the same images only")
+        pairs = zip(self.found, other.found, strict=True)
+        rows = [F.cosine_similarity(a.double(), b.double(), dim=-1) for a, b in pairs]
+        return [row[0].item() for row in rows] if self.cls else None, [row[self.cls :].mean().item() for row in rows]
+
+
+def nearest(features: torch.Tensor) -> torch.Tensor:
+    """features (N, d) -> of each image the number of the other image that is nearest by cosine, (N,)."""
+    unit = F.normalize(features.double(), dim=-1)
+    alike = unit @ unit.T
+    return alike.fill_diagonal_(-torch.inf).argmax(dim=1)
+
+

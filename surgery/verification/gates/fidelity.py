@@ -1,0 +1,100 @@
+"""Fidelity: how alike the features are that an encoder makes of images, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from ...live.features import Features
+from ...live.paired import Interval, mean_interval
+from ...live.port import Images
+from ...table import Table
+from ...words import count_of, fixed
+from .base import Gate, Judgement, Measured, at_least
+
+Cosine = Annotated[float, Field(gt=-1, le=1, allow_inf_nan=False)]
+
+
+def between(a: Features, b: Features) -> dict[str, Interval]:
+    """The mean cosine of CLS, where there is one, and of patches, with its interval over images."""
+    cls, patches = a.alike(b)
+    return {**({} if cls is None else {"cls": _bounded(cls)}), "patches": _bounded(patches)}
+
+
+def _bounded(cosines: list[float]) -> Interval:
+    found = mean_interval(cosines)
+    return Interval(found.mean, max(found.low, -1.0), min(found.high, 1.0))
+
+
+def tokens_of(measured: Measured) -> int:
+    """How many tokens an image becomes."""
+    assert isinstance(measured.port, Images)
+    return measured.port.tokens
+
+
+class Fidelity(Gate):
+    """How alike an encoder's features of each image are to the original's, by cosine: of CLS, and of patches.
+
+    Judged at the lower end of the 95% interval over images. Registers are no part of it.
+    """
+
+    name: ClassVar[str] = "fidelity"
+    always: ClassVar[bool] = True
+    reading: ClassVar[Literal["text", "images"] | None] = "images"
+
+    min_cls: Annotated[Cosine, Field(description="the least cosine of CLS, where there is one")] = 0.99
+    min_patches: Annotated[Cosine, Field(description="the least mean cosine of an image's patches")] = 0.99
+
+    def judge(self, original: Measured | None, converted: Measured) -> list[Judgement]:
+        if original is None:
+            return []
+        limits = {"cls": self.min_cls, "patches": self.min_patches}
+        found = between(converted.features["converted"], original.features["bare"])
+        return [at_least(f"{self.name}.{part}", one.low, limits[part]) for part, one in found.items()]
+
+    def found(self, original: Measured | None, converted: Measured, tokenizer: Any) -> dict[str, Any]:
+        """`fidelity`: `images`, and of `cls` and `patches` the mean cosine with its interval; `tokens` of an image, of
+        both."""
+        if original is None:
+            return {}
+        after, before = converted.features["converted"], original.features["bare"]
+        return {
+            self.name: {
+                "images": len(after.found),
+                "tokens": {"original": tokens_of(original), "converted": tokens_of(converted)},
+                **{part: one.to_dict() for part, one in between(after, before).items()},
+            }
+        }
+
+    @classmethod
+    def table(cls, verdict: Mapping[str, Any], settings: Self | None = None) -> Table | None:
+        if not (found := verdict.get(cls.name)):
+            return None
+        rows = [
+            (label, str(found["images"]), fixed(found[part]["mean"], 4),
+             f"{fixed(found[part]['low'], 4)} to {fixed(found[part]['high'], 4)}")
+            for part, label in (("cls", "CLS"), ("patches", "patches"))
+            if part in found
+        ]  # fmt: skip
+        before, after = found["tokens"]["original"], found["tokens"]["converted"]
+        fewer = "" if before == after else f" An image became {before} tokens, and becomes {after}."
+        return Table(
+            "Fidelity", ("", "images", "cosine", "95% interval"), rows,
+            text="How alike features of an image are, after the last norm, to the original's: 1 is the same direction. "
+            f"Of patches their mean in each image.{fewer}",
+        )  # fmt: skip
+
+    @classmethod
+    def sentence(cls, verdict: Mapping[str, Any]) -> str | None:
+        if not (found := verdict.get(cls.name)):
+            return None
+        parts = [f"{label} {fixed(found[part]['mean'], 4)}" for part, label in (("cls", "CLS"), ("patches", "patches"))
+                 if part in found]  # fmt: skip
+        images = count_of(found["images"], "image")
+        return f"Cosine of features with the original's, on {images}: {', '.join(parts)}."
+
+    @classmethod
+    def label(cls, judgement: str) -> str:
+        return f"cosine of {'CLS' if judgement.endswith('cls') else 'patches'} with the original's"
