@@ -61,6 +61,10 @@ SIGN = click.option(
     "--sign", type=FILE, metavar="KEY", help="Sign all files with this private key (elliptic curve, PEM)."
 )
 TEXT = click.option("--text", multiple=True, type=FILE, metavar="FILE", help="Evaluation text, UTF-8 (repeatable).")
+IMAGES = click.option(
+    "--images", multiple=True, type=FILE, metavar="FILE|DIR",
+    help="Images for an encoder, in place of text (repeatable); --chunks says how many are read.",
+)  # fmt: skip
 DEVICE = click.option(
     "--device", default="cpu", show_default=True, help="torch device, or auto to spread over GPUs, memory and disk."
 )

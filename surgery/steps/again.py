@@ -27,6 +27,7 @@ from ..converted.reading import live_converted
 from ..errors import DamagedCheckpoint, NoSpace, NoTemporary, SurgeryError
 from ..live.loading import live_original, load_tokenizer
 from ..live.memory import Place
+from ..live.port import port_of
 from ..live.roundings import rounds_values, steady
 from ..operations.base import Changes, Fitting, Operation, Parts
 from ..progress import Reporter
@@ -112,8 +113,8 @@ def fit_again(
     # Of what is trained there is nothing left to compare.
     if asked or repeated and (recipe.tune is None or recipe.changes_weights):
         reporter.step("fit the operations again, from the source")
-        live = live_original(directory, plan.anatomy, place, plan.fitting_dtype)
-        asked = asked and not rounds_values(live.model)  # slots as they are stored are not exact enough to tell
+        live = live_original(directory, plan.anatomy, place, plan.fitting_dtype, port_of(plan.anatomy))
+        asked = asked and live.port.predicts and not rounds_values(live.model)  # slots as they are stored are not exact enough to tell
         if asked:
             control = take_control(live, described.eab.prefix_ids, comparable(live, changes))
         with contextlib.ExitStack() as grafts:

@@ -56,6 +56,8 @@ def _weights(source: Source, shards: Mapping[str, str], action: str, changes: Ch
         if is_rewritten(source.layout, old, changes.replaced):
             header, infos = rewritten_layout(source.layout, old, new, changes.replaced)
             size = len(header) + sum(info.nbytes for info in infos.values())
+            files.append(FilePlan(new, "rewrite", size, old))
+            continue
         files.append(FilePlan(new, action, size, old))
     return files
 

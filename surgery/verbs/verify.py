@@ -11,17 +11,20 @@ from typing import Any, Unpack, cast
 import torch
 from pydantic import ValidationError
 
+from ..anatomy.encoders import examine_encoder
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from ..checkpoint.provenance import moment, names_only
+from ..checkpoint.provenance import TextFiles, moment, names_only
 from ..checkpoint.signature import PublicKey, parse_digest
 from ..checkpoint.source import Source, has_tokenizer
 from ..converted.described import Described
 from ..converted.reading import live_converted
 from ..errors import DamagedCheckpoint, OutputError, SourceError
+from ..live.images import load_processor
 from ..live.loading import live_original, load_tokenizer, require_device
 from ..live.memory import Needs
+from ..live.port import port_of
 from ..live.text import CHUNKS, Chunking, token_texts
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
@@ -29,10 +32,12 @@ from ..results import Integrity, Verdict
 from ..steps.act import provenance, told
 from ..steps.again import check_again
 from ..steps.fetch import fetch_converted
-from ..steps.inputs import Reader, Texts, fit_chunks, gather_texts, require_inputs, room_after
+from ..steps.inputs import Reader, Texts, fit_chunks, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyKeywords, VerifyOptions, with_keywords
 from ..steps.original import open_original, plain_files
+from ..steps.pictures import PixelReader, Pictures
+from ..steps.ready import classifies, gather, require_port
 from ..steps.recipe import Recipe
 from ..verification.checks import Check
 from ..verification.gates import Gate
@@ -66,7 +71,7 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
     # 1. Everything that can be refused without reading much.
     require_device(options.device)
     _require_use(options)
-    texts = gather_texts(options.text, options.calibration, reporter)
+    texts = gather(options, reporter)
     digest = None if options.digest is None else parse_digest(options.digest)
     key = None if options.public_key is None else PublicKey(options.public_key)
     root = fetch_converted(checkpoint, reporter)
@@ -75,7 +80,7 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
         standing = _standing(root, manifest, digest, key, options)
     except DamagedCheckpoint as error:  # a verdict all the same: CI servers read it from files
         return _told(Findings([Check("manifest", False, str(error))]), [root], date, options, texts)
-    if texts.evaluation is not None and not has_tokenizer(manifest.files):
+    if isinstance(texts, Texts) and texts.evaluation is not None and not has_tokenizer(manifest.files):
         raise SourceError(f"{root} was converted without a tokenizer, and --text needs one; verify it without text.")
     if manifest.failed:
         reporter.note(f"{root} was kept though it failed when it was written, as {MANIFEST} says")
@@ -88,10 +93,11 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
         if described is not None and recipe is not None:
             _say_how(root, described, recipe, options, reporter)
         original = None
-        if described is not None and has_tokenizer(manifest.files):
+        if described is not None and has_tokenizer(manifest.files) and not described.eab.sees_all:
             if source is not None and directory is not None and has_tokenizer(source.companions):
                 original = load_tokenizer(directory)
-            checks.append(check_tokenizer(root, original, described.eab.prefix_ids, texts.evaluation))
+            said = texts.evaluation if isinstance(texts, Texts) else None
+            checks.append(check_tokenizer(root, original, described.eab.prefix_ids, said))
         if source is not None and directory is not None and described is not None and recipe is not None:
             if all(check.passed for check in checks):  # or the source is another, and that has been said
                 checks += check_again(described, manifest, recipe, source, directory, options.place, reporter)
@@ -101,8 +107,9 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
         if not all(check.passed for check in standing.checks):
             return _told(standing, paths, date, options, texts, manifest)
         # 3. The models, on text.
+        recipe = recipe.of("images" if described.eab.sees_all else "text")
         ready = _ready(root, described, recipe, directory, texts, options)
-        found = _measured(root, described, recipe, directory, original, ready, options, reporter)
+        found = _measured(root, described, recipe, source, directory, original, ready, options, reporter)
         found = replace(
             standing, judgements=found.judgements, measured=found.measured, said={**standing.said, **found.said}
         )
@@ -112,9 +119,9 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
 def _say_how(root: Path, described: Described, recipe: Recipe, options: VerifyOptions, reporter: Reporter) -> None:
     """Say that the models come layer by layer, where they do. NoSpace where what is to be done needs them whole."""
     asking: list[Any] = [] if options.against is None else [one for one in recipe.changes if one.repeats]
-    asking += recipe.verify.gates(compared=options.against is not None) if options.text else []
+    asking += recipe.verify.gates(compared=options.against is not None) if options.text or options.images else []
     needs = Needs.of(described.anatomy, read_layout(root), torch.float32)
-    if options.place.comes_by_layers(root, needs, asking) and (options.text or options.against):
+    if options.place.comes_by_layers(root, needs, asking) and (options.text or options.images or options.against):
         reporter.note(f"{root} does not fit into memory, and comes layer by layer")
 
 
@@ -141,7 +148,7 @@ def _standing(
     """What vouches for the manifest, what it says of itself, and what is not looked at."""
     held = check_seals(root, digest, key)
     unchecked = [] if options.against else ["whether weights, slots and settings are what the source gives (--against)"]
-    unchecked += [] if options.text else ["what the model predicts (--text)"]
+    unchecked += [] if options.text or options.images else ["what the model predicts (--text, or --images)"]
     said = seals_said(root, manifest, digest, key, held)
     return Findings(
         held, said={**said, "unchecked": unchecked} if unchecked else said,
@@ -160,13 +167,14 @@ def chunking_of(root: Path, count: int | None = None, length: int | None = None)
 
 
 def _told(
-    findings: Findings, paths: Sequence[Path], date: str, options: VerifyOptions, texts: Texts,
+    findings: Findings, paths: Sequence[Path], date: str, options: VerifyOptions, texts: Texts | Pictures,
     manifest: Manifest | None = None, ready: _Ready | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The verdict, with the provenance of this verification; source and recipe are those of the checkpoint."""
     against = [] if options.against is None or os.path.exists(options.against) else [str(options.against)]
     act = provenance(
-        date, command=options.command, device=options.device, files=texts.files, hub_ids=against,
+        date, command=options.command, device=options.device, files=texts.files if ready is None else ready.files,
+        hub_ids=against,
         **({} if ready is None else {"evaluation": ready.evaluation, "calibration": ready.calibrating}),
     )  # fmt: skip
     source, recipe = (None, None) if manifest is None else (manifest.source, manifest.recipe)
@@ -180,9 +188,9 @@ def _require_use(options: VerifyOptions) -> None:
             f"--revision {options.revision} is that of a hub id given with --against; of the checkpoint it is written "
             f"owner/name@{options.revision}."
         )
-    if options.calibration and not options.text:
+    if options.calibration and not options.text and not options.images:
         raise SourceError(
-            f"--calibration {options.calibration[0]} is for what is measured on text; give it with --text."
+            f"--calibration {options.calibration[0]} is for what is measured on text; give it with --text (or --images)."
         )
     if options.tasks is not None and not (options.text and options.against is not None):
         raise SourceError(f"--tasks {options.tasks} is for gates of the recipe; give it with --against and --text.")
@@ -218,44 +226,63 @@ class _Ready:
     calibrating: torch.Tensor | None
     gates: tuple[Gate, ...]
     by_gate: Mapping[str, Any]
+    files: TextFiles
 
 
 def _ready(
-    root: Path, described: Described, recipe: Recipe, directory: Path | None, texts: Texts, options: VerifyOptions
+    root: Path, described: Described, recipe: Recipe, directory: Path | None, texts: Texts | Pictures,
+    options: VerifyOptions,
 ) -> _Ready:  # fmt: skip
-    """Texts and gates made ready. SourceError where something is missing, or text too short."""
+    """Texts, or images, and gates made ready. SourceError where something is missing, or text too short."""
+    texts = require_port(described.anatomy, texts)
     assert texts.evaluation is not None and texts.calibration is not None
-    anatomy, tokenizer, prefix = described.anatomy, load_tokenizer(root), described.eab.prefix_ids
-    reader = Reader(tokenizer, vocabulary_size(read_layout(root), anatomy))
+    anatomy, prefix, tokenizer = described.anatomy, described.eab.prefix_ids, None
+    reader: Reader | PixelReader
+    if anatomy.patching is None:
+        tokenizer = load_tokenizer(root)
+        reader = Reader(tokenizer, vocabulary_size(read_layout(root), anatomy))
+    else:
+        reader = PixelReader(load_processor(root), anatomy)
     taken = max(len(prefix), *(change.most_positions for change in recipe.changes))  # as `run` cut its text
     chunking = fit_chunks(options.chunking or chunking_of(root), anatomy, max(taken, 1))
-    chunks = reader.cut(texts.evaluation, chunking, "--text")
+    chunks = reader.cut(texts.evaluation, chunking, "--text" if tokenizer is not None else "--images")
     gates = recipe.verify.gates(compared=directory is not None)
     for gate in gates:
         gate.require_tools(options.device)
-    ready = require_inputs(gates, Inputs(chunking, options.device, room_after(anatomy, taken), options.tasks))
+    room = room_after(anatomy, taken)
+    ready = require_inputs(gates, Inputs(chunking, options.device, room, options.tasks, classifies(anatomy)))
     calibrating = None
     if any(gate.calibrates for gate in gates):
         sets = max(gate.calibration_sets for gate in gates)
         calibrating = reader.cut_calibration(texts.calibration, chunking, sets)
-    return _Ready(tokenizer, chunks, calibrating, gates, ready)
+    files = texts.files
+    if isinstance(texts, Pictures):
+        files = texts.read(len(chunks), 0 if calibrating is None else len(calibrating))
+    return _Ready(tokenizer, chunks, calibrating, gates, ready, files)
 
 
 def _measured(
-    root: Path, described: Described, recipe: Recipe, directory: Path | None, original: Any, ready: _Ready,
-    options: VerifyOptions, reporter: Reporter,
+    root: Path, described: Described, recipe: Recipe, source: Source | None, directory: Path | None, original: Any,
+    ready: _Ready, options: VerifyOptions, reporter: Reporter,
 ) -> Findings:  # fmt: skip
     """What the models are found to be on text, on files whose integrity holds. Their code has been compared.
 
     `original`: the source's own tokenizer, None where it has none.
     """
     anatomy, tokenizer, prefix = described.anatomy, ready.tokenizer, described.eab.prefix_ids
-    own = tokenizer if original is None else original
+    own, first = tokenizer if original is None else original, anatomy
+    if anatomy.patching is not None and source is not None:  # registers may have been left out
+        first = examine_encoder(source.config)
+    ports = [port_of(one, ready.evaluation) for one in (first, anatomy)]
     found = measure_pair(
         Pair(prefix, recipe, ready.gates, ready.evaluation, ready.calibrating, ready.by_gate),
-        original=None if directory is None else lambda: (live_original(directory, anatomy, options.place), own),
-        converted=lambda: (live_converted(root, anatomy, options.place), tokenizer),
+        original=None
+        if directory is None
+        else lambda: (live_original(directory, first, options.place, port=ports[0]), own),
+        converted=lambda: (live_converted(root, anatomy, options.place, ports[1]), tokenizer),
         reporter=reporter,
     )
+    if not prefix:
+        return Findings([], found.judgements, found.measured)
     tokens = {"ids": list(prefix), "tokens": token_texts(tokenizer, prefix)}
-    return Findings([], found.judgements, found.measured, said={"prefix": tokens} if prefix else {})
+    return Findings([], found.judgements, found.measured, said={"prefix": tokens})

@@ -29,9 +29,11 @@ def kept_tensors(
 ) -> Found:
     """Every tensor of the source is there: as it was, or changed where an operation of the recipe changes tensors.
 
-    Of one that is stored quantised it is only said that others stand in its place: `steps.again` computes them.
+    Of one that is stored quantised it is only said that others stand in its place: `steps.again` computes them. Of one
+    that was emptied no rows are left, and the rest of its shape.
     """
-    quantised = {entry.of for entry in manifest.tensors.values() if entry.status in ("quantised", "emptied")}
+    quantised = {entry.of for entry in manifest.tensors.values() if entry.status == "quantised"}
+    emptied = {entry.of for entry in manifest.tensors.values() if entry.status == "emptied"}
 
     def identical(a: TensorInfo, b: TensorInfo) -> bool:
         same_file = hashed and manifest.files[a.shard].sha256 == manifest.source["sha256"][b.shard]
@@ -49,6 +51,8 @@ def kept_tensors(
             continue
         statuses = ("kept", "changed") if may_change else ("kept",)
         a, status = layout.tensors.get(name), getattr(manifest.tensors.get(name), "status", None)
+        if a is not None and name in emptied and _without_rows(a, b):
+            continue
         if a is None or status not in statuses:
             return False, f"{name} of the source is not kept in the checkpoint"
         if status == "kept" and not identical(a, b):
@@ -61,7 +65,15 @@ def kept_tensors(
     if invented := sorted(claimed - set(original.tensors)):
         return False, f"{invented[0]} is said to be of the source, but the source has no such tensor"
     changed = sum(entry.status == "changed" for entry in manifest.tensors.values())
-    told = [f"{len(original.tensors) - changed - len(quantised)} tensors byte-identical to the source"]
+    told = [f"{len(original.tensors) - changed - len(quantised | emptied)} tensors byte-identical to the source"]
     told += [f"{changed} changed in place"] if changed else []
     told += [f"{len(quantised)} stored quantised"] if quantised else []
+    told += [f"{len(emptied)} without its rows"] if emptied else []
     return True, ", ".join(told)
+
+
+def _without_rows(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether `a` is `b` but for one size, which is 0."""
+    if a.dtype != b.dtype or len(a.shape) != len(b.shape):
+        return False
+    return [left for left, had in zip(a.shape, b.shape, strict=True) if left != had] == [0]

@@ -13,6 +13,7 @@ from ..options import (
     DEVICE,
     DTYPE,
     FILE,
+    IMAGES,
     JSON,
     LINK,
     MEMORY,
@@ -47,9 +48,10 @@ def require_pushing(push: str, no_verify: bool) -> None:
 @click.argument("out", type=FILE)
 @options(
     TEXT,
+    IMAGES,
     click.option(
         "--calibration", multiple=True, type=FILE, metavar="FILE",
-        help="Text for search and scales (repeatable); else half of --text.",
+        help="Text for search and scales (repeatable), or images; else half of those.",
     ),
     click.option("--no-verify", is_flag=True, help="Write without proof; the manifest says unverified."),
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
@@ -70,7 +72,7 @@ def run(recipe, source, out, no_verify, report, push, chunks, chunk_length, quie
     recipe = recipe_file(recipe)
     first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
     if first:
-        texts = (*given["text"], *given["calibration"])
+        texts = (*given["text"], *given["images"], *given["calibration"])
         outputs = given["keep_failed"], given["adapter"], given["resume"]
         paths = given_paths(recipe, source, out, *texts, *outputs, given["sign"])
         require_result_file(json_file, "--json", [*paths, *given_paths(report)])

@@ -6,7 +6,21 @@ import click
 
 from ...checkpoint.results import json_text, require_result_file, require_result_folder, write_result
 from ...results import Survey
-from ..options import DEVICE, DTYPE, FILE, JSON, MEMORY, QUIET, RESULT, REVISION, TEXT, chunking, command, options
+from ..options import (
+    DEVICE,
+    DTYPE,
+    FILE,
+    IMAGES,
+    JSON,
+    MEMORY,
+    QUIET,
+    RESULT,
+    REVISION,
+    TEXT,
+    chunking,
+    command,
+    options,
+)  # fmt: skip
 from ..options import given as given_paths
 from ..screen import Screen
 
@@ -14,11 +28,7 @@ from ..screen import Screen
 @click.command(short_help="Survey models on text, layer by layer.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @options(
-    TEXT, chunking(8, 1),
-    click.option(
-        "--images", multiple=True, type=FILE, metavar="FILE|DIR",
-        help="Images for an encoder, in place of text (repeatable); --chunks says how many are read.",
-    ),
+    TEXT, IMAGES, chunking(8, 1),
     click.option(
         "--interventions", is_flag=True, help="Also change the live model as the survey suggests, and measure."
     ),

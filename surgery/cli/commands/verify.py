@@ -6,7 +6,21 @@ import click
 
 from ...checkpoint.results import json_text, require_result_file, write_result
 from ..judged import judged
-from ..options import DEVICE, FILE, JSON, MEMORY, QUIET, RESULT, REVISION, TASKS, TEXT, chunking, command, options
+from ..options import (
+    DEVICE,
+    FILE,
+    IMAGES,
+    JSON,
+    MEMORY,
+    QUIET,
+    RESULT,
+    REVISION,
+    TASKS,
+    TEXT,
+    chunking,
+    command,
+    options,
+)  # fmt: skip
 from ..options import given as given_paths
 from ..screen import Screen
 
@@ -18,9 +32,10 @@ from ..screen import Screen
         "--against", metavar="SOURCE", help="What it was converted from: compare every kept tensor, and measure both."
     ),
     TEXT,
+    IMAGES,
     click.option(
         "--calibration", multiple=True, type=FILE, metavar="FILE",
-        help="Text for static scales, as given to run (repeatable); else half of --text.",
+        help="Text for static scales, as given to run (repeatable), or images; else half of those.",
     ),
     click.option("--digest", metavar="SHA256", help="The digest of surgery.json that run printed: compare it."),
     click.option("--public-key", type=FILE, metavar="KEY", help="Check the signature of all files by this key (PEM)."),
@@ -34,7 +49,7 @@ from ..screen import Screen
 )  # fmt: skip
 def verify(checkpoint, chunks, chunk_length, junit, summary, quiet, json_file, **given) -> int:
     """Check the converted CHECKPOINT: files and tensors; with --text also quality; with --against also the source."""
-    inputs = given_paths(checkpoint, given["against"], *given["text"], *given["calibration"], given["public_key"])
+    inputs = given_paths(checkpoint, given["against"], *given["text"], *given["images"], *given["calibration"], given["public_key"])
     require_result_file(json_file, "--json", given_paths(*inputs, junit, summary))
     require_result_file(junit, "--junit", given_paths(*inputs, summary))
     require_result_file(summary, "--summary", inputs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -86,5 +88,12 @@ def show_output(console: Console, out, verdict: Mapping[str, Any]) -> None:
     total = sum(path.stat().st_size for path in files)
     state = "" if verdict["passed"] else ", unverified"
     console.print(f"\n{out}: {len(files)} files, {human(total)}{state}", markup=False)
-    console.print(f'Load it:  AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)', markup=False)
+    console.print(f'Load it:  {_auto_of(out)}.from_pretrained("{out}", trust_remote_code=True)', markup=False)
     console.print(f"Check it: surgery verify {out} --digest {verdict['digest']}", markup=False)
+
+
+def _auto_of(out: Path) -> str:
+    """The Auto class that loads what was written, as its own class."""
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    found: str = next(auto for auto, name in config["auto_map"].items() if name.endswith(f".{config['architectures'][0]}"))
+    return found
