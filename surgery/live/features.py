@@ -61,5 +61,3 @@ def nearest(features: torch.Tensor) -> torch.Tensor:
     unit = F.normalize(features.double(), dim=-1)
     alike = unit @ unit.T
     return alike.fill_diagonal_(-torch.inf).argmax(dim=1)
-
-
