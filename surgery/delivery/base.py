@@ -51,6 +51,10 @@ class Finished:
     def slots(self) -> Slots:
         """Keys and values of every site, in the order of the layers. UnsupportedModel where there are none."""
         anatomy = self.described.anatomy
+        if self.described.eab.sees_all:
+            raise UnsupportedModel(
+                f"{self.root} is an encoder, and exports are for language models; use it in transformers."
+            )
         if not self.described.eab.n_slots:
             raise UnsupportedModel(f"{self.root} has no slots, so there is nothing to export; fold a prefix first.")
         layout, slots = read_layout(self.root), {}
@@ -67,6 +71,7 @@ class Finished:
 
     def require_prefix_in_slots(self, why: str) -> None:
         """UnsupportedModel, with the reason in words, where more than slots is kept of the prefix."""
+        self.slots  # noqa: B018  raises where there are none, or those of an encoder
         if self.described.eab.mixers or self.described.eab.indexers:
             raise UnsupportedModel(
                 f"{self.root} keeps more of its prefix than slots (layers with a state remember it, or choose among "

@@ -374,3 +374,26 @@ def test_features_are_of_cls_and_patches(ground: Path) -> None:
     assert torch.equal(found.of_image, torch.stack(found.found)[:, 0])
     with pytest.raises(UnsupportedModel, match="no registers"):
         surgery.plan(recipe(FROM_REGISTERS), ground / "planted")
+
+
+def test_an_encoder_is_not_exported(ground: Path, tmp_path: Path) -> None:
+    surgery.run(recipe(FROM_REGISTERS), ground / "with", tmp_path / "out", images=ground / "pictures", chunking=FEW)
+    for engine in ("peft", "mlx", "vllm"):
+        with pytest.raises(SurgeryError) as caught:
+            surgery.export(engine, tmp_path / "out", tmp_path / engine, original=ground / "with")
+        assert "is an encoder, and exports are for language models" in str(caught.value)
+
+
+def test_without_proof_and_from_kept_steps(ground: Path, tmp_path: Path) -> None:
+    found = surgery.run(
+        recipe(FROM_REGISTERS), ground / "with", tmp_path / "out", calibration=ground / "pictures",
+        images=ground / "pictures", chunking=FEW, verify=False,
+    )  # fmt: skip
+    assert found is not None and found["passed"] is None and found["gates"] == []
+    kept = dict(resume=tmp_path / "steps", images=ground / "pictures", chunking=FEW, surveys=True)
+    first, again = (
+        surgery.run(recipe(FROM_REGISTERS), ground / "with", tmp_path / name, **kept) for name in ("a", "b")
+    )
+    assert first is not None and again is not None and first["fidelity"] == again["fidelity"]
+    assert [survey["images"]["registers"] for survey in first["surveys"]] == [4, 0]
+    assert {image["name"] for image in first["surveys"][1]["norm_maps"]["images"]} <= {f"{i:02}.png" for i in range(12)}
