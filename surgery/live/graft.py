@@ -22,8 +22,9 @@ from ..parts import shapes as declared
 from ..runtime.eab_added import require_added
 from ..runtime.eab_families import ADAPTERS
 from ..runtime.eab_head_norm import install_norms
-from ..runtime.eab_runtime import install
+from ..runtime.eab_runtime import Slots, install
 from .model import Live
+from .places import on_layer
 from .together import together
 
 Norms = dict[str, dict[str, torch.Tensor]]  # site name -> weight (E,) or (Hq, E), and gate (Hq,) unless it is pure
@@ -156,6 +157,43 @@ def installed(live: Live, eab: dict, tensors: Mapping[str, torch.Tensor]) -> Ite
         finally:
             for config, implementation in before:
                 config._attn_implementation_internal = implementation
+
+
+# ---- an encoder's, which are estimates
+
+_as_it_came: ContextVar[bool] = ContextVar("as_it_came", default=False)
+
+
+@contextlib.contextmanager
+def left_out(live: Live, first: int, stop: int) -> Iterator[None]:
+    """An encoder in which the tokens `first` to `stop` - 1 of each image end before the first block."""
+
+    def without(states: torch.Tensor) -> torch.Tensor | None:
+        return None if _as_it_came.get() else torch.cat([states[:, :first], states[:, stop:]], dim=1)
+
+    hook = on_layer(live, 0, without)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def as_it_came(live: Live) -> Iterator[None]:
+    """Within the block an encoder computes as it did before slots were grafted: with none, and with all of its tokens.
+
+    Of a language model slots are its prefix, and nothing has to be taken away for it to be the original.
+    """
+    with contextlib.ExitStack() as undo:
+        undo.callback(_as_it_came.reset, _as_it_came.set(True))
+        for module in live.trunk.modules():
+            if isinstance(module, Slots):
+                undo.callback(module.register_forward_hook(_none_of).remove)
+        yield
+
+
+def _none_of(slots: torch.nn.Module, args: object, held: tuple[torch.Tensor, torch.Tensor]) -> Any:
+    return tuple(part[:0] for part in held)
 
 
 # ---- norms

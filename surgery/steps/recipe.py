@@ -80,7 +80,8 @@ class Recipe(Document):
         return value
 
     def of(self, port: Port) -> Recipe:
-        """The same for a model that reads text, or images: gates that always apply and are of the other are left out.
+        """The same for a model that reads text, or images: gates that always apply and are of the other are left out,
+        and tuning has the objectives of that model.
 
         RecipeError where it asks for something that the model cannot have.
         """
@@ -92,7 +93,8 @@ class Recipe(Document):
             raise RecipeError(
                 f"the recipe asks for {asked[0]}, which is not for {reads[port]}; remove it, or give another source."
             )
-        return self.model_copy(update={"verify": self.verify.model_copy(update=dict.fromkeys(other))})
+        tune = None if self.tune is None else self.tune.of(port)
+        return self.model_copy(update={"tune": tune, "verify": self.verify.model_copy(update=dict.fromkeys(other))})
 
     @property
     def reading(self) -> Port | None:
