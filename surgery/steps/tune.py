@@ -31,8 +31,9 @@ from .plan import Plan
 
 
 def prepare_training(
-    plan: Plan, texts: Texts | Pictures, calibrating: torch.Tensor | None, chunking: Chunking, options: RunOptions, out: Path
-) -> Training | None:
+    plan: Plan, texts: Texts | Pictures, calibrating: torch.Tensor | None, chunking: Chunking, options: RunOptions,
+    out: Path,
+) -> Training | None:  # fmt: skip
     """All that can be refused before weights are read; None for a recipe that does not tune.
 
     `chunking`: of what is evaluated; `calibrating`: chunks, or pixels, that the rest of the recipe fits on.

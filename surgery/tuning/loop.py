@@ -134,8 +134,8 @@ class Loop:
             self.record.losses.append({"step": step + 1, "loss": mean, **means})
         self.optimiser.zero_grad()
         held_out = judgement(self.record.judged[-1])
-        found = f"perplexity {factor(held_out):.2f}" if self.live.port.predicts else f"distance {held_out:.6f}"
-        self.advance(1, f"loss {mean:.4f}, held-out {found}")
+        judged = f"perplexity {factor(held_out):.2f}" if self.live.port.predicts else f"distance {held_out:.6f}"
+        self.advance(1, f"loss {mean:.4f}, held-out {judged}")
 
     def _loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         teacher = None

@@ -24,8 +24,8 @@ ROWS = 32  # of logits at a time, which stay in the cache of a CPU
 class Pass:
     """What a forward pass left: logits (B, T, V) and the residual stream (B, T, d) of each layer, where asked for.
 
-    Of an encoder `tokens` are pixels (B, C, H, W), and there are no logits; `features` are those of CLS (B, 1, d), where
-    there is one, and of the P patches (B, P, d), after the last norm.
+    Of an encoder `tokens` are pixels (B, C, H, W), and there are no logits; `features` are those of CLS (B, 1, d),
+    where there is one, and of the P patches (B, P, d), after the last norm.
     """
 
     tokens: torch.Tensor

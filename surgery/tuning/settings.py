@@ -17,7 +17,6 @@ from ..operations.base import Port
 from ..recipe.fields import AsTuple, Positive, Strict, Targets, Weight
 from ..recipe.training import Training
 
-
 # Objectives that compare what only one kind of model has.
 OF: dict[str, Port] = {"kl": "text", "lm": "text", "features": "images"}
 _REFUSED: dict[Port, str] = {
