@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import functools
 from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..checkpoint.layout import Layout
 from ..checkpoint.values import as_stored
@@ -21,7 +26,34 @@ NO_LIMIT = 2**31  # of token ids, where nothing says how many there are
 def find_stored(layout: Layout, anatomy: Anatomy, name: str) -> str | None:
     """The name in the checkpoint of the trunk's parameter `name`; None where it does not stand there by itself."""
     # Checkpoints of a bare trunk (GPT-2's own) leave the lead out.
-    return next((stored for stored in (f"{anatomy.lead}{name}", name) if stored in layout.tensors), None)
+    for known in (f"{anatomy.lead}{name}", name):
+        if known in layout.tensors:
+            return known
+        if (stored := _before_renaming(anatomy, known)) in layout.tensors:
+            return stored
+    return None
+
+
+def _before_renaming(anatomy: Anatomy, name: str) -> str:
+    """The name that transformers changes to `name` when it loads; `name` itself where it changes none to it, or joins
+    several tensors to one."""
+    model = anatomy.blank
+    renamings, converters = _conversions(model)
+    back = [one.reverse_transform() for one in reversed(renamings)]
+    stored, _ = rename_source_key(name, back, [], reverse=True)
+    there = model.state_dict(keep_vars=True)
+    again, joined = rename_source_key(stored, renamings, converters, model.base_model_prefix, there)
+    whole, _ = rename_source_key(name, [], [], model.base_model_prefix, there)
+    return stored if joined is None and again == whole and whole in there else name
+
+
+@functools.lru_cache(maxsize=1)
+def _conversions(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    mapping = get_model_conversion_mapping(model)
+    return (
+        [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+        [entry for entry in mapping if isinstance(entry, WeightConverter)],
+    )
 
 
 def stored_name(layout: Layout, anatomy: Anatomy, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from ..anatomy.encoders import examine_encoder
 from ..anatomy.fit import fit, original_tensors
+from ..anatomy.linears import widths
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, examine
 from ..anatomy.stored import NO_LIMIT
@@ -18,13 +19,15 @@ from ..checkpoint.config import CONFIG, code_choices, read_config, require_count
 from ..checkpoint.layout import read_layout
 from ..checkpoint.quantised import Quantised, quantised
 from ..errors import DamagedCheckpoint, SourceError
+from ..live.model import Live
+from ..live.places import down_projections, name_in
 from ..words import named
-from .entries import FORMAT, EabEntry, Entry, HeadNormEntry
+from .entries import FORMAT, EabEntry, Entry, HeadNormEntry, RegistersEntry
 from .files import lowered_limits
-from .parts import NORMS, Converted, class_prefix, converted_from
+from .parts import NORMS, REGISTERS, Converted, class_prefix, converted_from
 
 AGAIN = "convert the source again"
-OURS = ("eab", "head_norm", "auto_map", "architectures")  # keys of config.json that a run writes anew
+OURS = ("eab", "head_norm", "test_time_registers", "auto_map", "architectures")  # keys of config.json that a run writes anew
 # What is wrong with an entry's value, in words; of the others: "is not as a run writes it".
 _WRONG = {
     "n_slots": "is {value}, not a count",
@@ -43,13 +46,14 @@ AnEntry = TypeVar("AnEntry", bound=Entry)
 @dataclass(frozen=True)
 class Described:
     """The checkpoint in `root`: its config.json, the type it says, and its entries; `head_norm` None without norms,
-    `packed` None where its weights are plain."""
+    `registers` None without those of test time, `packed` None where its weights are plain."""
 
     root: Path
     config: dict
     converted: Converted
     eab: EabEntry
     head_norm: HeadNormEntry | None
+    registers: RegistersEntry | None = None
     packed: Quantised | None = None
 
     @functools.cached_property
@@ -76,7 +80,8 @@ class Described:
             with quiet():
                 anatomy = examine_encoder(base)
                 fit(anatomy, tensors)
-            return base, self._checked(anatomy)
+            self._checked(anatomy)
+            return base, anatomy if self.registers is None else self._with_register(anatomy, self.registers)
         n_slots, limit = self.eab.n_slots, base.get("max_position_embeddings")
         raised = {**base, "max_position_embeddings": limit + n_slots} if type(limit) is int else base
         with quiet():  # the raised limit is a guess
@@ -85,6 +90,19 @@ class Described:
                 found, anatomy = base, examine(base, tensors=len(tensors.tensors))
             fit(anatomy, tensors)
         return found, self._checked(anatomy)
+
+    def _with_register(self, anatomy: Anatomy, entry: RegistersEntry) -> Anatomy:
+        """That of the encoder with one register more. DamagedCheckpoint where the entry is not of this model."""
+        patching, blank = anatomy.patching, Live(anatomy.blank, anatomy)
+        assert patching is not None
+        projections = {name_in(blank, part): widths(part)[0] for part in down_projections(blank).values()}
+        ends, at = (anatomy.blocks[0], anatomy.blocks[-1]), min(1, patching.special)
+        if ((entry.first, entry.last), entry.at) != (ends, at) or any(
+            max(units, default=-1) >= projections.get(name, 0) for name, units in entry.units.items()
+        ):
+            raise damaged(self.root, f"test_time_registers is not as a run writes it for {anatomy.model_type}")
+        more = replace(patching, special=patching.special + 1, registers=patching.registers + 1)
+        return replace(anatomy, patching=more)
 
     def _native_names(self) -> list[str]:
         """`architectures` of the source, as those of the checkpoint say it."""
@@ -132,7 +150,12 @@ def read_described(root: Path) -> Described:
         raise damaged(root, f"model_type {named(repr(config.get('model_type')))} is not a converted type")
     normed = NORMS in found.parts
     eab, head_norm = _entry(root, config, "eab", EabEntry, found.base), None
-    if eab.n_slots == 0 and not normed:
+    registers = None
+    if REGISTERS in found.parts or config.get("test_time_registers") is not None:
+        registers = _entry(root, config, "test_time_registers", RegistersEntry, found.base)
+        if REGISTERS not in found.parts:
+            raise damaged(root, f"model_type {config['model_type']!r} does not go with test_time_registers")
+    if eab.n_slots == 0 and not normed and registers is None:
         raise damaged(root, "eab.n_slots is 0, not a count")
     if len(eab.prefix_ids) not in (0, eab.n_slots):  # slots that were trained from nothing have no prefix
         raise damaged(root, f"eab.prefix_ids is not a list of {eab.n_slots} token ids")
@@ -143,7 +166,7 @@ def read_described(root: Path) -> Described:
         head_norm = _entry(root, config, "head_norm", HeadNormEntry, found.base)
         if unknown := [name for name in head_norm.sites if name not in eab.sites]:
             raise damaged(root, f"head_norm.sites.{named(unknown[0])} is not in eab.sites")
-    return Described(root, config, found, eab, head_norm, packed)
+    return Described(root, config, found, eab, head_norm, registers, packed)
 
 
 def _entry(root: Path, config: dict, name: str, kind: type[AnEntry], base: str) -> AnEntry:
@@ -153,6 +176,7 @@ def _entry(root: Path, config: dict, name: str, kind: type[AnEntry], base: str) 
         lacks = {
             "eab": "has no eab entry that describes the slots",
             "head_norm": "head_norm does not describe the norms",
+            "test_time_registers": "has no test_time_registers entry that describes them",
         }
         raise damaged(root, lacks[name])
     try:

@@ -98,6 +98,24 @@ class HeadNormEntry(Entry):
     eps: Annotated[float, Field(gt=0, lt=1)]
 
 
+class RegistersEntry(Entry):
+    """`config.test_time_registers`: the token that takes what units would put on patches, in the order of the file.
+
+    Args:
+        at: where it stands among the tokens.
+        first, last: names in the trunk of the blocks that it passes.
+        units: name in the trunk of each down projection -> units of what enters it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Format
+    at: Annotated[int, Field(ge=0, le=1)]
+    first: str
+    last: str
+    units: Annotated[dict[str, Counts], Field(min_length=1)]
+
+
 @dataclass(frozen=True)
 class Entries:
     """All that config.json says of what was added."""

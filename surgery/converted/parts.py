@@ -36,6 +36,7 @@ class Part:
 
 SLOTS = "slots"
 NORMS = "norms"
+REGISTERS = "registers"
 PARTS: dict[str, Part] = {
     SLOTS: Part(
         infix="",
@@ -56,6 +57,16 @@ PARTS: dict[str, Part] = {
         tag="head-norm",
         words="head-wise RMSNorm",
         short="norms",
+    ),
+    REGISTERS: Part(
+        infix="registers_",
+        title="Registers",
+        file="eab_registers",
+        mixin="RegistersMixin",
+        summary="test-time registers",
+        tag="test-time-registers",
+        words="test-time registers",
+        short="registers",
     ),
 }
 

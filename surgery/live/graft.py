@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -159,23 +160,36 @@ def installed(live: Live, eab: dict, tensors: Mapping[str, torch.Tensor]) -> Ite
                 config._attn_implementation_internal = implementation
 
 
-# ---- an encoder's, which are estimates
+# ---- an encoder as it came
 
-_as_it_came: ContextVar[bool] = ContextVar("as_it_came", default=False)
+
+class _Reversible:
+    """Something that stands in a model, and can be taken out and put back."""
+
+    def __init__(self, install: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+        self.install, self.undo = install, contextlib.ExitStack()
+
+    def put(self) -> None:
+        self.undo.enter_context(self.install())
+
+    def take(self) -> None:
+        self.undo.close()
+
+
+_IN_PLACE: WeakKeyDictionary[torch.nn.Module, list[_Reversible]] = WeakKeyDictionary()  # by trunk
 
 
 @contextlib.contextmanager
-def left_out(live: Live, first: int, stop: int) -> Iterator[None]:
-    """An encoder in which the tokens `first` to `stop` - 1 of each image end before the first block."""
-
-    def without(states: torch.Tensor) -> torch.Tensor | None:
-        return None if _as_it_came.get() else torch.cat([states[:, :first], states[:, stop:]], dim=1)
-
-    hook = on_layer(live, 0, without)
+def reversibly(live: Live, install: Callable[[], contextlib.AbstractContextManager[object]]) -> Iterator[None]:
+    """An encoder with what `install` puts in place, within the block; `as_it_came` takes it away for a while."""
+    graft, standing = _Reversible(install), _IN_PLACE.setdefault(live.trunk, [])
+    graft.put()
+    standing.append(graft)
     try:
         yield
     finally:
-        hook.remove()
+        standing.remove(graft)
+        graft.take()
 
 
 @contextlib.contextmanager
@@ -185,7 +199,9 @@ def as_it_came(live: Live) -> Iterator[None]:
     Of a language model slots are its prefix, and nothing has to be taken away for it to be the original.
     """
     with contextlib.ExitStack() as undo:
-        undo.callback(_as_it_came.reset, _as_it_came.set(True))
+        for graft in reversed(_IN_PLACE.get(live.trunk, [])):
+            graft.take()
+            undo.callback(graft.put)
         for module in live.trunk.modules():
             if isinstance(module, Slots):
                 undo.callback(module.register_forward_hook(_none_of).remove)
@@ -194,6 +210,20 @@ def as_it_came(live: Live) -> Iterator[None]:
 
 def _none_of(slots: torch.nn.Module, args: object, held: tuple[torch.Tensor, torch.Tensor]) -> Any:
     return tuple(part[:0] for part in held)
+
+
+@contextlib.contextmanager
+def left_out(live: Live, first: int, stop: int) -> Iterator[None]:
+    """An encoder in which the tokens `first` to `stop` - 1 of each image end before the first block."""
+
+    def without(states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([states[:, :first], states[:, stop:]], dim=1)
+
+    hook = on_layer(live, 0, without)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # ---- norms

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..anatomy.linears import widths
+from ..runtime.eab_registers import MARK as REGISTERS
 from .model import Live
 
 
@@ -34,6 +35,11 @@ def down_projections(live: Live) -> dict[int, nn.Module]:
         if len(inside) == 1 and not any(path.endswith(".experts") for path, _ in outside):
             found[index] = inside[0]
     return found
+
+
+def name_in(live: Live, module: nn.Module) -> str:
+    """The name of a module within the trunk."""
+    return next(name for name, one in live.trunk.named_modules() if one is module)
 
 
 def slot_count(live: Live) -> int:
@@ -80,6 +86,8 @@ def on_layer(
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
     if layer:
+        # Behind the last block a test-time register is taken out again.
+        first = first or (layer == len(blocks) and hasattr(trunk, REGISTERS))
         return trunk.get_submodule(blocks[layer - 1]).register_forward_hook(leaving, prepend=first)
     return trunk.get_submodule(blocks[0]).register_forward_pre_hook(entering, with_kwargs=True, prepend=first)
 

@@ -7,8 +7,11 @@ from .base import Operation
 from .estimated_bias import EstimatedBias
 from .head_norm import HeadNorm
 from .quantise import Quantise
+from .registers import Registers
 from .rotation import Rotation
 from .smoothing import Smoothing
 
 # Each is fitted to what those before it leave.
-OPERATIONS: tuple[type[Operation], ...] = (AttentionBias, EstimatedBias, Rotation, Smoothing, HeadNorm, Quantise)
+OPERATIONS: tuple[type[Operation], ...] = (
+    Registers, AttentionBias, EstimatedBias, Rotation, Smoothing, HeadNorm, Quantise,
+)  # fmt: skip

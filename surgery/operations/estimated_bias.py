@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ..anatomy.calls import Call
@@ -26,11 +26,12 @@ from ..anatomy.stored import stored_name
 from ..checkpoint.layout import Stored
 from ..converted.card import Section
 from ..errors import UnsupportedModel
-from ..live.graft import Fold, eab_config, grafted, held_parts, left_out
+from ..live.graft import Fold, eab_config, grafted, held_parts, left_out, reversibly
 from ..live.model import Live
 from ..live.port import Batch
 from ..live.stream import Observer, stream
 from ..parts import every_shape
+from ..runtime.eab_registers import install_registers, install_silence
 from ..survey.patches import Standing
 from ..words import count_of
 from .base import Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, Target, Trained
@@ -38,11 +39,13 @@ from .base import Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, 
 
 @dataclass(frozen=True)
 class Estimated:
-    """The slots; of how many images they are means, and of how many tokens of each."""
+    """The slots; of how many images they are means, and of how many tokens of each. `registers`: of test time, that they
+    stand for (`operations.registers`)."""
 
     fold: Fold
     images: int
     tokens: float
+    registers: Mapping[str, Any] | None = None
 
 
 class EstimatedBias(Operation):
@@ -66,11 +69,19 @@ class EstimatedBias(Operation):
         ),
     ]  # fmt: skip
 
+    _made: bool = PrivateAttr(False)  # the registers are those of `registers`, which stands before it
+
+    def of_made(self) -> EstimatedBias:
+        """The same behind `registers`, whose token becomes a slot."""
+        copied = self.model_copy()
+        copied._made = True
+        return copied
+
     @model_validator(mode="before")
     @classmethod
     def _of_no_prefix(cls, value: Any) -> Any:
         if isinstance(value, dict) and (other := next((key for key in value if key != "from"), None)):
-            raise ValueError(f"has 'from', beside which '{other}' means nothing; remove one of them")
+            raise ValueError(f"is there, beside which '{other}' means nothing; remove one of them")
         return value
 
     @property
@@ -88,10 +99,11 @@ class EstimatedBias(Operation):
     def plan(self, target: Target, parts: Estimated | None = None) -> Changes:
         anatomy, patching = target.anatomy, _patching(target.anatomy)
         n, emptied = 1, Emptied()
-        if self.source == "registers":
+        if self.source == "registers" and not self._made:
             if not patching.registers:
                 raise UnsupportedModel(
-                    f"{anatomy.model_type}: has no registers by its config; give 'from: massive_tokens'"
+                    f"{anatomy.model_type}: has no registers by its config; put the operation 'registers' in front, "
+                    "or give 'from: massive_tokens'"
                 )
             n, emptied = patching.registers, without_registers(anatomy)
         slots = count_of(n, "slot")
@@ -119,8 +131,12 @@ class EstimatedBias(Operation):
     def fit(self, live: Live, text: Fitting) -> Estimated:
         text.reporter.step(f"take means over {len(text.chunks)} images")
         patching, rows = _patching(live.anatomy), text.chunks
-        with text.reporter.bar("means", None) as advance:
-            if self.source == "registers":
+        made = text.earlier["registers"].entry if self._made else None
+        with text.reporter.bar("means", None) as advance, contextlib.ExitStack() as meanwhile:
+            if made is not None:
+                meanwhile.enter_context(install_registers(live.trunk, made))
+                means, tokens = Means(live, lambda image: [[made["at"]]]), 1.0
+            elif self.source == "registers":
                 groups = [[register] for register in range(1, 1 + patching.registers)]
                 means, tokens = Means(live, lambda image: groups), float(len(groups))
             else:
@@ -135,17 +151,21 @@ class EstimatedBias(Operation):
                 means, tokens = Means(live, lambda image: [chosen[image]]), sum(map(len, chosen)) / len(chosen)
             stream(live, rows, [means], advance=advance, what="means")
         like = next(live.trunk.parameters())
-        return Estimated(Fold((), means.tensors(like), "always"), len(rows), tokens)
+        return Estimated(Fold((), means.tensors(like), "always"), len(rows), tokens, made)
 
     @contextlib.contextmanager
     def graft(self, live: Live, parts: Estimated) -> Iterator[None]:
         with grafted(live, parts.fold), contextlib.ExitStack() as undo:
-            if self.source == "registers":
-                undo.enter_context(left_out(live, 1, 1 + _patching(live.anatomy).registers))
+            if parts.registers is not None:
+                units = parts.registers["units"]
+                undo.enter_context(reversibly(live, lambda: install_silence(live.trunk, units)))
+            elif self.source == "registers":
+                stop = 1 + _patching(live.anatomy).registers
+                undo.enter_context(reversibly(live, lambda: left_out(live, 1, stop)))
             yield
 
     def held(self, live: Live, parts: Estimated) -> Estimated:
-        return Estimated(held_parts(live, parts.fold), parts.images, parts.tokens)
+        return replace(parts, fold=held_parts(live, parts.fold))
 
     def tensors(self, live: Live, parts: Estimated) -> Mapping[str, torch.Tensor]:
         return {
@@ -174,7 +194,9 @@ class EstimatedBias(Operation):
     def says(self, parts: Estimated, target: Target, recipe: Stand) -> Section:
         n, sites = parts.fold.n, len(target.anatomy.sites)
         of, left = "tokens that stand out against all others", ""
-        if self.source == "registers":
+        if self._made:
+            of = "a test-time register"
+        elif self.source == "registers":
             of = count_of(n, "register")
             left = (
                 " The registers themselves are left out: an image becomes as many tokens fewer, and what read them from "

@@ -158,15 +158,23 @@ def find(live: Live) -> list[Pair]:
 
             block = trunk.get_submodule(name)
             undo.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
-        live.model(input_ids=random_text(live), use_cache=False)
+        answer(live)
     return found
 
 
-def random_text(live: Live) -> torch.Tensor:
-    """Random token ids `TRIED`, the same each time."""
+@torch.no_grad()
+def answer(live: Live) -> torch.Tensor:
+    """What the model makes of a few random tokens, the same each time: logits; of an encoder, its last hidden states of
+    random images."""
+    generator, patching = torch.Generator().manual_seed(0), live.anatomy.patching
+    if patching is not None:
+        pixels = torch.randn(TRIED[0], patching.channels, *patching.size, generator=generator)
+        states: torch.Tensor = live.trunk(pixel_values=pixels.to(live.device, live.model.dtype))[0]
+        return states
     vocabulary = live.model.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, TRIED, generator=torch.Generator().manual_seed(0))
-    return tokens.to(live.device)
+    tokens = torch.randint(vocabulary, TRIED, generator=generator).to(live.device)
+    logits: torch.Tensor = live.model(input_ids=tokens, use_cache=False).logits
+    return logits
 
 
 def _alone(live: Live) -> Callable[[Side], bool]:

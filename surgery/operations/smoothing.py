@@ -26,7 +26,7 @@ from ..live.stream import stream
 from ..progress import Advance, unseen
 from ..recipe.fields import AsTuple
 from .base import Alter, Changes, Exact, Fitting, Operation, Stand, Target
-from .pairs import Pair, Side, apply, find, random_text, scaled, sides, touches, without_loss
+from .pairs import Pair, Side, answer, apply, find, scaled, sides, touches, without_loss
 
 Scaled = tuple[Pair, torch.Tensor]  # with exponents of two (width,)
 
@@ -114,7 +114,7 @@ class Smoothing(Operation):
             parts = smooth(live, text.chunks, self.inputs, self.strength, advance)
         for name in parts.changed:
             stored_name(text.target.layout, live.anatomy, f"{live.anatomy.lead}{name}")  # refused before the long work
-        text.reporter.note(f"{len(parts.changed)} tensors changed by powers of two, and no logit")
+        text.reporter.note(f"{len(parts.changed)} tensors changed by powers of two, and nothing that comes out")
         return parts
 
     def graft(self, live: Live, parts: Smoothed) -> contextlib.AbstractContextManager[object]:
@@ -146,14 +146,14 @@ def smooth(
     The model is left as it was. UnsupportedModel where nothing can be scaled, where nothing has to be, or where the
     logits on random tokens are not the same bits when it is.
     """
-    kind, text = live.anatomy.model_type, random_text(live)
+    kind = live.anatomy.model_type
     pairs = [pair for pair in find(live) if pair.kind in kinds]
     if not pairs:
         raise UnsupportedModel(
             f"{kind}: no channel can be scaled exactly (no {' or '.join(kinds)} input of linear layers "
             "whose source is theirs alone), so smoothing would change nothing; leave it out."
         )
-    before = _logits(live, text)
+    before = answer(live)
     done, changed = _without_loss(live, list(zip(pairs, scales(live, pairs, chunks, strength, advance), strict=True)))
     if not done:
         raise UnsupportedModel(
@@ -161,10 +161,10 @@ def smooth(
             "calibration text, so smoothing would change nothing; leave it out."
         )
     with scaled_in(live, done):
-        same = torch.equal(_logits(live, text), before)
+        same = torch.equal(answer(live), before)
     if not same:
         raise UnsupportedModel(
-            f"{kind}: scaled channels changed the logits, so something reads them beside the layers that "
+            f"{kind}: scaled channels changed what the model says, so something reads them beside the layers that "
             "were found; leave smoothing out."
         )
     return Smoothed(tuple(done), changed)
@@ -240,12 +240,6 @@ def _scaled(scalings: Sequence[tuple[Side, torch.Tensor]], weight: torch.Tensor)
     for side, exponents in scalings:
         weight = scaled(side, exponents, weight)
     return weight
-
-
-@torch.no_grad()
-def _logits(live: Live, text: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = live.model(input_ids=text, use_cache=False).logits
-    return logits
 
 
 def scales(

@@ -69,6 +69,11 @@ Layers = Annotated[
     Discriminator(_kind("all", "numbers")),
     Or("a list of numbers"),
 ]
+AutoOr = Annotated[
+    Annotated[Literal["auto"], Tag("auto")] | Annotated[int, Field(ge=1), Tag("number")],
+    Discriminator(lambda value: "number" if isinstance(value, int) and not isinstance(value, bool) else "auto"),
+    Or("a whole number"),
+]
 Targets = Annotated[
     Annotated[Literal["all"], Tag("all")] | Annotated[tuple[str, ...], AsTuple, Field(min_length=1), Tag("names")],
     Discriminator(_kind("all", "names")),

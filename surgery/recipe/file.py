@@ -150,7 +150,7 @@ def _sentence(detail: ErrorDetails, key: Key, schema: type[Strict]) -> str:
 
 def model_at(schema: type[BaseModel], key: Key) -> type[BaseModel]:
     """The model of the mapping at `key`; where there is no mapping, of the nearest one that holds the key."""
-    for part, below in zip(key, (*key[1:], None), strict=True):
+    for part, below in zip(key, (*key, None)[1:], strict=True):
         field = field_of(schema, part) if isinstance(part, str) else None
         models = [] if field is None else _models_in(field.annotation)
         schema = next((one for one in models if field_of(one, below) is not None), next(iter(models), schema))

@@ -15,6 +15,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from ..errors import RecipeError
 from ..operations import OPERATIONS
 from ..operations.base import Operation, Port
+from ..operations.estimated_bias import EstimatedBias
+from ..operations.registers import Registers
 from ..recipe.fields import AsTuple, one_of
 from ..recipe.file import Document, parse, read
 from ..tuning.operation import Tune
@@ -58,7 +60,7 @@ class Recipe(Document):
         if not any(operation.adds for operation in value):
             adding = " or ".join(dict.fromkeys(kind.name for kind in OPERATIONS if kind.adds))
             raise ValueError(f"has {' and '.join(names)} alone, which adds nothing; put {adding} with it")
-        return value
+        return _handed_on(value)
 
     @field_validator("verify")
     @classmethod
@@ -148,6 +150,16 @@ class Recipe(Document):
                 gate.name: dumped["verify"][gate.name] for gate in self.verify.gates() if not gate.same_function
             }
         return dumped
+
+
+def _handed_on(operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
+    """The same; where test-time registers are followed by what makes slots of registers, each knows of the other."""
+    first = next((one for one in operations if isinstance(one, Registers)), None)
+    then = next((one for one in operations if isinstance(one, EstimatedBias) and one.source == "registers"), None)
+    if first is None or then is None:
+        return operations
+    told: dict[Operation, Operation] = {first: first.becoming_slots(), then: then.of_made()}
+    return tuple(told.get(one, one) for one in operations)
 
 
 def _inexact(changes: Sequence[Operation]) -> str | None:

@@ -19,6 +19,7 @@ from ..errors import SourceError
 from ..live.loading import load_original
 from ..live.model import Live
 from ..live.text import Chunking, in_turn, tokenize
+from ..operations.registers import Registers
 from ..tuning.corpus import Corpus, make_corpus, make_image_corpus, require_images
 from ..tuning.dataset import dataset_text
 from ..tuning.operation import Tune
@@ -49,6 +50,7 @@ def prepare_training(
         require_apart(adapter, "--adapter", outputs)
     if processes > 1 and options.device == "auto":
         raise SourceError("each of several processes holds the whole model, on its device; give --device cuda or cpu.")
+    _require_trainable(plan, settings)
     if isinstance(texts, Pictures):
         if processes > 1:
             raise SourceError(f"{processes} processes were started, and an encoder is tuned by one alone; start one.")
@@ -68,6 +70,19 @@ def prepare_training(
     device = options.device if processes == 1 else str(accelerator.device)
     stored = functools.partial(stored_value, plan.source.layout, plan.anatomy)
     return Training(corpus, accelerator, device, store, adapter, stored, plan.source.name)
+
+
+def _require_trainable(plan: Plan, settings: Tune) -> None:
+    """SourceError where nothing is added that learns, or LoRA would learn beside what an operation does to inputs."""
+    if settings.lora is None and not plan.changes.trains:
+        raise SourceError(
+            "tune has nothing to train, as no operation of the recipe adds what can learn; add attention_bias, "
+            "head_norm or tune.lora."
+        )
+    if settings.lora is not None and any(isinstance(change, Registers) for change in plan.recipe.changes):
+        raise SourceError(
+            "tune.lora cannot learn in layers whose inputs 'registers' changes; leave one of the two out of the recipe."
+        )
 
 
 def _of_text(plan: Plan, texts: Texts, settings: Tune, chunking: Chunking) -> Corpus:

@@ -63,17 +63,21 @@ def language_modelling(student: Pass) -> torch.Tensor:
 def hidden(student: Pass, teacher: Pass) -> torch.Tensor:
     """Mean over layers and tokens of |x - y|^2 / |y|^2, y the teacher's.
 
-    Of text the first token, often a sink, is left out. Of an image it is CLS, and counts; registers of the teacher that
-    the student has no more stand behind it, and do not.
+    Of text the first token, often a sink, is left out. Of an image it is CLS, and counts; tokens that only one of the
+    two has are registers, which stand behind it.
     """
-    first, parts = 0 if student.logits is None else 1, []
+    first, behind, parts = 0 if student.logits is None else 1, len(student.features) - 1, []
     for ours, theirs in zip(student.hidden, teacher.hidden, strict=True):
         more = theirs.shape[1] - ours.shape[1]
-        if more:
-            theirs = torch.cat([theirs[:, :1], theirs[:, 1 + more :]], dim=1)
+        ours, theirs = _less(ours, behind, -more), _less(theirs, behind, more)
         ours, theirs = _wide(ours[:, first:]), _wide(theirs[:, first:])
         parts.append(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean())
     return _together(parts).mean()
+
+
+def _less(states: torch.Tensor, at: int, count: int) -> torch.Tensor:
+    """states (B, T, d) without `count` tokens, where that is above 0, from token `at` on."""
+    return states if count <= 0 else torch.cat([states[:, :at], states[:, at + count :]], dim=1)
 
 
 def features(student: Pass, teacher: Pass) -> torch.Tensor:

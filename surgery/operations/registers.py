@@ -1,0 +1,231 @@
+"""Test-time registers (Jiang et al. 2025, arXiv 2506.08010): what a few MLP units put on patches moves to a token.
+
+Encoders that were trained without registers put what concerns the image on patches of little information, whose norms
+stand out from then on. The units that do so are found on calibration images. Their activation is moved to a token that
+is added for it, or, where `attention_bias: {from: registers}` follows, to a token whose keys and values become slots:
+then no token is added, and the units are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, PrivateAttr
+from transformers import PreTrainedTokenizerBase
+
+from ..anatomy.linears import row_dim
+from ..anatomy.sites import Anatomy
+from ..anatomy.stored import stored_name
+from ..converted.card import Section
+from ..converted.entries import FORMAT
+from ..errors import UnsupportedModel
+from ..live.graft import reversibly
+from ..live.model import Live
+from ..live.places import down_projections, name_in
+from ..live.port import Images
+from ..live.stream import stream
+from ..recipe.fields import AutoOr
+from ..runtime.eab_registers import install_registers
+from ..survey.patches import Standing
+from ..survey.register_neurons import RegisterNeuron, RegisterNeurons
+from ..table import Table
+from ..words import count_of, fixed, number, percent
+from .base import Alter, Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, Target
+
+SHOWN = 8  # neurons in a table
+
+
+@dataclass(frozen=True)
+class Found:
+    """The neurons, and `config.test_time_registers`; on how many images, and the mean number of patches that stood out
+    in one."""
+
+    neurons: tuple[RegisterNeuron, ...]
+    entry: Mapping[str, Any]
+    images: int
+    patches: float
+
+
+class Registers(Operation):
+    """Move what register neurons put on patches of an encoder to a token that is added for it, at run time.
+
+    `neurons`: "auto" takes those that dominate their MLP at patches that stand out (`survey.register_neurons`), or so
+    many.
+    """
+
+    name: ClassVar[str] = "registers"
+    adds: ClassVar[bool] = True
+    reading: ClassVar[Port | None] = "images"
+
+    neurons: Annotated[
+        AutoOr, Field(description="how many units; auto takes those that dominate at patches that stand out")
+    ] = "auto"
+    _become_slots: bool = PrivateAttr(False)  # `attention_bias` makes slots of the token
+
+    def becoming_slots(self) -> Registers:
+        """The same in front of `attention_bias`, which makes slots of the token: none is left at run time."""
+        copied = self.model_copy()
+        copied._become_slots = True
+        return copied
+
+    @property
+    def exact(self) -> Exact:
+        return "no"
+
+    @property
+    def changes_weights(self) -> bool:
+        return self._become_slots
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    @property
+    def reads(self) -> str | None:
+        return "registers looks for its neurons"
+
+    def plan(self, target: Target, parts: Found | None = None) -> Changes:
+        anatomy = target.anatomy
+        if anatomy.patching is None:
+            raise UnsupportedModel(f"{anatomy.model_type}: is no encoder of images; leave 'registers' out")
+        if anatomy.patching.registers:
+            raise UnsupportedModel(
+                f"{anatomy.model_type}: has {anatomy.patching.registers} registers already; leave 'registers' out"
+            )
+        names = projections_of(anatomy)
+        if parts is not None:
+            names = [name for name in names if name in parts.entry["units"]]
+        how = "may change" if parts is None else "changed"
+        if self._become_slots:
+            changed = {stored_name(target.layout, anatomy, f"{anatomy.lead}{name}.weight"): how for name in names}
+            return Changes(changed=changed, words=("register neurons left out of the MLPs",))
+        return Changes(
+            config={} if parts is None else {"test_time_registers": parts.entry}, parts=frozenset({"registers"}),
+            words=("a test-time register",),
+        )  # fmt: skip
+
+    def fit(self, live: Live, text: Fitting) -> Found:
+        assert isinstance(live.port, Images)
+        text.reporter.step("look for register neurons")
+        special, most = live.port.special, None if self.neurons == "auto" else self.neurons
+        with text.reporter.bar("neurons", None) as advance:
+            standing = Standing()
+            stream(live, text.chunks, [standing], advance=advance, what="which patches stand out")
+            outliers = [[token for token in tokens if token >= special] for tokens in standing.chosen()]
+            if not any(outliers):
+                raise NothingToDo("no patch of a calibration image stands out against the others; leave registers out")
+            looking = RegisterNeurons(live, outliers)
+            stream(live, text.chunks, [looking], advance=advance, what="neurons")
+        if not (neurons := looking.found(most)):
+            raise NothingToDo(
+                "patches stand out, but no unit of an MLP dominates what makes them so; say how many to take "
+                "(neurons: 10), or leave registers out"
+            )
+        patches = sum(map(len, outliers)) / len(outliers)
+        text.reporter.note(
+            f"{count_of(len(neurons), 'register neuron')}; {patches:.1f} patches of an image stand out"
+        )
+        return Found(tuple(neurons), entry_of(live, neurons), len(text.chunks), patches)
+
+    def graft(self, live: Live, parts: Found) -> contextlib.AbstractContextManager[object]:
+        """Where the token becomes slots, `attention_bias` brings it in for as long as it takes means, and then leaves
+        the units out."""
+        if self._become_slots:
+            return contextlib.nullcontext()
+        return reversibly(live, lambda: install_registers(live.trunk, {**parts.entry}))
+
+    def tensors(self, live: Live, parts: Found) -> Mapping[str, torch.Tensor]:
+        return {}
+
+    def alters(self, parts: Found, target: Target) -> Mapping[str, Alter]:
+        """The columns of units that are left out: zeros."""
+        if not self._become_slots:
+            return {}
+        anatomy = target.anatomy
+        trunk = anatomy.blank.get_submodule(anatomy.trunk)
+        return {
+            f"{anatomy.lead}{name}.weight": _without(units, 1 - row_dim(trunk.get_submodule(name)))
+            for name, units in parts.entry["units"].items()
+        }
+
+    def could_make(self, before: torch.Tensor, after: torch.Tensor) -> bool:
+        return bool(((after == before) | (after == 0)).all())
+
+    def found(self, parts: Found, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+        neurons = [neuron.to_dict() for neuron in parts.neurons]
+        return {"register_neurons": {"neurons": neurons, "images": parts.images, "patches": parts.patches}}
+
+    @classmethod
+    def table(cls, verdict: Mapping[str, Any]) -> Table | None:
+        if not (found := verdict.get("register_neurons")):
+            return None
+        rows = [
+            (str(one["layer"]), str(one["unit"]), number(one["activation"]), number(one["elsewhere"]),
+             percent(one["reach"]))
+            for one in found["neurons"][:SHOWN]
+        ]  # fmt: skip
+        more = len(found["neurons"]) - len(rows)
+        return Table(
+            "Register neurons", ("layer", "unit", "activation", "elsewhere", "of what its MLP writes"), rows,
+            note=f"And {more} more." if more > 0 else "",
+            text=f"Units that make patches stand out ({fixed(found['patches'], 1)} in an image): mean activation there, "
+            "and at other patches.",
+        )  # fmt: skip
+
+    @classmethod
+    def sentence(cls, verdict: Mapping[str, Any]) -> str | None:
+        if not (found := verdict.get("register_neurons")):
+            return None
+        return (
+            f"Register neurons: {len(found['neurons'])}, which made {fixed(found['patches'], 1)} patches of an image "
+            "stand out."
+        )
+
+    def says(self, parts: Found, target: Target, recipe: Stand) -> Section:
+        units = count_of(len(parts.neurons), "unit")
+        if self._become_slots:
+            return Section(
+                text=f"{units} of its MLPs, which put high norms on patches of little information, are left out: their "
+                "columns of the down projections are zeros. A token that took their activation was what the slots were "
+                "taken from.",
+            )
+        return Section(
+            tag="test-time-registers",
+            title="test-time registers",
+            adds="registers",
+            text=f"a **test-time register**: a token of zeros enters the first block and leaves after the last, and what "
+            f"{units} of the MLPs would put on any token is moved to it, the largest of them. All weights are the "
+            "source's, byte for byte; where none of those units is active, so is what the model computes but for one "
+            "more token to attend to.",
+        )
+
+
+def projections_of(anatomy: Anatomy) -> list[str]:
+    """Names in the trunk of the down projections. UnsupportedModel where there are none."""
+    blank = Live(anatomy.blank, anatomy)
+    names = [name_in(blank, module) for module in down_projections(blank).values()]
+    if not names:
+        raise UnsupportedModel(f"{anatomy.model_type}: its blocks have no MLP whose units could be told apart")
+    return names
+
+
+def entry_of(live: Live, neurons: list[RegisterNeuron]) -> dict[str, Any]:
+    """`config.test_time_registers`."""
+    assert live.anatomy.patching is not None
+    blocks, projections = live.anatomy.blocks, down_projections(live)
+    units: dict[str, list[int]] = {}
+    for neuron in sorted(neurons, key=lambda one: (one.block, one.unit)):
+        units.setdefault(name_in(live, projections[neuron.block]), []).append(neuron.unit)
+    at = min(1, live.anatomy.patching.special)
+    return {"format": FORMAT, "at": at, "first": blocks[0], "last": blocks[-1], "units": units}
+
+
+def _without(units: list[int], dim: int) -> Alter:
+    def alter(weight: torch.Tensor) -> torch.Tensor:
+        return weight.index_fill(dim, torch.tensor(units), 0.0)
+
+    return alter

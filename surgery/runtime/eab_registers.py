@@ -1,0 +1,90 @@
+"""Test-time registers: a token beside the patches that takes what a few MLP units put on patches (arXiv 2506.08010).
+
+A token of zeros enters the first block, and leaves after the last, so nothing outside of the blocks sees it. At each
+unit that is named the largest activation of a token (by size) is moved to it; all others have none there.
+
+`config.test_time_registers` describes it: `at`, where the token stands (1: after CLS); `first` and `last`, the names of those
+blocks in the trunk; and `units`, which maps the name of each down projection to the units of what enters it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from .eab_runtime import AttentionBiasMixin, find_trunk
+
+
+MARK = "eab_registers"  # attribute of a trunk that has them
+
+
+def _put(at: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Forward pre-hook of the first block: (B, T, d) -> (B, T + 1, d)."""
+    states: Tensor = args[0] if args else kwargs["hidden_states"]
+    longer = torch.cat([states[:, :at], states.new_zeros(len(states), 1, states.shape[-1]), states[:, at:]], dim=1)
+    return ((longer, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": longer})
+
+
+def _take(at: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of the last block: without that token again."""
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    shorter = torch.cat([states[:, :at], states[:, at + 1 :]], dim=1)
+    return shorter if isinstance(output, Tensor) else type(output)((shorter, *output[1:]))
+
+
+def moved(activations: Tensor, at: int, units: Tensor) -> Tensor:
+    """activations (B, T, m) with what any token has at `units` moved to the token `at`: the largest by size."""
+    own = activations[:, :, units]  # (B, T, units)
+    largest = own.gather(1, own.abs().argmax(dim=1, keepdim=True))  # (B, 1, units)
+    activations = activations.clone()
+    activations[:, :, units] = 0.0
+    activations[:, at : at + 1, units] = largest
+    return activations
+
+
+def _move(at: int, units: list[int], projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a down projection."""
+    states: Tensor = args[0]
+    return (moved(states, at, torch.tensor(units, device=states.device)), *args[1:])
+
+
+def _silence(units: list[int], projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].index_fill(-1, torch.tensor(units, device=args[0].device), 0.0), *args[1:])
+
+
+def install_registers(trunk: nn.Module, registers: dict[str, Any]) -> contextlib.ExitStack:
+    """Hooks that bring the token in, move activations to it, and take it out; closing what is returned undoes it."""
+    undo, at = contextlib.ExitStack(), registers["at"]
+    setattr(trunk, MARK, True)
+    undo.callback(delattr, trunk, MARK)
+    first, last = (trunk.get_submodule(registers[end]) for end in ("first", "last"))
+    undo.callback(first.register_forward_pre_hook(functools.partial(_put, at), with_kwargs=True, prepend=True).remove)
+    undo.callback(last.register_forward_hook(functools.partial(_take, at)).remove)
+    for name, units in registers["units"].items():
+        projection = trunk.get_submodule(name)
+        undo.callback(projection.register_forward_pre_hook(functools.partial(_move, at, units)).remove)
+    return undo
+
+
+def install_silence(trunk: nn.Module, units: dict[str, list[int]]) -> contextlib.ExitStack:
+    """Hooks that leave those units out, by down projection; closing what is returned takes them out again."""
+    undo = contextlib.ExitStack()
+    for name, some in units.items():
+        hook = functools.partial(_silence, some)
+        undo.callback(trunk.get_submodule(name).register_forward_pre_hook(hook).remove)
+    return undo
+
+
+class RegistersMixin(AttentionBiasMixin):
+    """Mixed into a model class of transformers, it makes the class load and run with test-time registers."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        trunk = find_trunk(self, config.eab["trunk"])
+        if not hasattr(trunk, MARK):  # AutoModel may have built the trunk with them
+            install_registers(trunk, config.test_time_registers)
