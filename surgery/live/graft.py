@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,9 +22,8 @@ from ..parts import shapes as declared
 from ..runtime.eab_added import require_added
 from ..runtime.eab_families import ADAPTERS
 from ..runtime.eab_head_norm import install_norms
-from ..runtime.eab_runtime import Slots, install
+from ..runtime.eab_runtime import install
 from .model import Live
-from .places import on_layer
 from .together import together
 
 Norms = dict[str, dict[str, torch.Tensor]]  # site name -> weight (E,) or (Hq, E), and gate (Hq,) unless it is pure
@@ -158,72 +156,6 @@ def installed(live: Live, eab: dict, tensors: Mapping[str, torch.Tensor]) -> Ite
         finally:
             for config, implementation in before:
                 config._attn_implementation_internal = implementation
-
-
-# ---- an encoder as it came
-
-
-class _Reversible:
-    """Something that stands in a model, and can be taken out and put back."""
-
-    def __init__(self, install: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
-        self.install, self.undo = install, contextlib.ExitStack()
-
-    def put(self) -> None:
-        self.undo.enter_context(self.install())
-
-    def take(self) -> None:
-        self.undo.close()
-
-
-_IN_PLACE: WeakKeyDictionary[torch.nn.Module, list[_Reversible]] = WeakKeyDictionary()  # by trunk
-
-
-@contextlib.contextmanager
-def reversibly(live: Live, install: Callable[[], contextlib.AbstractContextManager[object]]) -> Iterator[None]:
-    """An encoder with what `install` puts in place, within the block; `as_it_came` takes it away for a while."""
-    graft, standing = _Reversible(install), _IN_PLACE.setdefault(live.trunk, [])
-    graft.put()
-    standing.append(graft)
-    try:
-        yield
-    finally:
-        standing.remove(graft)
-        graft.take()
-
-
-@contextlib.contextmanager
-def as_it_came(live: Live) -> Iterator[None]:
-    """Within the block an encoder computes as it did before slots were grafted: with none, and with all of its tokens.
-
-    Of a language model slots are its prefix, and nothing has to be taken away for it to be the original.
-    """
-    with contextlib.ExitStack() as undo:
-        for graft in reversed(_IN_PLACE.get(live.trunk, [])):
-            graft.take()
-            undo.callback(graft.put)
-        for module in live.trunk.modules():
-            if isinstance(module, Slots):
-                undo.callback(module.register_forward_hook(_none_of).remove)
-        yield
-
-
-def _none_of(slots: torch.nn.Module, args: object, held: tuple[torch.Tensor, torch.Tensor]) -> Any:
-    return tuple(part[:0] for part in held)
-
-
-@contextlib.contextmanager
-def left_out(live: Live, first: int, stop: int) -> Iterator[None]:
-    """An encoder in which the tokens `first` to `stop` - 1 of each image end before the first block."""
-
-    def without(states: torch.Tensor) -> torch.Tensor:
-        return torch.cat([states[:, :first], states[:, stop:]], dim=1)
-
-    hook = on_layer(live, 0, without)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 # ---- norms

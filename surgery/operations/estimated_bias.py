@@ -26,7 +26,8 @@ from ..anatomy.stored import stored_name
 from ..checkpoint.layout import Stored
 from ..converted.card import Section
 from ..errors import UnsupportedModel
-from ..live.graft import Fold, eab_config, grafted, held_parts, left_out, reversibly
+from ..live.as_it_came import left_out, reversibly
+from ..live.graft import Fold, eab_config, grafted, held_parts
 from ..live.model import Live
 from ..live.port import Batch
 from ..live.stream import Observer, stream

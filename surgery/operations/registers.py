@@ -23,7 +23,7 @@ from ..anatomy.stored import stored_name
 from ..converted.card import Section
 from ..converted.entries import FORMAT
 from ..errors import UnsupportedModel
-from ..live.graft import reversibly
+from ..live.as_it_came import reversibly
 from ..live.model import Live
 from ..live.places import down_projections, name_in
 from ..live.port import Images

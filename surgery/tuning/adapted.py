@@ -21,7 +21,7 @@ from torch import nn
 
 from ..anatomy.linears import linears
 from ..anatomy.sites import TRAINED
-from ..live.graft import as_it_came
+from ..live.as_it_came import as_it_came
 from ..live.model import Live
 from .settings import Settings
 

@@ -29,7 +29,7 @@ class Corpus:
     seed: int
 
     def batch(self, step: int, size: int) -> torch.Tensor:
-        """The `size` sequences, or images, of optimiser step `step` (0, 1, ...): each epoch reads all, shuffled anew."""
+        """The `size` sequences, or images, of optimiser step `step` (0, 1, ...): each epoch all of them, in turn."""
         count = len(self.training)
         rows = [self._order(i // count)[i % count] for i in range(step * size, (step + 1) * size)]
         return self.training[rows]
