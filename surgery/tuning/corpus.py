@@ -84,6 +84,9 @@ def require_images(count: int, settings: Training, name: str) -> None:
 
 
 def make_image_corpus(pixels: torch.Tensor, settings: Training) -> Corpus:
-    """Pixels (N, C, H, W): the first `held_out` images are held out, and all others are trained on."""
-    training = pixels[settings.held_out :]
-    return Corpus(training, pixels[: settings.held_out], training[:SCALED], settings.seed)
+    """Pixels (N, C, H, W): the last `held_out` images are held out, and all others are trained on.
+
+    Not the first, which operations take their means over: judged on those, no training is as good as the means are.
+    """
+    training, held_out = pixels[: -settings.held_out], pixels[-settings.held_out :]
+    return Corpus(training, held_out, training[:SCALED], settings.seed)

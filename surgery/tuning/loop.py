@@ -81,7 +81,7 @@ class Loop:
         self.trained, self.optimiser = accelerator.prepare(adapted.peft, optimiser)
         self.record, self.best = Record(), adapted.state()
         self.on = "text" if live.port.predicts else "images"
-        self.norm = final_norm(live) or torch.nn.Identity()
+        self.norm = (None if live.port.predicts else final_norm(live)) or torch.nn.Identity()
         self.original: Features | None = None  # what an encoder's features of the held-out images are to be
 
     def run(self) -> Record:

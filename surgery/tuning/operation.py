@@ -30,7 +30,7 @@ class Tune(Settings, Operation):
     `patience` judgements without a better one. The gate of head norms rises from 0 to that of the recipe over the share
     `anneal` of the steps; one of 0 is learned.
 
-    An encoder is judged on the first `held_out` images, by how far their features are from the original's, and trained
+    An encoder is judged on the last `held_out` images, by how far their features are from the original's, and trained
     on all others. `length` means nothing to images.
     """
 

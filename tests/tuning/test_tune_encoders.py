@@ -106,8 +106,8 @@ def differ(a: Estimated, b: Estimated) -> bool:
 @pytest.mark.parametrize("kind", WITH_REGISTERS)
 @pytest.mark.parametrize("lowered", ["features", "hidden"])
 def test_tuned_slots_are_nearer_on_images_that_were_not_trained_on(kind: str, lowered: str) -> None:
-    weights = {"features": 0.0, lowered: 1.0}
-    settings = settings_of(steps=60, batch=8, held_out=32, evaluate_every=20, objectives=weights)
+    others = {"features": 0.0, "hidden": 0.0}
+    settings = settings_of(steps=60, batch=8, held_out=32, evaluate_every=20, objectives={**others, lowered: 1.0})
     found = tuned_encoder(kind, settings, count=160, others=96)
     start, best = found.record.judged[0], found.record.best
     assert best["step"] > 0 and best["distance"] < 0.99 * start["distance"]
@@ -205,7 +205,7 @@ def test_rounding_in_training_lowers_the_loss_of_a_rounded_encoder(quantised: st
 def test_penalties_are_lowered_beside_it(lowered: str) -> None:
     settings = settings_of(steps=20, batch=12, evaluate_every=20, objectives={lowered: 0.1}, learning_rate=1e-2)
     found = tuned_encoder("dinov2_with_registers", settings, count=16)
-    assert {*found.record.losses[0]} == {"step", "loss", "features", lowered}
+    assert {*found.record.losses[0]} == {"step", "loss", "features", "hidden", lowered}
     if lowered == "peak_ratio":
         assert found.record.losses[-1][lowered] < found.record.losses[0][lowered]
 
@@ -274,7 +274,7 @@ def test_hidden_compares_the_tokens_that_both_have(fewer: str | None) -> None:
 
 
 def test_what_is_lowered_is_what_the_model_has() -> None:
-    assert settings_of().objectives.weights() == {"features": 1.0}
+    assert settings_of().objectives.weights() == {"features": 1.0, "hidden": 1.0}
     assert settings_of(objectives={"hidden": 0.5}).objectives.weights() == {"features": 1.0, "hidden": 0.5}
     assert settings_of(objectives={"features": 0.0, "hidden": 1.0}).objectives.weights() == {"hidden": 1.0}
     assert Tune(steps=1).of("text").objectives.weights() == {"kl": 1.0}
@@ -288,7 +288,7 @@ def test_what_is_lowered_is_what_the_model_has() -> None:
         ({"objectives": {"kl": 1.0}}, "images", "tune.objectives.kl, which compares logits"),
         ({"objectives": {"lm": 0.5, "kl": 0.0}}, "images", "tune.objectives.lm, which compares logits"),
         ({"objectives": {"features": 1.0}}, "text", "tune.objectives.features, which compares an encoder's features"),
-        ({"objectives": {"features": 0.0}}, "images", "nothing to lower; write 'features: 1.0'"),
+        ({"objectives": {"features": 0.0, "hidden": 0.0}}, "images", "nothing to lower; write 'features: 1.0'"),
         ({"dataset": {"name": "a/b"}}, "images", "tune.dataset, which is text, and an encoder reads images"),
     ],
 )
@@ -300,12 +300,12 @@ def test_what_is_of_the_other_kind_is_refused(given: dict, port: Any, said: str)
 # ---- what is read
 
 
-def test_the_first_images_are_held_out_and_all_others_are_read() -> None:
+def test_the_last_images_are_held_out_and_all_others_are_read() -> None:
     pixels, settings = images(14), settings_of(batch=5)
     corpus = make_image_corpus(pixels, settings)
-    assert torch.equal(corpus.held_out, pixels[:4]) and torch.equal(corpus.scaling, pixels[4:])
+    assert torch.equal(corpus.held_out, pixels[10:]) and torch.equal(corpus.scaling, pixels[:10])
     read = torch.cat([corpus.batch(step, 5) for step in range(2)])
-    assert {one.numpy().tobytes() for one in read} == {one.numpy().tobytes() for one in pixels[4:]}
+    assert {one.numpy().tobytes() for one in read} == {one.numpy().tobytes() for one in pixels[:10]}
     assert corpus.sha256 != make_image_corpus(images(14, 1), settings).sha256
     require_images(9, settings, "--calibration")
     with pytest.raises(SourceError, match="--calibration gives 8 images, and tune needs 9 .4 that are held out, and a"):
