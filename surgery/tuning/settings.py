@@ -38,7 +38,9 @@ class Objectives(Strict):
     features: Annotated[
         Weight, Field(description="1 less the cosine of features with the original's; of an encoder, where it is 1.0")
     ] = 0.0
-    hidden: Annotated[Weight, Field(description="distance of the residual stream from the original's; 1.0 for an encoder")] = 0.0
+    hidden: Annotated[
+        Weight, Field(description="distance of the residual stream from the original's; of an encoder 1.0")
+    ] = 0.0
     massive: Annotated[Weight, Field(description="how far activations are beyond Sun's criterion")] = 0.0
     peak_ratio: Annotated[Weight, Field(description="the largest activation over the median, as a logarithm")] = 0.0
 

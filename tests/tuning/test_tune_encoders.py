@@ -1,4 +1,4 @@
-"""Tuning of encoders: slots come nearer to the original's features, whose teacher keeps its registers; files; refusals."""
+"""Tuning of encoders: slots come nearer to the original, which as the teacher keeps its registers; files; refusals."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from surgery.anatomy.encoders import examine_encoder
 from surgery.errors import RecipeError, SourceError
 from surgery.live.as_it_came import as_it_came, reversibly
 from surgery.live.features import Features
+from surgery.live.graft import Fold
 from surgery.live.model import Live
 from surgery.live.port import port_of
 from surgery.live.stream import stream
 from surgery.operations.base import Fitting
-from surgery.operations.estimated_bias import EstimatedBias, Estimated
+from surgery.operations.estimated_bias import Estimated, EstimatedBias
 from surgery.progress import SILENT
 from surgery.runtime.eab_registers import install_registers, install_silence
 from surgery.tuning import loop as loop_module
@@ -75,7 +76,7 @@ def features_of(live: Live, pixels: torch.Tensor) -> Features:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of it: the record, slots before and after, and how far other images are from the original's, of both."""
+    """What came of it: the record, slots before and after, and with each how far other images are."""
 
     record: Record
     weights: dict[str, torch.Tensor]
@@ -129,7 +130,7 @@ def test_the_teacher_is_the_original_to_the_bit(kind: str) -> None:
     shapes = live.anatomy.eab(2, "always")["sites"]
     slots = {f"{site}.attention_bias.{part}": torch.randn(2, heads, dim) for site, (heads, *dims) in shapes.items()
              for part, dim in zip(("key", "value"), dims, strict=True)}  # fmt: skip
-    parts = Estimated(operation_fold(slots), 1, 1.0)
+    parts = Estimated(Fold((), slots, "always"), 1, 1.0)
     with operation.graft(live, parts):
         look()
         adapted = Adapted(live, settings_of(lora={"rank": 2}), 0.0)
@@ -145,12 +146,6 @@ def test_the_teacher_is_the_original_to_the_bit(kind: str) -> None:
     assert torch.equal(seen[1], seen[3]) and not torch.equal(seen[0], seen[1])
     if live.port.registers:
         assert seen[0].shape[1] == wanted.shape[1] - live.port.registers
-
-
-def operation_fold(slots: dict[str, torch.Tensor]) -> Any:
-    from surgery.live.graft import Fold
-
-    return Fold((), slots, "always")
 
 
 @pytest.mark.parametrize("what", ["registers", "silence"])
@@ -364,10 +359,8 @@ def test_tuned_slots_are_what_is_written(ground: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_lora_and_its_adapter(ground: Path, tmp_path: Path) -> None:
-    found = run(
-        ground, tmp_path / "out", recipe_of(lora={"rank": 2, "targets": ["q_proj", "down_proj"]}, quantised="w8a8_static"),
-        adapter=tmp_path / "adapter",
-    )  # fmt: skip
+    recipe = recipe_of(lora={"rank": 2, "targets": ["q_proj", "down_proj"]}, quantised="w8a8_static")
+    found = run(ground, tmp_path / "out", recipe, adapter=tmp_path / "adapter")
     assert found["passed"] and (tmp_path / "adapter" / "adapter_config.json").is_file()
     manifest = json.loads((tmp_path / "out" / "surgery.json").read_text(encoding="utf-8"))
     changed = [name for name, entry in manifest["tensors"].items() if entry["status"] == "changed"]
@@ -388,6 +381,20 @@ def test_what_cannot_be_done_is_one_sentence(ground: Path, tmp_path: Path, recip
     with pytest.raises((SourceError, RecipeError), match=said):
         run(ground, tmp_path / "out", recipe, **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("tuning", "said"),
+    [
+        ({}, "tune has nothing to train, as no operation of the recipe adds what can learn"),
+        ({"lora": {}}, "tune.lora cannot learn in layers whose inputs 'registers' changes"),
+    ],
+)
+def test_registers_that_are_added_do_not_learn(ground: Path, tmp_path: Path, tuning: dict, said: str) -> None:
+    save_encoder(tmp_path / "plain", "dinov2")
+    recipe = {**recipe_of(**tuning), "operations": [{"registers": {}}]}
+    with pytest.raises(SourceError, match=said):
+        surgery.run(recipe, tmp_path / "plain", tmp_path / "out", images=ground / "calibration", chunking=FEW)
 
 
 def test_an_encoder_is_tuned_by_one_process(
@@ -411,8 +418,8 @@ def test_what_it_came_to_is_said_of_images() -> None:
     assert table.rows[1] == ("kept", "20", "0.005", "0.250")
     assert "perplexity" not in table.text and "on images that are never trained on" in table.text
     assert tuning_sentence(found) == (
-        "Tuning: kept is the state after step 20, where the distance of features from the original's on held-out images "
-        "had gone from 0.02 to 0.005."
+        "Tuning: kept is the state after step 20, where the distance of features from the original's on held-out "
+        "images had gone from 0.02 to 0.005."
     )
     settings = settings_of(quantised="w8a8_static")
     assert tuned(settings, ["the slots"], 0, found).endswith(
