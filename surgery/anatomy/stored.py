@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -48,7 +48,8 @@ def _before_renaming(anatomy: Anatomy, name: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _conversions(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+def _conversions(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
+    """Renamings, and what joins or splits tensors."""
     mapping = get_model_conversion_mapping(model)
     return (
         [entry for entry in mapping if isinstance(entry, WeightRenaming)],

@@ -139,7 +139,8 @@ def model_card(
         loading=wrapped(_LOADING.format(needed=needed, inside=inside)), results=shown.results or _UNPROVED,
         limits="\n".join(wrapped(line).replace("\n", "\n  ") for line in limits),
         licence=wrapped(_licence(known)), made=shown.made,
-        recipe=json.dumps(recipe, indent=2, ensure_ascii=False), auto=_auto(anatomy), **_READS[anatomy.patching is None],
+        recipe=json.dumps(recipe, indent=2, ensure_ascii=False), auto=_auto(anatomy),
+        **_READS[anatomy.patching is None],
     )  # fmt: skip
 
 

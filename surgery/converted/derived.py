@@ -1,10 +1,10 @@
 """The derived model type of a converted checkpoint: `eab_llama` from `llama`, and so on for every family.
 
 The classes are a few lines of generated Python that mix `AttentionBiasMixin` into those of transformers: the trunk, the
-causal language model if there is one, and every other head that an Auto class loads for the base, such as classifiers. A checkpoint
-with head norms is of another type, `eab_norm_llama`, with `HeadNormMixin` in its place, so that nothing which knows
-slots alone takes it for one of its own (see `parts`). The same text is written into checkpoints (loaded with
-trust_remote_code) and imported here (loaded after `import surgery`, without).
+causal language model if there is one, and every other head that an Auto class loads for the base, such as classifiers.
+A checkpoint with head norms is of another type, `eab_norm_llama`, with `HeadNormMixin` in its place, so that nothing
+which knows slots alone takes it for one of its own (see `parts`). The same text is written into checkpoints (loaded
+with trust_remote_code) and imported here (loaded after `import surgery`, without).
 """
 
 from __future__ import annotations
@@ -59,10 +59,6 @@ class Derived:
     def name_of(self, native: type) -> str:
         """The name of the class that derives from one of transformers."""
         return f"{class_prefix(self.parts)}{native.__name__}"
-
-    def native_name(self, name: str) -> str:
-        """The name of the class of transformers that the class of this name derives from."""
-        return name.removeprefix(class_prefix(self.parts))
 
     @property
     def auto_map(self) -> dict[str, str]:

@@ -27,7 +27,13 @@ from .files import lowered_limits
 from .parts import NORMS, REGISTERS, Converted, class_prefix, converted_from
 
 AGAIN = "convert the source again"
-OURS = ("eab", "head_norm", "test_time_registers", "auto_map", "architectures")  # keys of config.json that a run writes anew
+OURS = (
+    "eab",
+    "head_norm",
+    "test_time_registers",
+    "auto_map",
+    "architectures",
+)  # keys of config.json that a run writes anew
 # What is wrong with an entry's value, in words; of the others: "is not as a run writes it".
 _WRONG = {
     "n_slots": "is {value}, not a count",

@@ -25,11 +25,13 @@ LOADED_FROM = ("_name_or_path", "name_or_path")
 FOREVER = 10**12  # tokenizers write "no limit" as a number above this
 
 
-def shard_names(layout: Layout) -> tuple[dict[str, str], str]:
-    """Name of each source shard in the output, and the name of the shard for what is added.
+def shard_names(layout: Layout, adds: bool = True) -> tuple[dict[str, str], str]:
+    """Name of each source shard in the output, and the name of the shard for what is added, "" where nothing is.
 
     A lone model.safetensors must be renamed: loaders prefer it over an index, and would never see the other.
     """
+    if not adds:
+        return {shard: shard for shard in layout.shards}, ""
     if layout.shards == (SINGLE,):
         return {SINGLE: "model-00001-of-00002.safetensors"}, "model-00002-of-00002.safetensors"
     if ADDED_SHARD in layout.shards:
@@ -72,7 +74,9 @@ def converted_config(
     emitted = without_paths(copy.deepcopy(spelled_for_conversion(config)))
     emitted.update(lowered)
     emitted.update(
-        model_type=derived.model_type, architectures=[derived.name_of(native)], auto_map=derived.auto_map,
+        model_type=derived.model_type,
+        architectures=[derived.name_of(native)],
+        auto_map=derived.auto_map,
         **entries,
     )
     return emitted

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 
-from ..anatomy.sites import Anatomy
 from ..anatomy.quiet import quiet
+from ..anatomy.sites import Anatomy
 from ..errors import SourceError, UnsupportedModel, brief
 from .model import Live
 from .places import on_layer

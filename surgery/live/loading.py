@@ -93,7 +93,8 @@ def load_original(
     directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", by_layers: ByLayers | None = None,
     encoder: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
-    """The unchanged model, a causal language model or one with an `encoder`, through transformers' own code only (a checkpoint's Python files are never run).
+    """The unchanged model, a causal language model or one with an `encoder`, through transformers' own code only (a
+    checkpoint's Python files are never run).
 
     `device` is a torch device, or "auto" to let accelerate place it over GPUs, memory and disk. `by_layers`: weights
     come when they are called for. Raises DamagedCheckpoint where tensors and config do not fit, SourceError where

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Logits are the largest tensor of a pass over text; this bounds a batch of them, and with it the batch size.
 LOGIT_BYTES = 256 * 2**20
+TRIED = (2, 16)  # rows and tokens of the random text that `answer` is about
 IMAGE_BYTES = 64 * 2**20  # of one layer's hidden states of a batch of images
 
 
@@ -124,3 +125,18 @@ def port_of(anatomy: Anatomy, chunks: torch.Tensor | None = None) -> Port:
     patching = anatomy.patching
     height, width = patching.size if chunks is None else chunks.shape[-2:]
     return Images(patching.grid(height, width), patching.special, patching.registers)
+
+
+@torch.no_grad()
+def answer(live: Live) -> torch.Tensor:
+    """What the model makes of a few random tokens, the same each time: logits; of an encoder, its last hidden states of
+    random images."""
+    generator, patching = torch.Generator().manual_seed(0), live.anatomy.patching
+    if patching is not None:
+        pixels = torch.randn(TRIED[0], patching.channels, *patching.size, generator=generator)
+        states: torch.Tensor = live.trunk(pixel_values=pixels.to(live.device, live.model.dtype))[0]
+        return states
+    vocabulary = live.model.config.get_text_config().vocab_size
+    tokens = torch.randint(vocabulary, TRIED, generator=generator).to(live.device)
+    logits: torch.Tensor = live.model(input_ids=tokens, use_cache=False).logits
+    return logits

@@ -144,7 +144,8 @@ class Operation(Named):
 
     `example`: its settings, as a recipe writes them. `rests`: grafted, it leaves the function as it is, whatever is
     emitted later (head norms at gate 0). `adds`: it adds something to a site, which a converted checkpoint needs.
-    `last`: it comes after tuning too. `reading`: what a model has to read for it, where not any will do. `key`: of its table in a report, where that is not its name.
+    `last`: it comes after tuning too. `reading`: what a model has to read for it, where not any will do. `key`: of its
+    table in a report, where that is not its name.
     """
 
     example: ClassVar[str] = "{}"

@@ -1,9 +1,9 @@
 """Slots of an encoder (EAB): the mean key and value, over calibration images, of tokens that act as biases.
 
 Without causality no token is constant: a register sees the image. So these slots are estimates, and fidelity says what
-they are worth. Registers that were trained (Darcet et al. 2024, arXiv 2309.16588) hardly carry anything of the image but
-that, and once their keys and values are slots they need not be computed. Sun et al. 2024 (arXiv 2402.17762, section 5)
-find massive activations on the same tokens.
+they are worth. Registers that were trained (Darcet et al. 2024, arXiv 2309.16588) hardly carry anything of the image
+but that, and once their keys and values are slots they need not be computed. Sun et al. 2024 (arXiv 2402.17762, section
+5) find massive activations on the same tokens.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from .base import Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, 
 
 @dataclass(frozen=True)
 class Estimated:
-    """The slots; of how many images they are means, and of how many tokens of each. `registers`: of test time, that they
-    stand for (`operations.registers`)."""
+    """The slots; of how many images they are means, and of how many tokens of each. `registers`: of test time, that
+    they stand for (`operations.registers`)."""
 
     fold: Fold
     images: int
@@ -174,7 +174,9 @@ class EstimatedBias(Operation):
             for name, tensor in parts.fold.tensors.items()
         }
 
-    def rewrite(self, parts: Estimated, target: Target, stored: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def rewrite(
+        self, parts: Estimated, target: Target, stored: str, weight: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
         """Registers that are left out: the same tensor without rows."""
         return {stored: weight.new_empty(self.plan(target).replaced[stored][stored].shape)}
 
@@ -200,8 +202,8 @@ class EstimatedBias(Operation):
         elif self.source == "registers":
             of = count_of(n, "register")
             left = (
-                " The registers themselves are left out: an image becomes as many tokens fewer, and what read them from "
-                "the output finds none."
+                " The registers themselves are left out: an image becomes as many tokens fewer, and what read them "
+                "from the output finds none."
             )
         trained = ", then tuned" if recipe.tuned else ""
         return Section(

@@ -21,8 +21,8 @@ from ..anatomy.linears import LINEAR, as_rows, row_dim
 from ..errors import UnsupportedModel
 from ..live.model import Live
 from ..live.places import down_projections
+from ..live.port import answer
 
-TRIED = (2, 16)  # rows and tokens of the random text that a proof runs on
 TRIED_POWERS = 3  # proofs scale by 2^-3 to 2^3
 PART = 2**22  # numbers of a parameter that are looked at in one go
 STORED = (torch.float16, torch.bfloat16)  # what weights in memory may have been read from
@@ -160,21 +160,6 @@ def find(live: Live) -> list[Pair]:
             undo.callback(block.register_forward_pre_hook(entering, with_kwargs=True).remove)
         answer(live)
     return found
-
-
-@torch.no_grad()
-def answer(live: Live) -> torch.Tensor:
-    """What the model makes of a few random tokens, the same each time: logits; of an encoder, its last hidden states of
-    random images."""
-    generator, patching = torch.Generator().manual_seed(0), live.anatomy.patching
-    if patching is not None:
-        pixels = torch.randn(TRIED[0], patching.channels, *patching.size, generator=generator)
-        states: torch.Tensor = live.trunk(pixel_values=pixels.to(live.device, live.model.dtype))[0]
-        return states
-    vocabulary = live.model.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, TRIED, generator=generator).to(live.device)
-    logits: torch.Tensor = live.model(input_ids=tokens, use_cache=False).logits
-    return logits
 
 
 def _alone(live: Live) -> Callable[[Side], bool]:

@@ -21,6 +21,7 @@ from ..anatomy.linears import row_dim
 from ..anatomy.sites import Anatomy
 from ..anatomy.stored import stored_name
 from ..converted.card import Section
+from ..converted.described import Described
 from ..converted.entries import FORMAT
 from ..errors import UnsupportedModel
 from ..live.as_it_came import reversibly
@@ -66,6 +67,13 @@ class Registers(Operation):
     ] = "auto"
     _become_slots: bool = PrivateAttr(False)  # `attention_bias` makes slots of the token
 
+    _entry: Mapping[str, Any] | None = PrivateAttr(None)  # what a converted checkpoint says was found
+
+    def as_found(self, described: Described) -> Registers:
+        copied = self.model_copy()
+        copied._entry = None if described.registers is None else described.registers.to_dict()
+        return copied
+
     def becoming_slots(self) -> Registers:
         """The same in front of `attention_bias`, which makes slots of the token: none is left at run time."""
         copied = self.model_copy()
@@ -99,12 +107,12 @@ class Registers(Operation):
         names = projections_of(anatomy)
         if parts is not None:
             names = [name for name in names if name in parts.entry["units"]]
-        how = "may change" if parts is None else "changed"
+        entry, how = self._entry if parts is None else parts.entry, "may change" if parts is None else "changed"
         if self._become_slots:
             changed = {stored_name(target.layout, anatomy, f"{anatomy.lead}{name}.weight"): how for name in names}
             return Changes(changed=changed, words=("register neurons left out of the MLPs",))
         return Changes(
-            config={} if parts is None else {"test_time_registers": parts.entry}, parts=frozenset({"registers"}),
+            config={} if entry is None else {"test_time_registers": {**entry}}, parts=frozenset({"registers"}),
             words=("a test-time register",),
         )  # fmt: skip
 
@@ -126,9 +134,7 @@ class Registers(Operation):
                 "(neurons: 10), or leave registers out"
             )
         patches = sum(map(len, outliers)) / len(outliers)
-        text.reporter.note(
-            f"{count_of(len(neurons), 'register neuron')}; {patches:.1f} patches of an image stand out"
-        )
+        text.reporter.note(f"{count_of(len(neurons), 'register neuron')}; {patches:.1f} patches of an image stand out")
         return Found(tuple(neurons), entry_of(live, neurons), len(text.chunks), patches)
 
     def graft(self, live: Live, parts: Found) -> contextlib.AbstractContextManager[object]:
@@ -172,8 +178,8 @@ class Registers(Operation):
         return Table(
             "Register neurons", ("layer", "unit", "activation", "elsewhere", "of what its MLP writes"), rows,
             note=f"And {more} more." if more > 0 else "",
-            text=f"Units that make patches stand out ({fixed(found['patches'], 1)} in an image): mean activation there, "
-            "and at other patches.",
+            text=f"Units that make patches stand out ({fixed(found['patches'], 1)} in an image): mean activation "
+            "there, and at other patches.",
         )  # fmt: skip
 
     @classmethod
@@ -197,8 +203,8 @@ class Registers(Operation):
             tag="test-time-registers",
             title="test-time registers",
             adds="registers",
-            text=f"a **test-time register**: a token of zeros enters the first block and leaves after the last, and what "
-            f"{units} of the MLPs would put on any token is moved to it, the largest of them. All weights are the "
+            text=f"a **test-time register**: a token of zeros enters the first block and leaves after the last, and "
+            f"what {units} of the MLPs would put on any token is moved to it, the largest of them. All weights are the "
             "source's, byte for byte; where none of those units is active, so is what the model computes but for one "
             "more token to attend to.",
         )

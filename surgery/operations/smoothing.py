@@ -22,11 +22,12 @@ from ..converted.card import Section
 from ..errors import UnsupportedModel
 from ..live.loading import require_in_memory
 from ..live.model import Live
+from ..live.port import answer
 from ..live.stream import stream
 from ..progress import Advance, unseen
 from ..recipe.fields import AsTuple
 from .base import Alter, Changes, Exact, Fitting, Operation, Stand, Target
-from .pairs import Pair, Side, answer, apply, find, scaled, sides, touches, without_loss
+from .pairs import Pair, Side, apply, find, scaled, sides, touches, without_loss
 
 Scaled = tuple[Pair, torch.Tensor]  # with exponents of two (width,)
 

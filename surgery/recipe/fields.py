@@ -130,11 +130,11 @@ class OneOf(Strict):
 def one_of(kinds: Sequence[type[Named]], noun: str, example: str) -> Any:
     """The annotation of a field that is any of `kinds`, written as a mapping from its name to its settings.
 
-    `example`: settings of the first of them, as a recipe writes them.
+    `example`: one of them, as a recipe writes it.
     """
     fields: dict[str, Any] = {kind.name: (_kinds_called(kind.name, kinds), None) for kind in kinds}
     model = create_model(noun.capitalize(), __base__=OneOf, **fields)
-    model.noun, model.shown = noun, f"{kinds[0].name}: {example}"
+    model.noun, model.shown = noun, example
     return Annotated[
         model,
         AfterValidator(lambda entry: entry.chosen),

@@ -3,8 +3,8 @@
 A token of zeros enters the first block, and leaves after the last, so nothing outside of the blocks sees it. At each
 unit that is named the largest activation of a token (by size) is moved to it; all others have none there.
 
-`config.test_time_registers` describes it: `at`, where the token stands (1: after CLS); `first` and `last`, the names of those
-blocks in the trunk; and `units`, which maps the name of each down projection to the units of what enters it.
+`config.test_time_registers` describes it: `at`, where the token stands (1: after CLS); `first` and `last`, the names of
+those blocks in the trunk; and `units`, which maps the name of each down projection to the units of what enters it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .eab_runtime import AttentionBiasMixin, find_trunk
-
 
 MARK = "eab_registers"  # attribute of a trunk that has them
 

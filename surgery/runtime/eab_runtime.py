@@ -12,8 +12,8 @@ visible to a query exactly where the model's own mask would have shown it the pr
 trunk's class, and `sites`, which maps the name of each site in it to [kv_heads, key_dim, value_dim]. `mixers` are those
 modules beside the sites that hand a state from token to token (`eab_mixers`), `indexers` those that choose what sparse
 attention sees (`eab_indexer`). Where needed, `max_length` bounds the positions on which the fold is exact, and
-`whole_mask` says that the model's code cannot do without a mask. `sees_all` says that the trunk is an encoder: every
-query sees every slot, and no position moves.
+`whole_mask` says that the model's code cannot do without a mask; `sees_all`, that every query sees every slot, and no
+position moves: the trunk is an encoder.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Slots(Added):
     key: Tensor
     value: Tensor
     shown = False
-    sees_all = False
 
-    def __init__(self, n_slots: int, kv_heads: int, key_dim: int, value_dim: int):
+    def __init__(self, n_slots: int, kv_heads: int, key_dim: int, value_dim: int, sees_all: bool = False):
         super().__init__()
+        self.sees_all = sees_all
         for name, dim in (("key", key_dim), ("value", value_dim)):
             if n_slots:
                 self.add_parameter(name, n_slots, kv_heads, dim)
@@ -93,8 +93,8 @@ def eab_attention(
         raise ValueError(f"attention with slots does not know the argument {unknown[0]!r} and will not ignore it")
     if module.attention_bias.sees_all is (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(
-            "slots that were folded from a prefix are defined for causal attention only, without which a prefix is not "
-            "constant; and those of an encoder are not for causal attention"
+            "slots of a prefix are defined for causal attention only, as none is constant without it, and those "
+            "of an encoder for none"
         )
     if query_scale is not None:
         query = (query * query_scale).to(query.dtype)
@@ -102,7 +102,7 @@ def eab_attention(
     n = slot_key.shape[0]
     if indices is not None:
         attention_mask = selected(attention_mask, indices, n + key.shape[2])
-    all_seen = module.attention_bias.sees_all
+    all_seen: bool = module.attention_bias.sees_all
     slot_mask, mask = (None, attention_mask) if all_seen else slots_and_text(attention_mask, n, key.shape[2])
     queries, keys = query.shape[2], key.shape[2]
     causal = mask is None and queries > 1 and not all_seen
@@ -168,8 +168,7 @@ def install(model: PreTrainedModel, eab: dict[str, Any], adapter: Any = None) ->
         undo.enter_context(adapter.bring_onto_seam(trunk))
     for name, (kv_heads, key_dim, value_dim) in eab["sites"].items():
         site = trunk.get_submodule(name)
-        site.attention_bias = Slots(n, kv_heads, key_dim, value_dim)
-        site.attention_bias.sees_all = eab.get("sees_all", False)
+        site.attention_bias = Slots(n, kv_heads, key_dim, value_dim, eab.get("sees_all", False))
         undo.callback(delattr, site, "attention_bias")
         guard = functools.partial(_guard_site, trunk.config)
         undo.callback(site.register_forward_pre_hook(guard).remove)

@@ -23,8 +23,8 @@ def provenance(
     calibration: torch.Tensor | None = None,
     hub_ids: Collection[str] = (),
 ) -> Provenance:
-    """The provenance of an act that began at `date`; `evaluation` (N, T) and `calibration` (M, T), or pixels, are what was
-    read.
+    """The provenance of an act that began at `date`; `evaluation` (N, T) and `calibration` (M, T), or pixels, are what
+    was read.
 
     `hub_ids` are arguments of `command` that look like paths and are none.
     """

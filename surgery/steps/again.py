@@ -114,7 +114,9 @@ def fit_again(
     if asked or repeated and (recipe.tune is None or recipe.changes_weights):
         reporter.step("fit the operations again, from the source")
         live = live_original(directory, plan.anatomy, place, plan.fitting_dtype, port_of(plan.anatomy))
-        asked = asked and live.port.predicts and not rounds_values(live.model)  # slots as they are stored are not exact enough to tell
+        asked = (
+            asked and live.port.predicts and not rounds_values(live.model)
+        )  # slots as they are stored are not exact enough to tell
         if asked:
             control = take_control(live, described.eab.prefix_ids, comparable(live, changes))
         with contextlib.ExitStack() as grafts:

@@ -63,7 +63,8 @@ def _headers(again: Again, directory: Path) -> dict[str, bytes]:
             size = file.read(8)
             headers[new] = size + file.read(int.from_bytes(size, "little"))
     entries = [(name, stored.dtype, stored.shape) for name, stored in again.changes.added.items()]
-    headers[again.plan.added_shard], _ = plan_file(again.plan.added_shard, entries, {"format": "pt"})
+    if entries:
+        headers[again.plan.added_shard], _ = plan_file(again.plan.added_shard, entries, {"format": "pt"})
     return headers
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..anatomy.sites import Anatomy
 from ..anatomy.stored import stored_name
 from ..checkpoint.contents import names_code, without_code
 from ..checkpoint.header import TensorInfo
@@ -21,6 +22,7 @@ from ..checkpoint.regular import parse_any
 from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored, differs
 from ..checkpoint.writing import index_json
+from ..converted.described import read_described
 from ..converted.files import (
     added_layout,
     converted_config,
@@ -29,6 +31,11 @@ from ..converted.files import (
     lowered_limits,
     rewritten_layout,
 )
+from ..converted.reading import live_converted
+from ..live.loading import load_tokenizer
+from ..live.memory import Place
+from ..live.model import Live
+from ..live.port import port_of
 from ..operations.base import Alter, Changes
 from .operate import Operated
 from .plan import Plan
@@ -50,7 +57,8 @@ def emit(
     rewriting = _Rewriting(plan, changes, operated, layout, weights, _changed(weights, set(changes.replaced)))
     changed = rewriting.changed
     _emit_shards(plan, layout, stage, changed, rewriting, link, hashes)
-    stage.add_tensors(plan.added_shard, added, {"format": "pt"})
+    if added:
+        stage.add_tensors(plan.added_shard, added, {"format": "pt"})
     emit_beside(plan, stage, directory, changes)
     return build_manifest(
         source=source_entry(plan, hashes),
@@ -83,6 +91,16 @@ def emitted_config(plan: Plan, changes: Changes) -> dict[str, Any]:
     return converted_config(
         without_code(plan.source.config), plan.derived, plan.anatomy.model_class, changes.config, lowered
     )
+
+
+def emitted(directory: Path, anatomy: Anatomy, place: Place, chunks: torch.Tensor) -> tuple[Live, Any]:
+    """The converted model in `directory`, which is to read `chunks`, and its tokenizer, which is tried in a fork:
+    before this process is large. An encoder has none."""
+    if anatomy.patching is not None:  # registers may have been left out
+        anatomy = read_described(directory).anatomy
+        return live_converted(directory, anatomy, place, port_of(anatomy, chunks)), None
+    tokenizer = load_tokenizer(directory)
+    return live_converted(directory, anatomy, place), tokenizer
 
 
 class _Weights(Mapping[str, torch.Tensor]):

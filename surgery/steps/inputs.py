@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -73,6 +73,17 @@ def require_inputs(gates: Sequence[Gate], inputs: Inputs) -> dict[str, Any]:
     for absent in {*GATES} - {type(gate) for gate in gates}:
         absent.refuse(inputs)
     return {gate.name: gate.require(inputs) for gate in gates}
+
+
+class Cutter(Protocol):
+    """How what is given becomes what a model reads: texts token ids (`Reader`), files of images pixels
+    (`pictures.PixelReader`)."""
+
+    def cut(self, given: Any, chunking: Chunking, name: str) -> torch.Tensor:
+        """(N, ...) to evaluate on. SourceError where there is too little; `name` is that of the option."""
+
+    def cut_calibration(self, given: Any, chunking: Chunking, sets: int = 1) -> torch.Tensor:
+        """(M, ...) to fit on, `sets` times as much for gates that calibrate several times."""
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def few_of(chunks: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Measuring:
-    """Text (N, T) to evaluate on, other text (M, T) to calibrate on, the gates, and what they made ready, by name. Of an
-    encoder both are pixels."""
+    """Text (N, T) to evaluate on, other text (M, T) to calibrate on, the gates, and what they made ready, by name. Of
+    an encoder both are pixels."""
 
     evaluation: torch.Tensor
     calibrating: torch.Tensor | None
@@ -165,9 +165,7 @@ def measure_pair(
     survey = _survey(live, pair, names[1], heads)
     after = measuring.converted(live, tokenizer, survey)
     surveys = [one for one in (surveyed, _shown(live, tokenizer, pair, names[1], survey)) if one is not None]
-    exact = live.port.predicts and is_exact(
-        pair.recipe, live.model.config, pair.evaluation.shape[1] + len(pair.prefix)
-    )
+    exact = live.port.predicts and is_exact(pair.recipe, live.model.config, pair.evaluation.shape[1] + len(pair.prefix))
     if exact and rounds_values(live.model):  # what random token ids have shown in float64
         reporter.note("its layers round their inputs, so on text it is near the original after the prefix, not equal")
         exact = False

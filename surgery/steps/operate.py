@@ -39,6 +39,13 @@ class Operated:
     tensors: Mapping[str, torch.Tensor]
     random_ids: Equivalence | None
 
+    def said(self, plan: Plan) -> dict[str, Any]:
+        """What the operations have to say in the verdict."""
+        said: dict[str, Any] = {}
+        for change in plan.recipe.changes:
+            said |= change.found(self.parts[change.name], plan.target.tokenizer)
+        return said
+
     def without_tensors(self, plan: Plan) -> Operated:
         """The same, once they are written: what is left is small."""
         parts = {change.name: change.remembered(self.parts[change.name]) for change in plan.recipe.changes}
@@ -51,8 +58,8 @@ def operate(
 ) -> Operated:  # fmt: skip
     """Load the original from `directory`; fit and graft each operation in its order; compare; collect the tensors.
 
-    chunks (M, T): calibration text, or pixels, None where there is none. UnsupportedModel where the model with all of its exact
-    operations in place is not the original after the same prefix: nothing is written then.
+    chunks (M, T): calibration text, or pixels, None where there is none. UnsupportedModel where the model with all of
+    its exact operations in place is not the original after the same prefix: nothing is written then.
     """
     reporter.step("load the original")
     port = port_of(plan.anatomy, chunks)

@@ -43,13 +43,14 @@ class RunOptions:
     """How `surgery run` reads, computes, proves and writes.
 
     text, calibration: files to evaluate on, and to search, scale and tune on; given one, it is split. images: the same
-    as text for an encoder, files and directories; calibration are images then. chunking: how much of them is read. tasks: a directory of further task files. verify: False writes without proof. surveys: also
-    survey original and converted. keep_failed: where an output goes that failed its gates. resume: a directory that
-    keeps finished steps, from which a run that was cut off goes on. tuning: a directory that
-    keeps the state of `tune`, from which a run that was cut off goes on. adapter: a new directory for what was tuned,
-    as a PEFT adapter. link: hard-link unchanged shards. dtype: what a GGUF is dequantised to. revision: of a hub id.
-    device: a torch device, or "auto". memory: bytes that may be taken, None for what is free. sign: a private key (PEM)
-    to sign what is published with. command: the words of the command line, for the manifest.
+    as text for an encoder, files and directories; calibration are images then. chunking: how much of them is read.
+    tasks: a directory of further task files. verify: False writes without proof. surveys: also survey original and
+    converted. keep_failed: where an output goes that failed its gates. resume: a directory that keeps finished steps,
+    from which a run that was cut off goes on. tuning: a directory that keeps the state of `tune`, from which a run that
+    was cut off goes on. adapter: a new directory for what was tuned, as a PEFT adapter. link: hard-link unchanged
+    shards. dtype: what a GGUF is dequantised to. revision: of a hub id. device: a torch device, or "auto". memory:
+    bytes that may be taken, None for what is free. sign: a private key (PEM) to sign what is published with. command:
+    the words of the command line, for the manifest.
     """
 
     text: FilesField = FilesField()
@@ -81,11 +82,11 @@ class VerifyOptions:
     """What `surgery verify` checks besides the files, and how.
 
     against: the source, a path or a hub id of this revision. text, calibration: files to measure on, and to take static
-    scales from; given one, it is split. images: the same as text for an encoder, files and directories. chunking: how much of them is read; None: as much as the run that wrote it did.
-    tasks: a directory of further task files. device: a torch device, or "auto". memory: bytes that may be taken, None
-    for what is free. digest: of the manifest, as `run` said it ("sha256:..."). public_key: of who signed it (PEM).
-    require: "verified" fails a checkpoint that was written without proof. command: the words of the command line, for
-    the verdict.
+    scales from; given one, it is split. images: the same as text for an encoder, files and directories. chunking: how
+    much of them is read; None: as much as the run that wrote it did. tasks: a directory of further task files. device:
+    a torch device, or "auto". memory: bytes that may be taken, None for what is free. digest: of the manifest, as `run`
+    said it ("sha256:..."). public_key: of who signed it (PEM). require: "verified" fails a checkpoint that was written
+    without proof. command: the words of the command line, for the verdict.
     """
 
     against: Path | str | None = None

@@ -29,7 +29,7 @@ from ..live.images import load_processor
 from ..live.loading import load_tokenizer, require_generation
 from ..live.memory import HERE, Needs, Place
 from ..operations.base import Changes, Parts, Port, Target
-from .inputs import Reader
+from .inputs import Cutter, Reader
 from .pictures import PixelReader
 from .planned_files import FilePlan, files_of, room
 from .recipe import Recipe
@@ -63,7 +63,7 @@ class Plan:
         return self.target.anatomy
 
     @property
-    def reader(self) -> Reader | PixelReader:
+    def reader(self) -> Cutter:
         """How text becomes token ids of this model, or images its pixels."""
         if self.anatomy.patching is None:
             return Reader(self.target.tokenizer, self.target.vocab_size)
@@ -90,7 +90,15 @@ class Plan:
         """The tensors that `changes` puts in the place of others, as entries of the manifest."""
         layout = self.source.layout
         return {
-            name: {**_entry("quantised" if 0 not in t.shape else "emptied", self.shards[layout.tensors[of].shard], t.dtype, t.shape), "of": of}
+            name: {
+                **_entry(
+                    "quantised" if 0 not in t.shape else "emptied",
+                    self.shards[layout.tensors[of].shard],
+                    t.dtype,
+                    t.shape,
+                ),
+                "of": of,
+            }
             for of, instead in changes.replaced.items()
             for name, t in instead.items()
         }
@@ -188,7 +196,10 @@ def plan_on(
         raise UnsupportedModel(
             f"{source.spec}: already has a tensor {clash[0]}, the name of one that would be added; rename it."
         )
-    derived, (shards, added_shard) = derive(anatomy.model_type, changes.parts), shard_names(source.layout)
+    derived, (shards, added_shard) = (
+        derive(anatomy.model_type, changes.parts),
+        shard_names(source.layout, bool(changes.added)),
+    )
     added_bytes, _ = added_layout(changes.added, added_shard)
     bos = None if tokenizer is None else tokenizer.bos_token_id
     folds_bos = bos is not None and (changes.prefix is None or bos in changes.prefix)
@@ -233,7 +244,8 @@ def reading_of(source: Source) -> Port:
 
 
 def examine_source(source: Source, port: Port = "text") -> tuple[Anatomy, Fit]:
-    """What the source is, as a model that reads text or images, and how its tensors fit that; those of a GGUF were named after its model.
+    """What the source is, as a model that reads text or images, and how its tensors fit that; those of a GGUF were
+    named after its model.
 
     SourceError where a package is missing that reads its format.
     """

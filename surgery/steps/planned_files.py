@@ -34,7 +34,8 @@ def files_of(
     """Every file of the output. `shards`: of the source -> as it is called there; `added`: that of the new tensors, and
     its bytes."""
     action = "rewrite" if changes_weights else "link" if link and source.kind != "gguf" else "copy"
-    weights = [*_weights(source, shards, action, changes), FilePlan(added[0], "add", added[1])]
+    weights = _weights(source, shards, action, changes)
+    weights += [FilePlan(added[0], "add", added[1])] if changes.added else []
     return (*weights, *_others(source, derived, folds_bos))
 
 

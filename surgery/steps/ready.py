@@ -68,7 +68,8 @@ def make_ready(plan: Plan, texts: Texts | Pictures, options: RunOptions, reporte
         assert texts.calibration is not None  # half of the evaluation text, if no other was given
         sets = max((gate.calibration_sets for gate in gates), default=1)
         calibrating = reader.cut_calibration(texts.calibration, chunking, sets)
-    files, pictures = texts.files, ()
+    files: TextFiles = texts.files
+    pictures: tuple[str, ...] = ()
     if isinstance(texts, Pictures):
         files = texts.read(*(0 if chunks is None else len(chunks) for chunks in (evaluation, calibrating)))
         if recipe.tune is not None:  # which reads all that there are

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from ..errors import RecipeError
 from ..operations import OPERATIONS
+from ..operations.attention_bias import AttentionBias
 from ..operations.base import Operation, Port
 from ..operations.estimated_bias import EstimatedBias
 from ..operations.registers import Registers
@@ -25,7 +26,7 @@ from ..verification.verify import Verify
 if TYPE_CHECKING:
     Entry = Operation
 else:
-    Entry = one_of(OPERATIONS, "operation", OPERATIONS[0].example)
+    Entry = one_of(OPERATIONS, "operation", f"{AttentionBias.name}: {AttentionBias.example}")
 
 
 class Recipe(Document):
@@ -87,22 +88,27 @@ class Recipe(Document):
 
         RecipeError where it asks for something that the model cannot have.
         """
-        other = {gate.name for gate in self.verify.gates() if gate.reading not in (None, port)}
         asked = [one.name for one in self.changes if one.reading not in (None, port)]
-        asked += [f"verify.{name}" for name in sorted(other & self.verify.model_fields_set)]
+        asked += [
+            f"verify.{gate.name}"
+            for gate in self.verify.gates()
+            if gate.reading not in (None, port) and gate.name in self.verify.model_fields_set
+        ]
         if asked:
             reads = {"text": "a language model, which reads text", "images": "an encoder, which reads images"}
             raise RecipeError(
                 f"the recipe asks for {asked[0]}, which is not for {reads[port]}; remove it, or give another source."
             )
         tune = None if self.tune is None else self.tune.of(port)
-        return self.model_copy(update={"tune": tune, "verify": self.verify.model_copy(update=dict.fromkeys(other))})
+        return self.model_copy(update={"tune": tune, "verify": self.verify.of(port)})
 
     @property
     def reading(self) -> Port | None:
         """What the model has to read for it; None where any will do."""
-        gates = [gate for gate in self.verify.gates() if not gate.always or gate.name in self.verify.model_fields_set]
-        asked = (one.reading for one in (*self.changes, *gates))
+        asked = [operation.reading for operation in self.changes]
+        asked += [
+            gate.reading for gate in self.verify.gates() if not gate.always or gate.name in self.verify.model_fields_set
+        ]
         return next((port for port in asked if port is not None), None)
 
     @property

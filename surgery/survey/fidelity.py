@@ -7,7 +7,7 @@ it stands out most by the scale-free one (`across.auto_massive`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

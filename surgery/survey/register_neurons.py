@@ -48,7 +48,9 @@ class RegisterNeurons(Observer):
         self.seen: dict[int, int] = defaultdict(int)  # images by layer; by ~block, of units
         self.norms: dict[int, list[float]] = defaultdict(list)  # of patches that stand out, by layer
         self.there: dict[int, list[torch.Tensor]] = defaultdict(list)  # block -> (m,) of each such patch
-        self.rest: dict[int, list[torch.Tensor]] = defaultdict(list)  # block -> (m,), mean |a| of other patches, by image
+        self.rest: dict[int, list[torch.Tensor]] = defaultdict(
+            list
+        )  # block -> (m,), mean |a| of other patches, by image
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
         for image, row in enumerate(states, self.seen[layer]):

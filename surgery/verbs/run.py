@@ -8,9 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
-import torch
-
-from ..anatomy.sites import Anatomy
 from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
@@ -22,13 +19,9 @@ from ..checkpoint.stage import Stage
 from ..checkpoint.witness import Reading
 from ..converted.card import Shown, model_card
 from ..converted.origin import origin
-from ..converted.described import read_described
-from ..converted.reading import live_converted
 from ..endings.leftovers import clear_for
 from ..errors import OutputError, SourceError
 from ..live.loading import live_original, load_tokenizer, require_device
-from ..live.memory import Place
-from ..live.model import Live
 from ..live.port import port_of
 from ..operations import OPERATIONS
 from ..operations.base import NothingToDo, Stand
@@ -37,14 +30,14 @@ from ..report.provenance import table as provenance_table
 from ..report.verdict import card_tables
 from ..results import Verdict
 from ..steps.act import provenance, told
-from ..steps.emit import emit, source_entry
+from ..steps.emit import emit, emitted, source_entry
 from ..steps.inputs import Texts
 from ..steps.measure import Pair, measure_pair
 from ..steps.operate import Operated, operate
 from ..steps.options import RUN, RunKeywords, RunOptions, with_keywords
+from ..steps.pictures import Pictures
 from ..steps.plan import Plan, prepare
 from ..steps.reading import check_reading, reading_of
-from ..steps.pictures import Pictures
 from ..steps.ready import Ready, gather, make_ready, say_notes
 from ..steps.recipe import Given, Recipe, load_recipe
 from ..steps.resume import ALWAYS, Steps, identity, keeping
@@ -154,7 +147,7 @@ def _require_measured(options: RunOptions) -> None:
 
 def _plan(recipe: Recipe, source: str, out: Path, options: RunOptions) -> Plan:
     plan = prepare(
-        recipe, source, out, needs_tokenizer=options.verify or recipe.reads_text, link=options.link,
+        recipe, source, out, needs_tokenizer=not options.images and (options.verify or recipe.reads_text), link=options.link,
         dtype=options.dtype, revision=options.revision, place=options.place,
     )  # fmt: skip
     apart = [plan.source.root, out, *(path for path in (options.keep_failed, options.adapter) if path is not None)]
@@ -186,25 +179,25 @@ def _materialised(plan: Plan, stage: Stage, reporter: Reporter) -> tuple[Plan, P
 
 
 def _measure(
-    plan: Plan, stage: Stage, directory: Path, operated: Operated, ready: Ready, texts: Texts | Pictures, options: RunOptions,
-    reporter: Reporter, steps: Steps,
+    plan: Plan, stage: Stage, directory: Path, operated: Operated, ready: Ready, texts: Texts | Pictures,
+    options: RunOptions, reporter: Reporter, steps: Steps,
 ) -> tuple[Findings, list[dict] | None]:  # fmt: skip
     """What the files as emitted were found to be, through their own tokenizer, beside the original; and surveys."""
-    findings = Findings([], random_ids=operated.random_ids, said=_said(plan, operated))
-    if ready.evaluation is None:
+    findings = Findings([], random_ids=operated.random_ids, said=operated.said(plan))
+    if (evaluation := ready.evaluation) is None:
         return findings, None
     prefix, tokenizer = operated.changes.prefix or (), plan.target.tokenizer
     checks = [check_tokenizer(stage.path, tokenizer, prefix, texts.evaluation)] if isinstance(texts, Texts) else []
-    port = port_of(plan.anatomy, ready.evaluation)
+    port = port_of(plan.anatomy, evaluation)
     pair = Pair(
-        prefix, plan.recipe, plan.recipe.verify.gates(), ready.evaluation, ready.calibrating, ready.gates,
+        prefix, plan.recipe, plan.recipe.verify.gates(), evaluation, ready.calibrating, ready.gates,
         names=(f"{plan.source.name}, original", f"{plan.source.name}, converted") if options.surveys else None,
         pictures=ready.pictures,
     )  # fmt: skip
     found = measure_pair(
         pair,
         original=lambda: (live_original(directory, plan.anatomy, options.place, port=port), tokenizer),
-        converted=lambda: _emitted(stage.path, plan.anatomy, options.place, ready.evaluation),
+        converted=lambda: emitted(stage.path, plan.anatomy, options.place, evaluation),
         reporter=reporter,
         steps=steps,
     )
@@ -215,24 +208,6 @@ def _measure(
         for survey, size, kind in zip(found.surveys, (before, after), ("gguf" if gguf else "", ""), strict=True):
             survey["files"] = {"bytes": size, "kind": kind or "safetensors"}
     return replace(findings, checks=checks, judgements=found.judgements, measured=found.measured), found.surveys
-
-
-def _emitted(directory: Path, anatomy: Anatomy, place: Place, chunks: torch.Tensor) -> tuple[Live, Any]:
-    """The converted model in `directory` and its tokenizer, which is tried in a fork: before this process is large. It
-    is to read `chunks`."""
-    if anatomy.patching is not None:  # registers may have been left out
-        anatomy = read_described(directory).anatomy
-        return live_converted(directory, anatomy, place, port_of(anatomy, chunks)), None
-    tokenizer = load_tokenizer(directory)
-    return live_converted(directory, anatomy, place), tokenizer
-
-
-def _said(plan: Plan, operated: Operated) -> dict[str, Any]:
-    """What the operations have to say in the verdict."""
-    said: dict[str, Any] = {}
-    for change in plan.recipe.changes:
-        said |= change.found(operated.parts[change.name], plan.target.tokenizer)
-    return said
 
 
 # ---- 6. and 7.

@@ -55,22 +55,25 @@ def scan_images(
     assert found.norms is not None
     shown = found.norms.to_dict([path.name for path in files], [picture_of(image, SIDE) for image in pixels[:SHOWN]])
     act = provenance(
-        date, command=command, device=device, files=TextFiles(evaluation=described(files)), evaluation=pixels,
-        hub_ids=[str(opened.source["spec"])]
+        date,
+        command=command,
+        device=device,
+        files=TextFiles(evaluation=described(files)),
+        evaluation=pixels,
+        hub_ids=[str(opened.source["spec"])],
     )
     survey = {**found.to_dict(None), "norm_maps": shown}
     if interventions:
         reporter.step("intervene")
         with reporter.bar("intervene", passes_on_images(live) * len(pixels)) as advance:
             survey["interventions"] = run_on_images(live, pixels, survey, advance)
-    return cast(
-        Survey, {"source": opened.source["spec"], "provenance": told(act, opened.source, None), **survey}
-    )
+    return cast(Survey, {"source": opened.source["spec"], "provenance": told(act, opened.source, None), **survey})
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A checkpoint of which everything is known that can be refused before its weights are read, and how to read them."""
+    """A checkpoint of which everything is known that can be refused before its weights are read, and how to read
+    them."""
 
     source: dict[str, Any]  # as provenance has it
     root: Path

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from ..anatomy.encoders import examine_encoder
+from ..anatomy.sites import Anatomy
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest, read_manifest
@@ -32,11 +33,11 @@ from ..results import Integrity, Verdict
 from ..steps.act import provenance, told
 from ..steps.again import check_again
 from ..steps.fetch import fetch_converted
-from ..steps.inputs import Reader, Texts, fit_chunks, require_inputs, room_after
+from ..steps.inputs import Cutter, Reader, Texts, fit_chunks, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyKeywords, VerifyOptions, with_keywords
 from ..steps.original import open_original, plain_files
-from ..steps.pictures import PixelReader, Pictures
+from ..steps.pictures import Pictures, PixelReader
 from ..steps.ready import classifies, gather, require_port
 from ..steps.recipe import Recipe
 from ..verification.checks import Check
@@ -190,7 +191,7 @@ def _require_use(options: VerifyOptions) -> None:
         )
     if options.calibration and not options.text and not options.images:
         raise SourceError(
-            f"--calibration {options.calibration[0]} is for what is measured on text; give it with --text (or --images)."
+            f"--calibration {options.calibration[0]} is for what is measured on text; give it with --text, or --images."
         )
     if options.tasks is not None and not (options.text and options.against is not None):
         raise SourceError(f"--tasks {options.tasks} is for gates of the recipe; give it with --against and --text.")
@@ -236,13 +237,9 @@ def _ready(
     """Texts, or images, and gates made ready. SourceError where something is missing, or text too short."""
     texts = require_port(described.anatomy, texts)
     assert texts.evaluation is not None and texts.calibration is not None
-    anatomy, prefix, tokenizer = described.anatomy, described.eab.prefix_ids, None
-    reader: Reader | PixelReader
-    if anatomy.patching is None:
-        tokenizer = load_tokenizer(root)
-        reader = Reader(tokenizer, vocabulary_size(read_layout(root), anatomy))
-    else:
-        reader = PixelReader(load_processor(root), anatomy)
+    anatomy, prefix = described.anatomy, described.eab.prefix_ids
+    tokenizer = load_tokenizer(root) if anatomy.patching is None else None
+    reader = _reader(root, anatomy, tokenizer)
     taken = max(len(prefix), *(change.most_positions for change in recipe.changes))  # as `run` cut its text
     chunking = fit_chunks(options.chunking or chunking_of(root), anatomy, max(taken, 1))
     chunks = reader.cut(texts.evaluation, chunking, "--text" if tokenizer is not None else "--images")
@@ -259,6 +256,12 @@ def _ready(
     if isinstance(texts, Pictures):
         files = texts.read(len(chunks), 0 if calibrating is None else len(calibrating))
     return _Ready(tokenizer, chunks, calibrating, gates, ready, files)
+
+
+def _reader(root: Path, anatomy: Anatomy, tokenizer: Any) -> Cutter:
+    if tokenizer is None:
+        return PixelReader(load_processor(root), anatomy)
+    return Reader(tokenizer, vocabulary_size(read_layout(root), anatomy))
 
 
 def _measured(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import SerializerFunctionWrapHandler, create_model, field_validator, model_serializer
 
@@ -25,6 +25,12 @@ class _Verify(Strict):
         found = (getattr(self, gate.name) for gate in GATES if gate.always or compared)
         return tuple(gate for gate in found if gate is not None)
 
+    def of(self, port: str) -> Self:
+        """The gates of a model that reads text, or images: of those that always apply, the ones that are for it."""
+        other = {gate.name: None for gate in self.gates() if gate.reading not in (None, port)}
+        own = [gate for gate in GATES if gate.always and gate.reading == port and getattr(self, gate.name) is None]
+        return self.model_copy(update={**other, **{gate.name: gate() for gate in own}})
+
 
 if TYPE_CHECKING:
     Verify = _Verify
@@ -34,5 +40,6 @@ else:
         __base__=_Verify,
         __module__=__name__,
         __doc__="The gates. Those that always apply do so with their defaults where they are left out.",
-        **{gate.name: (gate, gate() if gate.always else None) for gate in GATES},
+        # Of an encoder they take the place of those of a language model once it is known to be one.
+        **{gate.name: (gate, gate() if gate.always and gate.reading != "images" else None) for gate in GATES},
     )

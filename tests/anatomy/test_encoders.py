@@ -28,13 +28,14 @@ class Keep(Observer):
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_each_type_is_read_as_its_own_code_reads_it(kind: str) -> None:
     _, special, registers = ENCODERS[kind]
-    encoder = examine_encoder(config_of(kind))
-    assert (encoder.special, encoder.registers, encoder.grid(*encoder.size)) == (special, registers, (GRID, GRID))
-    assert len(encoder.anatomy.sites) == len(encoder.anatomy.blocks) == BLOCKS
-    tower = encoder_model(kind).get_submodule(encoder.tower)
-    port, keep = Images((GRID, GRID), special, registers), Keep()
+    anatomy, model = examine_encoder(config_of(kind)), encoder_model(kind)
+    found = anatomy.patching
+    assert found is not None
+    assert (found.special, found.registers, found.grid(*found.size)) == (special, registers, (GRID, GRID))
+    assert len(anatomy.sites) == len(anatomy.blocks) == BLOCKS
+    tower, port, keep = model.get_submodule(anatomy.trunk), Images((GRID, GRID), special, registers), Keep()
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    stream(Live(tower, encoder.anatomy, port), pixels, [keep])
+    stream(Live(model, anatomy, port), pixels, [keep])
     with torch.no_grad():
         theirs = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
     assert sorted(keep.states) == list(range(BLOCKS + 1)) and keep.blocks == list(range(BLOCKS))

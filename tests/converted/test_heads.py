@@ -10,7 +10,9 @@ from helpers.pair import PREFIX, N, Pair, padded, worst
 from helpers.tiny import one_thread, tiny_model, tiny_text
 from transformers.models.auto import modeling_auto
 
-from surgery.converted.derived import CAUSAL, TRUNK, derive, load_derived
+from surgery.anatomy.classes import ANY as TRUNK
+from surgery.anatomy.classes import CAUSAL
+from surgery.converted.derived import derive, load_derived
 from surgery.converted.registration import register
 from surgery.live.graft import eab_config
 from surgery.runtime.eab_runtime import find_trunk

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from transformers import LlamaForCausalLM
 
+from surgery.anatomy.classes import CAUSAL
 from surgery.converted import parts
 from surgery.converted.derived import NORM_FILE, derive
-from surgery.converted.parts import NORMS, SLOTS, Converted, converted_from, converted_type
+from surgery.converted.parts import NORMS, REGISTERS, SLOTS, Converted, converted_from, converted_type
 
 TYPES = {
     "eab_llama": ({SLOTS}, "Eab"),
     "eab_norm_llama": ({SLOTS, NORMS}, "EabNorm"),
+    "eab_registers_llama": ({SLOTS, REGISTERS}, "EabRegisters"),
+    "eab_norm_registers_llama": ({SLOTS, NORMS, REGISTERS}, "EabNormRegisters"),
 }
 
 
@@ -23,7 +27,7 @@ def test_a_type_tells_its_base_and_parts(model_type):
     assert converted_type(*converted_from(model_type)) == model_type
     derived = derive(*converted_from(model_type))
     assert (derived.model_type, derived.base, derived.parts) == (model_type, "llama", frozenset(added))
-    assert derived.causal_class == f"{prefix}LlamaForCausalLM" and derived.native_class == "LlamaForCausalLM"
+    assert derived.classes[CAUSAL] == f"{prefix}LlamaForCausalLM" == derived.name_of(LlamaForCausalLM)
     assert (NORM_FILE in derived.files()) == (NORMS in added)
 
 

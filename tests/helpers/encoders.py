@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
 from surgery.anatomy.encoders import examine_encoder
 from surgery.live.model import Live
-from surgery.live.port import Images
+from surgery.live.port import port_of
 
 SIDE, PATCH, BLOCKS = 32, 8, 3
 GRID = SIDE // PATCH
@@ -87,9 +87,8 @@ def encoder_model(kind: str) -> PreTrainedModel:
 
 def live_encoder(kind: str) -> Live:
     """The same, ready for images of the size that it was made for."""
-    encoder = examine_encoder(config_of(kind))
-    port = Images((GRID, GRID), encoder.special, encoder.registers)
-    return Live(encoder_model(kind).get_submodule(encoder.tower), encoder.anatomy, port)
+    anatomy = examine_encoder(config_of(kind))
+    return Live(encoder_model(kind), anatomy, port_of(anatomy))
 
 
 def save_encoder(root: Path, kind: str) -> Path:
@@ -113,4 +112,59 @@ def save_pictures(root: Path, count: int) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         picture(index).save(root / f"{index}.png")
+    return root
+
+
+def marked(seed: int) -> Image.Image:
+    """A grey picture of one size with the patches, of which one is white: the patch that stands out."""
+    source = np.random.default_rng(seed)
+    values = source.integers(120, 136, (SIDE, SIDE, 3), dtype=np.uint8)
+    row, column = (PATCH * int(at) for at in source.integers(0, GRID, 2))
+    values[row : row + PATCH, column : column + PATCH] = 255
+    return Image.fromarray(values)
+
+
+def save_marked(root: Path, count: int) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        marked(index).save(root / f"{index:02}.png")
+    return root
+
+
+BLOCK, UNIT, DIM = 0, 7, 5  # of the register neuron that is planted
+
+
+@torch.no_grad()
+def plant_register_neuron(model: PreTrainedModel) -> None:
+    """Have one unit of a DINOv2 put a spike on patches that stand out (arXiv 2506.08010), and on no other token.
+
+    Its row tells the marked patches of `marked` from others, by their mean difference where the MLP reads them.
+    """
+    pixels = torch.stack([_as_pixels(marked(seed)) for seed in range(40, 72)])
+    read: list[torch.Tensor] = []
+    mlp = model.encoder.layer[BLOCK].mlp
+    handle = mlp.fc1.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    model(pixel_values=pixels)
+    handle.remove()
+    tokens = read[0][:, 1:].flatten(0, 1)
+    cut = pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)  # (N, C, rows, columns, P, P)
+    loud = (cut.abs().mean(dim=(1, 4, 5)) > 0.5).flatten()
+    # Least squares of "is marked", which separates better than the difference of means.
+    wanted = loud.to(tokens.dtype) - 0.5
+    solution = torch.linalg.lstsq(torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1), wanted[:, None]).solution
+    mlp.fc1.weight[UNIT], mlp.fc1.bias[UNIT] = 40 * solution[:-1, 0], 40 * solution[-1, 0] - 4
+    mlp.fc2.weight[:, UNIT] = 0
+    mlp.fc2.weight[DIM, UNIT] = 60 / model.encoder.layer[BLOCK].layer_scale2.lambda1[DIM].abs()
+
+
+def _as_pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+def save_planted(root: Path) -> Path:
+    """A DINOv2 with a register neuron in `root`."""
+    save_encoder(root, "dinov2")
+    model = encoder_model("dinov2")
+    plant_register_neuron(model)
+    model.save_pretrained(root)
     return root

@@ -27,7 +27,7 @@ from surgery.verification.gates.perplexity import Perplexity
 from surgery.verification.verify import Verify
 
 RECIPES = ROOT / "recipes"
-KNOWN = ", ".join(kind.name for kind in OPERATIONS)
+KNOWN = ", ".join(dict.fromkeys(kind.name for kind in OPERATIONS))
 HEAD = "surgery: 1\noperations:\n"
 BASE = HEAD + "  - attention_bias:\n      prefix: auto\n"  # 4 lines
 
@@ -205,6 +205,14 @@ ITEM = "      "  # indentation of a key of attention_bias; on line 5 of BASE + I
         (HEAD, 2, ["operations is empty; it must be a list"]),
         (HEAD + "  attention_bias: {}", 2, ["operations is a mapping; it must be a list"]),
         (HEAD + "  - attention_bias", 3, ["operations[0] is 'attention_bias'", "write '- attention_bias:"]),
+        (HEAD + "  - attention_bias: {from: cls}", 3, ["bias.from is 'cls'; it must be 'registers' or 'mass"]),
+        (
+            HEAD + "  - attention_bias: {from: registers, prefix: auto}", 3,
+            ["attention_bias.from is there, beside which 'prefix' means nothing; remove one"],
+        ),
+        (HEAD + "  - registers: {neurons: many}", 3, ["neurons is 'many'; it must be 'auto', or a whole number"]),
+        (HEAD + "  - attention_bias: {}\n  - registers: {}", 2, ["has attention_bias too early"]),
+        (HEAD + "  - attention_bias: {}\n  - attention_bias: {from: registers}", 2, ["for attention_bias more than"]),
         (HEAD + "  - attention_bias:", 3, ["operations[0].attention_bias is empty; it must be a mapping of prefix"]),
         (HEAD + "  - {}", 3, ["operations[0] holds no operation"]),
         (HEAD + "  - head_norm:", 3, ["operations[0].head_norm is empty; it must be a mapping of per_head, gate"]),

@@ -55,7 +55,7 @@ def test_config_keeps_what_it_had_and_says_what_was_added():
     before = copy.deepcopy(config)
     anatomy, derived = examine(raw("llama")), derive("llama")
     eab = eab_config(anatomy, [1, 5, 7], "as_prefix")
-    emitted = converted_config(config, derived, {"eab": eab}, {"max_position_embeddings": 253})
+    emitted = converted_config(config, derived, anatomy.model_class, {"eab": eab}, {"max_position_embeddings": 253})
     assert config == before
     assert emitted["rope_theta"] == config["rope_parameters"]["rope_theta"]  # the older spelling beside the newer
     ours = {"model_type", "architectures", "auto_map", "eab", "max_position_embeddings", "rope_theta"}
@@ -136,7 +136,8 @@ def test_a_converted_config_tells_all_of_the_model_that_it_was(model_type, chang
     config = raw(model_type, **changes)
     anatomy = examine(config)
     entries = {"eab": eab_config(anatomy, [1, 5, 7], "as_prefix")}
-    emitted = converted_config(config, derive(model_type), entries, lowered_limits(config, anatomy, 3))
+    lowered = lowered_limits(config, anatomy, 3)
+    emitted = converted_config(config, derive(model_type), anatomy.model_class, entries, lowered)
     (tmp_path / "config.json").write_text(json.dumps(emitted))
     named = [(name, "F32", tuple(tensor.shape)) for name, tensor in anatomy.blank.state_dict().items()]
     header, infos = plan_file(SINGLE, named)

@@ -49,7 +49,9 @@ from ..screen import Screen
 )  # fmt: skip
 def verify(checkpoint, chunks, chunk_length, junit, summary, quiet, json_file, **given) -> int:
     """Check the converted CHECKPOINT: files and tensors; with --text also quality; with --against also the source."""
-    inputs = given_paths(checkpoint, given["against"], *given["text"], *given["images"], *given["calibration"], given["public_key"])
+    inputs = given_paths(
+        checkpoint, given["against"], *given["text"], *given["images"], *given["calibration"], given["public_key"]
+    )
     require_result_file(json_file, "--json", given_paths(*inputs, junit, summary))
     require_result_file(junit, "--junit", given_paths(*inputs, summary))
     require_result_file(summary, "--summary", inputs)

@@ -95,5 +95,7 @@ def show_output(console: Console, out, verdict: Mapping[str, Any]) -> None:
 def _auto_of(out: Path) -> str:
     """The Auto class that loads what was written, as its own class."""
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    found: str = next(auto for auto, name in config["auto_map"].items() if name.endswith(f".{config['architectures'][0]}"))
+    found: str = next(
+        auto for auto, name in config["auto_map"].items() if name.endswith(f".{config['architectures'][0]}")
+    )
     return found

@@ -163,4 +163,6 @@ def _derived(config: PreTrainedConfig, anatomy: Anatomy, slots: int, normed: boo
     if normed:
         entries["head_norm"] = head_norm_config(anatomy, range(len(anatomy.blocks)), per_head=False, gated=False)
     settings = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    return getattr(module, derived.name_of(anatomy.model_class))(getattr(module, derived.config_class)(**settings, **entries))
+    return getattr(module, derived.name_of(anatomy.model_class))(
+        getattr(module, derived.config_class)(**settings, **entries)
+    )

@@ -16,7 +16,6 @@ from ...words import count_of, percent
 from .base import Gate, Judgement, Measured, Variant, at_least
 
 
-
 class Greedy(Observer):
     """The most likely next token at each place of every chunk (N, T - 1): after tokens 0 .. T - 2 of the text."""
 

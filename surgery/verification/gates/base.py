@@ -82,8 +82,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured, on chunks (N, T); scales come from `calibrating` (M, T), other text. Of an encoder both
-    are pixels.
+    """The model that is measured, on chunks (N, T); scales come from `calibrating` (M, T), other text. Of an encoder
+    both are pixels.
 
     `original`: whether it is the one that was converted.
     """

@@ -14,6 +14,7 @@ from ...table import Table
 from ...words import count_of, percent
 from .base import Gate, Judgement, Measured, at_least
 
+
 class Neighbours(Gate):
     """The share of images whose nearest neighbour, among those that are measured on, is the original's.
 

@@ -113,12 +113,11 @@ class QuantisedFeatures(Gate):
         """Whose interval lies above the other's: stricter than a paired test, which a verdict has no figures for."""
         kinds: dict[str, list[str]] = {"nearer": [], "further away": [], "no clear difference": []}
         for name, entry in (verdict.get(cls.name) or {}).items():
-            part = "cls" if "cls" in entry["converted"] else "patches"
-            before, after = entry["original"][part], entry["converted"][part]
-            kind = "nearer" if after["low"] > before["high"] else "further away" if after["high"] < before["low"] else (
-                "no clear difference"
-            )  # fmt: skip
-            kinds[kind].append(NAMES.get(name, visible_name(name)))
+            for part in entry["converted"]:
+                before, after = entry["original"][part], entry["converted"][part]
+                kind = "nearer" if after["low"] > before["high"] else "no clear difference"
+                kind = "further away" if after["high"] < before["low"] else kind
+                kinds[kind].append(f"{NAMES.get(name, visible_name(name))} ({'CLS' if part == 'cls' else part})")
         parts = [f"{kind} with {'; '.join(names)}" for kind, names in kinds.items() if names]
         if not parts:
             return None

@@ -41,8 +41,8 @@ class Top1(Gate):
     def require(self, inputs: Inputs) -> None:
         if not inputs.classes:
             raise SourceError(
-                "verify.top1: the checkpoint is no classifier of images, by architectures of its config.json; leave top1 "
-                "out."
+                "verify.top1: the checkpoint is no classifier of images, by architectures of its config.json; leave "
+                "top1 out."
             )
 
     def watch(self, variant: Variant) -> Observer | None:
