@@ -19,13 +19,17 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import surgery
+from surgery.anatomy.encoders import examine_encoder
 from surgery.anatomy.sites import examine
-from surgery.live.graft import fold, grafted
+from surgery.live.graft import Fold, fold, grafted
 from surgery.live.model import Live
+from surgery.live.port import port_of
+from surgery.operations.estimated_bias import Estimated, EstimatedBias
+from surgery.parts import every_shape
 from surgery.runtime import eab_kernel
 from surgery.steps.recipe import parse_recipe
 
@@ -39,6 +43,12 @@ HYBRIDS: dict[str, dict] = {
     "falcon_h1": {"mamba_d_ssm": 512, "mamba_n_heads": 16, "mamba_d_head": 32, "mamba_d_state": 32},
     "olmo_hybrid": {},
 }
+
+
+ENCODER: dict[str, Any] = {
+    "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224, "patch_size": 14,
+    "num_register_tokens": 4, "intermediate_size": 1536,
+}  # fmt: skip
 
 
 def medians(variants: dict, rounds: int = ROUNDS) -> dict[str, float]:
@@ -125,11 +135,33 @@ def hybrid_rows() -> list[tuple[str, dict[str, float]]]:
     return rows
 
 
+def encoder_rows() -> list[tuple[str, dict[str, float]]]:
+    """Encoders of 12 layers, 384 wide, random weights: 8 images of 224 x 224 with 4 registers, and with 4 slots."""
+    rows = []
+    operation = EstimatedBias.model_validate({"from": "registers"})
+    for kind in ("dinov2_with_registers", "dinov3_vit"):
+        anatomy = examine_encoder({"model_type": kind, **ENCODER})
+        model = AutoModel.from_config(CONFIG_MAPPING[kind](**ENCODER)).eval()
+        live, pixels = Live(model, anatomy, port_of(anatomy)), torch.randn(8, 3, 224, 224)
+        shapes = every_shape(anatomy.eab(4, "always"))
+        slots = Fold((), {name: torch.randn(shape) for name, shape in shapes.items()}, "always")
+
+        def slotted(live=live, pixels=pixels, slots=slots):
+            with operation.graft(live, Estimated(slots, 1, 4.0)):
+                live.trunk(pixel_values=pixels)
+
+        with torch.inference_mode():
+            rows.append(
+                (f"{kind}, 4 registers", medians({"plain": partial(model, pixel_values=pixels), "merged": slotted}))
+            )
+    return rows
+
+
 def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    rows = [*kernel_rows(), *model_rows(Path(sys.argv[1])), *hybrid_rows()]
+    rows = [*kernel_rows(), *model_rows(Path(sys.argv[1])), *hybrid_rows(), *encoder_rows()]
     table = Table(
         title=f"Median of {ROUNDS} interleaved rounds, {torch.get_num_threads()} threads", title_justify="left"
     )

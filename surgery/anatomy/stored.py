@@ -57,6 +57,11 @@ def _conversions(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
     )
 
 
+def splits(anatomy: Anatomy) -> bool:
+    """Whether transformers may make several tensors of one when it loads the model."""
+    return any(len(one.target_patterns) > 1 for one in _conversions(anatomy.blank)[1])
+
+
 def stored_name(layout: Layout, anatomy: Anatomy, name: str) -> str:
     """The name in the checkpoint of the causal LM's parameter `name`; UnsupportedModel where there is none."""
     stored = find_stored(layout, anatomy, name.removeprefix(anatomy.lead))

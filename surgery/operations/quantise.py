@@ -18,7 +18,7 @@ from torch import nn
 
 from ..anatomy.linears import linears, means, require_known
 from ..anatomy.sites import Anatomy
-from ..anatomy.stored import stored_name
+from ..anatomy.stored import find_stored, splits, stored_name
 from ..checkpoint.compressed import FORMATS, METHOD, Format, config_entry, packed, require_library
 from ..checkpoint.layout import Stored
 from ..checkpoint.quantised import KEY
@@ -126,6 +126,11 @@ class Quantise(Operation):
         require_library()
         anatomy = target.anatomy
         layers = linears(anatomy.blank, anatomy)
+        if splits(anatomy):
+            raise UnsupportedModel(
+                f"{anatomy.model_type}: some of its checkpoints hold tensors that transformers splits when it loads "
+                "them, and of such a type it loads none in compressed-tensors' formats; leave quantise out"
+            )
         require_known(self.per_token, list(layers), "quantise.per_token")
         replaced: dict[str, dict[str, Stored]] = {}
         for name, module in layers.items():
@@ -184,6 +189,10 @@ class Quantise(Operation):
         """Without `parts` the scale of inputs means nothing, and the rest is the same."""
         base = stored.removesuffix("weight")
         name = base.removesuffix(".").removeprefix(target.anatomy.lead)
+        known = linears(target.anatomy.blank, target.anatomy) if parts is None else parts.peaks
+        if name not in known:  # the checkpoint calls it by another name
+            layout, anatomy = target.layout, target.anatomy
+            name = next(one for one in known if find_stored(layout, anatomy, f"{one}.weight") == stored)
         written = self._packed(name, weight, None if parts is None else parts.peaks[name])
         return {f"{base}{part}": tensor for part, tensor in written.items()}
 

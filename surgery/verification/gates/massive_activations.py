@@ -56,7 +56,8 @@ class MassiveActivations(Gate):
             if entry := (verdict.get(cls.name) or {}).get(key):
                 worst = number(entry["worst_ratio"]) if entry["count"] else number(None)
                 dims = listing(entry["dims"], SHOWN) or number(None)
-                tokens = quoted(entry.get("tokens", []), SHOWN) or number(None)
+                shown = listing if cls._of_images(verdict) else quoted  # places have names, and are no text
+                tokens = shown(entry.get("tokens", []), SHOWN) or number(None)
                 rows.append((label, number(entry["count"]), worst, ranges(entry["layers"]), dims, tokens))
         if not rows:
             return None
@@ -65,6 +66,10 @@ class MassiveActivations(Gate):
             text="Entries of the residual stream with |x| ≥ 100 and |x| ≥ 1,000 times the median of their layer (Sun "
             "et al., arXiv 2402.17762).",
         )  # fmt: skip
+
+    @classmethod
+    def _of_images(cls, verdict: Mapping[str, Any]) -> bool:
+        return "fidelity" in verdict
 
     @classmethod
     def sentence(cls, verdict: Mapping[str, Any]) -> str | None:
