@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,12 @@ from .port import Batch, Images
 from .stream import Observer
 
 
+def parts_of(port: Images) -> tuple[int, int]:
+    """How many of an image's first tokens are CLS, 0 or 1, and how many of its last are patches: what stands between is
+    no feature, and may have been left out."""
+    return min(1, port.special), port.grid[0] * port.grid[1]
+
+
 class Features(Observer):
     """Of each image, after the last norm: CLS, if there is one, and the patches, (1 + P, d) or (P, d), on the CPU.
 
@@ -24,12 +31,12 @@ class Features(Observer):
         assert isinstance(live.port, Images)
         self.last = len(live.anatomy.blocks)
         self.norm: Callable[[torch.Tensor], torch.Tensor] = final_norm(live) or nn.Identity()
-        self.cls, self.special = min(1, live.port.special), live.port.special
+        self.cls, self.patches = parts_of(live.port)
         self.found: list[torch.Tensor] = []
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
         if layer == self.last:
-            kept = torch.cat([states[:, : self.cls], states[:, self.special :]], dim=1)
+            kept = torch.cat([states[:, : self.cls], states[:, -self.patches :]], dim=1)
             self.found.extend(self.norm(kept).float().cpu())
 
     def __getstate__(self) -> dict:  # without the model
@@ -54,6 +61,12 @@ class Features(Observer):
         pairs = zip(self.found, other.found, strict=True)
         rows = [F.cosine_similarity(a.double(), b.double(), dim=-1) for a, b in pairs]
         return [row[0].item() for row in rows] if self.cls else None, [row[self.cls :].mean().item() for row in rows]
+
+    def distance(self, other: Features) -> float:
+        """1 less the mean cosine to `other` of the same images, of which CLS, where there is one, and the patches are
+        half each. Not a number where a feature is none."""
+        parts = [statistics.fmean(part) for part in self.alike(other) if part is not None]
+        return 1.0 - statistics.fmean(parts)
 
 
 def nearest(features: torch.Tensor) -> torch.Tensor:

@@ -26,9 +26,9 @@ from ..anatomy.stored import stored_name
 from ..checkpoint.layout import Stored
 from ..converted.card import Section
 from ..errors import UnsupportedModel
+from ..live.as_it_came import left_out, reversibly
 from ..live.graft import Fold, eab_config, grafted, held_parts
 from ..live.model import Live
-from ..live.places import on_layer
 from ..live.port import Batch
 from ..live.stream import Observer, stream
 from ..parts import every_shape
@@ -158,14 +158,11 @@ class EstimatedBias(Operation):
     def graft(self, live: Live, parts: Estimated) -> Iterator[None]:
         with grafted(live, parts.fold), contextlib.ExitStack() as undo:
             if parts.registers is not None:
-                undo.enter_context(install_silence(live.trunk, parts.registers["units"]))
+                units = parts.registers["units"]
+                undo.enter_context(reversibly(live, lambda: install_silence(live.trunk, units)))
             elif self.source == "registers":
                 stop = 1 + _patching(live.anatomy).registers
-
-                def without(states: torch.Tensor) -> torch.Tensor:
-                    return torch.cat([states[:, :1], states[:, stop:]], dim=1)
-
-                undo.callback(on_layer(live, 0, without).remove)
+                undo.enter_context(reversibly(live, lambda: left_out(live, 1, stop)))
             yield
 
     def held(self, live: Live, parts: Estimated) -> Estimated:

@@ -24,6 +24,7 @@ from ..converted.card import Section
 from ..converted.described import Described
 from ..converted.entries import FORMAT
 from ..errors import UnsupportedModel
+from ..live.as_it_came import reversibly
 from ..live.model import Live
 from ..live.places import down_projections, name_in
 from ..live.port import Images
@@ -139,7 +140,9 @@ class Registers(Operation):
     def graft(self, live: Live, parts: Found) -> contextlib.AbstractContextManager[object]:
         """Where the token becomes slots, `attention_bias` brings it in for as long as it takes means, and then leaves
         the units out."""
-        return contextlib.nullcontext() if self._become_slots else install_registers(live.trunk, {**parts.entry})
+        if self._become_slots:
+            return contextlib.nullcontext()
+        return reversibly(live, lambda: install_registers(live.trunk, {**parts.entry}))
 
     def tensors(self, live: Live, parts: Found) -> Mapping[str, torch.Tensor]:
         return {}

@@ -174,7 +174,8 @@ def _same_tensors(root: Path, manifest: Manifest, again: Again, directory: Path)
     if not again.left:
         return True, told
     names = listing([operation.name for operation in again.left], 8)
-    note = f"what {names} made of text cannot be computed again: the manifest alone holds it, if it is sealed"
+    of = "text" if again.plan.anatomy.patching is None else "images"
+    note = f"what {names} made of {of} cannot be computed again: the manifest alone holds it, if it is sealed"
     return True, f"{told}; {note}", (note,)
 
 

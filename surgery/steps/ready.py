@@ -72,6 +72,8 @@ def make_ready(plan: Plan, texts: Texts | Pictures, options: RunOptions, reporte
     pictures: tuple[str, ...] = ()
     if isinstance(texts, Pictures):
         files = texts.read(*(0 if chunks is None else len(chunks) for chunks in (evaluation, calibrating)))
+        if recipe.tune is not None:  # which reads all that there are
+            files = texts.read(0 if evaluation is None else len(evaluation), len(texts.calibration or ()))
         pictures = tuple(path.name for path in texts.evaluation or ())
     return Ready(chunking, evaluation, calibrating, ready, files, pictures)
 

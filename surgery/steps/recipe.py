@@ -83,7 +83,8 @@ class Recipe(Document):
         return value
 
     def of(self, port: Port) -> Recipe:
-        """The same for a model that reads text, or images: gates that always apply and are of the other are left out.
+        """The same for a model that reads text, or images: gates that always apply and are of the other are left out,
+        and tuning has the objectives of that model.
 
         RecipeError where it asks for something that the model cannot have.
         """
@@ -98,7 +99,8 @@ class Recipe(Document):
             raise RecipeError(
                 f"the recipe asks for {asked[0]}, which is not for {reads[port]}; remove it, or give another source."
             )
-        return self.model_copy(update={"verify": self.verify.of(port)})
+        tune = None if self.tune is None else self.tune.of(port)
+        return self.model_copy(update={"tune": tune, "verify": self.verify.of(port)})
 
     @property
     def reading(self) -> Port | None:

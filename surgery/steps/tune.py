@@ -19,22 +19,25 @@ from ..errors import SourceError
 from ..live.loading import load_original
 from ..live.model import Live
 from ..live.text import Chunking, in_turn, tokenize
-from ..tuning.corpus import Corpus, make_corpus
+from ..operations.registers import Registers
+from ..tuning.corpus import Corpus, make_corpus, make_image_corpus, require_images
 from ..tuning.dataset import dataset_text
 from ..tuning.operation import Tune
 from ..tuning.store import Store
 from ..tuning.tune import Training, make_accelerator, moved, require_shares, tune
-from .inputs import Texts
+from .inputs import Reader, Texts
 from .options import RunOptions
+from .pictures import Pictures, PixelReader
 from .plan import Plan
 
 
 def prepare_training(
-    plan: Plan, texts: Texts, calibrating: torch.Tensor | None, chunking: Chunking, options: RunOptions, out: Path
-) -> Training | None:
+    plan: Plan, texts: Texts | Pictures, calibrating: torch.Tensor | None, chunking: Chunking, options: RunOptions,
+    out: Path,
+) -> Training | None:  # fmt: skip
     """All that can be refused before weights are read; None for a recipe that does not tune.
 
-    `chunking`: of what is evaluated; `calibrating`: chunks that the rest of the recipe fits on.
+    `chunking`: of what is evaluated; `calibrating`: chunks, or pixels, that the rest of the recipe fits on.
     """
     settings, processes = plan.recipe.tune, int(os.environ.get("WORLD_SIZE", "1"))
     if settings is None:
@@ -47,13 +50,13 @@ def prepare_training(
         require_apart(adapter, "--adapter", outputs)
     if processes > 1 and options.device == "auto":
         raise SourceError("each of several processes holds the whole model, on its device; give --device cuda or cpu.")
-    _require_room(plan, settings)
-    read = texts.calibration if settings.dataset is None else (dataset_text(settings.dataset),)
-    assert read is not None  # where it is not given, calibration text has been refused
-    pieces = max(settings.length, chunking.length)
-    ids = in_turn([tokenize(plan.target.tokenizer, text) for text in read], pieces)
-    plan.reader.require_known(ids)
-    corpus = make_corpus(ids, settings, chunking.length)
+    _require_trainable(plan, settings)
+    if isinstance(texts, Pictures):
+        if processes > 1:
+            raise SourceError(f"{processes} processes were started, and an encoder is tuned by one alone; start one.")
+        corpus = _of_images(plan, texts, settings)
+    else:
+        corpus = _of_text(plan, texts, settings, chunking)
     accelerator = make_accelerator(options.device)
     require_shares(settings, accelerator.num_processes)
     store = None
@@ -67,6 +70,39 @@ def prepare_training(
     device = options.device if processes == 1 else str(accelerator.device)
     stored = functools.partial(stored_value, plan.source.layout, plan.anatomy)
     return Training(corpus, accelerator, device, store, adapter, stored, plan.source.name)
+
+
+def _require_trainable(plan: Plan, settings: Tune) -> None:
+    """SourceError where nothing is added that learns, or LoRA would learn beside what an operation does to inputs."""
+    if settings.lora is None and not plan.changes.trains:
+        raise SourceError(
+            "tune has nothing to train, as no operation of the recipe adds what can learn; add attention_bias, "
+            "head_norm or tune.lora."
+        )
+    if settings.lora is not None and any(isinstance(change, Registers) for change in plan.recipe.changes):
+        raise SourceError(
+            "tune.lora cannot learn in layers whose inputs 'registers' changes; leave one of the two out of the recipe."
+        )
+
+
+def _of_text(plan: Plan, texts: Texts, settings: Tune, chunking: Chunking) -> Corpus:
+    _require_room(plan, settings)
+    read = texts.calibration if settings.dataset is None else (dataset_text(settings.dataset),)
+    assert read is not None  # where it is not given, calibration text has been refused
+    pieces = max(settings.length, chunking.length)
+    ids = in_turn([tokenize(plan.target.tokenizer, text) for text in read], pieces)
+    reader = plan.reader
+    assert isinstance(reader, Reader)
+    reader.require_known(ids)
+    return make_corpus(ids, settings, chunking.length)
+
+
+def _of_images(plan: Plan, pictures: Pictures, settings: Tune) -> Corpus:
+    """All images that were given to calibrate on, in memory as pixels."""
+    files, reader = pictures.calibration, plan.reader
+    assert files is not None and isinstance(reader, PixelReader)  # or it has been refused
+    require_images(len(files), settings, "every other one of --images" if pictures.split else "--calibration")
+    return make_image_corpus(reader.cut(files, Chunking(len(files)), "--calibration"), settings)
 
 
 def _require_no_tuning(options: RunOptions, processes: int) -> None:

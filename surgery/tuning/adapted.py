@@ -1,7 +1,8 @@
 """What is trained, and how it is switched off: PEFT around slots (trained in full) and, where asked for, LoRA.
 
 The teacher is the same model with its adapter disabled: original weights, and the slots as they were folded, which is
-the original after its prefix, exactly. So there is no second model in memory.
+the original after its prefix, exactly. Slots of an encoder are estimates: its teacher has none, and all of its tokens.
+So there is no second model in memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 
 from ..anatomy.linears import linears
 from ..anatomy.sites import TRAINED
+from ..live.as_it_came import as_it_came
 from ..live.model import Live
 from .settings import Settings
 
@@ -41,15 +43,16 @@ class Adapted:
 
     def __init__(self, live: Live, settings: Settings, gate: float, stored: Stored = as_is) -> None:
         model, anatomy, lora = live.model, live.anatomy, settings.lora
-        self.trunk, self.lead, self.gate, self.stored = live.trunk, anatomy.lead, gate, stored
+        self.live, self.trunk, self.lead, self.gate, self.stored = live, live.trunk, anatomy.lead, gate, stored
         names = list(linears(model, anatomy)) if lora is not None or settings.quantised is not None else []
         targets = DUMMY_TARGET_MODULES if lora is None else [self.lead + name for name in lora.targeted(names)]
         held = (name for name, part in self.trunk.named_modules() if next(part.parameters(), None) is not None)
         added = {name.rpartition(".")[2] for name in held} & set(TRAINED)
         rank: dict[str, Any] = {} if lora is None else {"r": lora.rank, "lora_alpha": lora.rank * lora.scale}
         model.requires_grad_(False)
+        task = "CAUSAL_LM" if live.port.predicts else None  # PEFT has none whose model is given pixels
         config = LoraConfig(
-            target_modules=targets, modules_to_save=sorted(added) or None, bias="none", task_type="CAUSAL_LM", **rank
+            target_modules=targets, modules_to_save=sorted(added) or None, bias="none", task_type=task, **rank
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that it will lose
@@ -70,6 +73,14 @@ class Adapted:
         """Open the gates that are not learned to this share of what they shall be."""
         for parameter in self.gates if self.gate else ():
             parameter.fill_(self.gate * share)
+
+    @contextlib.contextmanager
+    def teaching(self) -> Iterator[None]:
+        """The model as the teacher."""
+        with self.peft.disable_adapter(), contextlib.ExitStack() as undo:
+            if not self.live.port.predicts:
+                undo.enter_context(as_it_came(self.live))
+            yield
 
     def added(self) -> list[nn.Parameter]:
         """Parameters of what operations added."""

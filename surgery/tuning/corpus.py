@@ -1,4 +1,5 @@
-"""What training reads: sequences to train on, in an order that seed and step alone decide, and a held-out part."""
+"""What training reads: sequences, or images, to train on, in an order that seed and step alone decide; and others that
+are held out."""
 
 from __future__ import annotations
 
@@ -12,12 +13,15 @@ import torch
 from ..errors import SourceError
 from ..recipe.training import Training
 
-SCALED = 32  # sequences of the training text that static scales come from
+SCALED = 32  # sequences of the training text, or images, that static scales come from
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """training (N, T), held_out (K, L) to judge on, scaling (M, L), some of the former, for static scales."""
+    """training (N, T), held_out (K, L) to judge on, scaling (M, L), some of the former, for static scales.
+
+    Token ids of sequences; or pixels of images, (N, C, H, W), (K, C, H, W) and (M, C, H, W).
+    """
 
     training: torch.Tensor
     held_out: torch.Tensor
@@ -25,7 +29,7 @@ class Corpus:
     seed: int
 
     def batch(self, step: int, size: int) -> torch.Tensor:
-        """The `size` sequences of optimiser step `step` (0, 1, ...): each epoch reads all of them, shuffled anew."""
+        """The `size` sequences, or images, of optimiser step `step` (0, 1, ...): each epoch all of them, in turn."""
         count = len(self.training)
         rows = [self._order(i // count)[i % count] for i in range(step * size, (step + 1) * size)]
         return self.training[rows]
@@ -66,3 +70,23 @@ def make_corpus(
     scaling = rest[: min(len(rest) // length, SCALED) * length].view(-1, length)
     held_out = torch.tensor(ids[:held], dtype=torch.long).view(-1, length)
     return Corpus(training, held_out, scaling, settings.seed)
+
+
+def require_images(count: int, settings: Training, name: str) -> None:
+    """SourceError where so many images are too few to hold some out, and for one batch besides; `name` says where they
+    come from."""
+    needed = settings.held_out + settings.batch
+    if count < needed:
+        raise SourceError(
+            f"{name} gives {count} images, and tune needs {needed} ({settings.held_out} that are held out, and a batch "
+            f"of {settings.batch}); give more of them, or lower tune.held_out."
+        )
+
+
+def make_image_corpus(pixels: torch.Tensor, settings: Training) -> Corpus:
+    """Pixels (N, C, H, W): the last `held_out` images are held out, and all others are trained on.
+
+    Not the first, which operations take their means over: judged on those, no training is as good as the means are.
+    """
+    training, held_out = pixels[: -settings.held_out], pixels[-settings.held_out :]
+    return Corpus(training, held_out, training[:SCALED], settings.seed)

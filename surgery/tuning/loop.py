@@ -1,4 +1,4 @@
-"""The training loop: judged on held-out text, the best kept, stopped by the first loss that is not a number."""
+"""The training loop: judged on what was held out, the best kept, stopped by the first loss that is not a number."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..live.likelihood import scored
+from ..live.features import Features, parts_of
 from ..live.model import Live
-from ..live.places import on_layer
-from ..live.quantised import activation_ranges, quantised
+from ..live.places import final_norm, on_layer
+from ..live.port import Images
 from ..progress import Advance, unseen
 from ..recipe.training import Training
 from ..words import factor
 from .adapted import Adapted
 from .corpus import Corpus
 from .fake_quant import fake_quantised
+from .judging import held_out_distance, held_out_nll, original_features
 from .objectives import Objective, Pass
 from .settings import Settings
 from .store import Snapshot, Store, restore_optimiser
@@ -31,7 +32,8 @@ BETAS = (0.9, 0.95)
 
 @dataclass
 class Record:
-    """What happened: `losses` by step with each objective's value, `judged` held-out NLL by step, in nats per token."""
+    """What happened: `losses` by step with each objective's value, `judged` by step, on what was held out: "nll" of
+    text, in nats per token, or "distance" of an encoder's features of images from the original's."""
 
     losses: list[dict] = field(default_factory=list)
     judged: list[dict] = field(default_factory=list)
@@ -39,12 +41,17 @@ class Record:
 
     @property
     def best(self) -> dict:
-        return min(self.judged, key=lambda entry: entry["nll"])
+        return min(self.judged, key=judgement)
 
     def to_dict(self) -> dict:
         """`tuning` of the verdict."""
-        judged = [{**entry, "ppl": factor(entry["nll"])} for entry in self.judged]
+        judged = [{**entry, **({"ppl": factor(entry["nll"])} if "nll" in entry else {})} for entry in self.judged]
         return {"best_step": self.best["step"], "held_out": judged, "losses": self.losses, "stopped": self.stopped}
+
+
+def judgement(entry: dict) -> float:
+    """Of an entry of `judged`, what is the better the lower it is."""
+    return entry["nll"] if "nll" in entry else entry["distance"]
 
 
 class Loop:
@@ -73,6 +80,9 @@ class Loop:
         optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
         self.trained, self.optimiser = accelerator.prepare(adapted.peft, optimiser)
         self.record, self.best = Record(), adapted.state()
+        self.on = "text" if live.port.predicts else "images"
+        self.norm = (None if live.port.predicts else final_norm(live)) or torch.nn.Identity()
+        self.original: Features | None = None  # what an encoder's features of the held-out images are to be
 
     def run(self) -> Record:
         """Train, and leave the best state that was judged in place."""
@@ -123,13 +133,14 @@ class Loop:
             means = {name: accelerator.reduce(total.new_tensor(value), "mean").item() for name, value in shown.items()}
             self.record.losses.append({"step": step + 1, "loss": mean, **means})
         self.optimiser.zero_grad()
-        held_out = factor(self.record.judged[-1]["nll"])
-        self.advance(1, f"loss {mean:.4f}, held-out perplexity {held_out:.2f}")
+        held_out = judgement(self.record.judged[-1])
+        judged = f"perplexity {factor(held_out):.2f}" if self.live.port.predicts else f"distance {held_out:.6f}"
+        self.advance(1, f"loss {mean:.4f}, held-out {judged}")
 
     def _loss(self, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         teacher = None
         if self.objective.needs_teacher:
-            with torch.no_grad(), self.adapted.peft.disable_adapter():
+            with torch.no_grad(), self.adapted.teaching():
                 teacher = self._pass(self.adapted.peft, tokens)
         rounding: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if (scheme := self.settings.scheme) is not None:
@@ -138,39 +149,57 @@ class Loop:
             return self.objective(self._pass(self.trained, tokens), teacher)
 
     def _pass(self, model, tokens: torch.Tensor) -> Pass:
-        half = self.settings.precision == "bfloat16"
+        half, port = self.settings.precision == "bfloat16", self.live.port
         with self._layers() as hidden, torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
-            out = model(input_ids=tokens, use_cache=False)
-        return Pass(tokens, out.logits, hidden)
+            if not isinstance(port, Images):
+                return Pass(tokens, model(input_ids=tokens, use_cache=False).logits, hidden)
+            self.live.trunk(pixel_values=tokens.to(self.live.model.dtype))
+            last, (cls, patches) = hidden[-1], parts_of(port)
+            parts = [last[:, :cls], last[:, -patches:]] if cls else [last[:, -patches:]]
+            return Pass(tokens, None, hidden, [self.norm(part) for part in parts])
 
     @contextlib.contextmanager
     def _layers(self) -> Iterator[list[torch.Tensor]]:
-        """A list that fills with the residual stream of each layer, if an objective reads it."""
+        """A list that fills with the residual stream of each layer that an objective reads; of an encoder always with
+        that of the last, which features are made of."""
         seen: list[torch.Tensor] = []
+        last = len(self.live.anatomy.blocks)
+        read = range(last + 1) if self.objective.needs_hidden else () if self.live.port.predicts else (last,)
         with contextlib.ExitStack() as undo:
-            for layer in range(len(self.live.anatomy.blocks) + 1) if self.objective.needs_hidden else ():
+            for layer in read:
                 undo.callback(on_layer(self.live, layer, seen.append).remove)
             yield seen
 
-    # ---- held-out text
+    # ---- what was held out
 
     def _judge(self, step: int) -> None:
-        """Score the held-out text with the model as it would be emitted, and keep this state if it is the best."""
+        """Score the held-out text, or images, with the model as it would be emitted, and keep this state if it is the
+        best."""
         self.adapted.set_gate(1.0)
         found: list[float | None] = [None]
         if self.accelerator.is_main_process:
-            self.advance(0, f"held-out text, after step {step}")
-            found = [held_out_nll(self.live, self.adapted, self.settings, self.corpus)]
-        nll: Any = broadcast_object_list(found)[0]
-        if not math.isfinite(nll) and step:
-            self.record.stopped = f"the model of step {step} gives no number on held-out text; kept is the best before"
+            self.advance(0, f"held-out {self.on}, after step {step}")
+            found = [self._held_out()]
+        value: Any = broadcast_object_list(found)[0]
+        if not math.isfinite(value) and step:
+            self.record.stopped = (
+                f"the model of step {step} gives no number on held-out {self.on}; kept is the best before"
+            )
             return
-        self.record.judged.append({"step": step, "nll": nll})
+        self.record.judged.append({"step": step, "nll" if self.live.port.predicts else "distance": value})
         if self.record.best["step"] == step:
             self.best = self.adapted.state()
         late = [entry for entry in self.record.judged if entry["step"] > self.record.best["step"]]
         if self.settings.patience is not None and len(late) >= self.settings.patience:
-            self.record.stopped = f"no better on held-out text since step {self.record.best['step']}"
+            self.record.stopped = f"no better on held-out {self.on} since step {self.record.best['step']}"
+
+    def _held_out(self) -> float:
+        judged = self.live, self.adapted, self.settings, self.corpus
+        if self.live.port.predicts:
+            return held_out_nll(*judged)
+        if self.original is None:
+            self.original = original_features(self.live, self.adapted, self.corpus)
+        return held_out_distance(*judged, self.original)
 
     # ---- checkpoints
 
@@ -199,13 +228,3 @@ def rate(settings: Training, step: int) -> float:
     if settings.schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / max(1, settings.steps - settings.warmup)))
-
-
-def held_out_nll(live: Live, adapted: Adapted, settings: Settings, corpus: Corpus) -> float:
-    """NLL of the held-out text in nats per token, of the model as it would be emitted, quantised if settings say so."""
-    with contextlib.ExitStack() as inside:
-        inside.enter_context(adapted.merged())
-        if (scheme := settings.scheme) is not None:
-            ranges = activation_ranges(live, corpus.scaling) if scheme.calibrated else None
-            inside.enter_context(quantised(live, scheme, ranges))
-        return scored(live, corpus.held_out).nll

@@ -23,12 +23,15 @@ from .words import tuned, tuning_sentence, tuning_table
 
 
 class Tune(Settings, Operation):
-    """Train what the operations added, on `dataset` or else on the calibration text.
+    """Train what the operations added, on `dataset` or else on the calibration text, or images.
 
     A step reads its batch, over all processes, in `accumulate` micro-batches. Judged is, on the first `held_out` chunks
     of that text, the model as it would be emitted, quantised if `quantised` names a scheme; training stops after
     `patience` judgements without a better one. The gate of head norms rises from 0 to that of the recipe over the share
     `anneal` of the steps; one of 0 is learned.
+
+    An encoder is judged on the last `held_out` images, by how far their features are from the original's, and trained
+    on all others. `length` means nothing to images.
     """
 
     name: ClassVar[str] = "tune"

@@ -5,23 +5,42 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from ..anatomy.linears import means, require_known
 from ..checkpoint.provenance import name_of
+from ..errors import RecipeError
 from ..live.quantised import SCHEMES, Scheme
+from ..operations.base import Port
 from ..recipe.fields import AsTuple, Positive, Strict, Targets, Weight
 from ..recipe.training import Training
 
+# Objectives that compare what only one kind of model has; and what an encoder has where a recipe does not say.
+OF: dict[str, Port] = {"kl": "text", "lm": "text", "features": "images"}
+OF_ENCODERS = {"kl": 0.0, "features": 1.0, "hidden": 1.0}
+_REFUSED: dict[Port, str] = {
+    "images": "which compares logits, and an encoder's features are compared by 'features' or 'hidden'",
+    "text": "which compares an encoder's features, and a language model's logits are compared by 'kl'",
+}
+
 
 class Objectives(Strict):
-    """Weights of what tuning lowers (`tuning.objectives`); 0 leaves one out."""
+    """Weights of what tuning lowers (`tuning.objectives`); 0 leaves one out.
+
+    An encoder makes no logits: for one, `kl` is 0 where it is not given, `features` 1 and `hidden` 1. Of DINOv2-small
+    with registers put into it, both together brought images that were not trained on nearer than either.
+    """
 
     kl: Annotated[Weight, Field(description="divergence from the original after the same prefix")] = 1.0
     lm: Annotated[Weight, Field(description="negative log-likelihood of the text")] = 0.0
-    hidden: Annotated[Weight, Field(description="distance of the residual stream from the original's")] = 0.0
+    features: Annotated[
+        Weight, Field(description="1 less the cosine of features with the original's; of an encoder, where it is 1.0")
+    ] = 0.0
+    hidden: Annotated[
+        Weight, Field(description="distance of the residual stream from the original's; of an encoder 1.0")
+    ] = 0.0
     massive: Annotated[Weight, Field(description="how far activations are beyond Sun's criterion")] = 0.0
     peak_ratio: Annotated[Weight, Field(description="the largest activation over the median, as a logarithm")] = 0.0
 
@@ -34,6 +53,21 @@ class Objectives(Strict):
     def weights(self) -> dict[str, float]:
         """Name -> weight of those that count."""
         return {name: weight for name in type(self).model_fields if (weight := getattr(self, name))}
+
+    def of(self, port: Port) -> Self:
+        """The same for a model that reads text, or images. RecipeError for an objective that is of the other."""
+        given = self.model_fields_set
+        found = self
+        if port == "images":
+            usual = {key: weight for key, weight in OF_ENCODERS.items() if key not in given}
+            found = self.model_copy(update=usual)
+        if other := next((name for name in found.weights() if OF.get(name, port) != port), None):
+            raise RecipeError(f"the recipe asks for tune.objectives.{other}, {_REFUSED[port]}; remove it.")
+        if not found.weights():
+            raise RecipeError(
+                "tune.objectives has no weight above 0, so there is nothing to lower; write 'features: 1.0'."
+            )
+        return found
 
 
 class Lora(Strict):
@@ -105,6 +139,15 @@ class Settings(Training):
         if value and info.data.get("quantised") is None:
             raise ValueError("is of quantised, which is not given; leave it out")
         return value
+
+    def of(self, port: Port) -> Self:
+        """The same for a model that reads text, or images. RecipeError where it asks for something of the other."""
+        if port == "images" and self.dataset is not None:
+            raise RecipeError(
+                "the recipe asks for tune.dataset, which is text, and an encoder reads images; remove it, and give "
+                "--calibration DIR."
+            )
+        return self.model_copy(update={"objectives": self.objectives.of(port)})
 
     @property
     def scheme(self) -> Scheme | None:

@@ -94,7 +94,8 @@ def train(live: Live, settings: Settings, text: Fitting) -> Tuned:
     if tuned.record.stopped:
         text.reporter.note(f"tuning stopped: {tuned.record.stopped}")
     if tuned.record.best["step"] == 0:
-        text.reporter.note("no step was better on held-out text than the start: what is written is untuned")
+        on = "text" if live.port.predicts else "images"
+        text.reporter.note(f"no step was better on held-out {on} than the start: what is written is untuned")
     return tuned
 
 
