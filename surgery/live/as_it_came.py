@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -27,13 +26,16 @@ class _Reversible:
         self.undo.close()
 
 
-_IN_PLACE: WeakKeyDictionary[torch.nn.Module, list[_Reversible]] = WeakKeyDictionary()  # by trunk
+def _standing(live: Live) -> list[_Reversible]:
+    """What stands in the model, in order; kept where it stands."""
+    found: list[_Reversible] = vars(live.trunk).setdefault("_standing", [])
+    return found
 
 
 @contextlib.contextmanager
 def reversibly(live: Live, install: Callable[[], contextlib.AbstractContextManager[object]]) -> Iterator[None]:
     """An encoder with what `install` puts in place, within the block; `as_it_came` takes it away for a while."""
-    graft, standing = _Reversible(install), _IN_PLACE.setdefault(live.trunk, [])
+    graft, standing = _Reversible(install), _standing(live)
     graft.put()
     standing.append(graft)
     try:
@@ -50,7 +52,7 @@ def as_it_came(live: Live) -> Iterator[None]:
     Of a language model slots are its prefix, and nothing has to be taken away for it to be the original.
     """
     with contextlib.ExitStack() as undo:
-        for graft in reversed(_IN_PLACE.get(live.trunk, [])):
+        for graft in reversed(_standing(live)):
             graft.take()
             undo.callback(graft.put)
         for module in live.trunk.modules():

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from .model import Live
 from .places import final_norm
@@ -30,17 +29,17 @@ class Features(Observer):
     def __init__(self, live: Live) -> None:
         assert isinstance(live.port, Images)
         self.last = len(live.anatomy.blocks)
-        self.norm: Callable[[torch.Tensor], torch.Tensor] = final_norm(live) or nn.Identity()
+        self.norm: Callable[[torch.Tensor], torch.Tensor] | None = final_norm(live)
         self.cls, self.patches = parts_of(live.port)
         self.found: list[torch.Tensor] = []
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
         if layer == self.last:
             kept = torch.cat([states[:, : self.cls], states[:, -self.patches :]], dim=1)
-            self.found.extend(self.norm(kept).float().cpu())
+            self.found.extend((kept if self.norm is None else self.norm(kept)).float().cpu())
 
     def __getstate__(self) -> dict:  # without the model
-        return {**vars(self), "norm": nn.Identity()}
+        return {**vars(self), "norm": None}
 
     @property
     def finite(self) -> bool:

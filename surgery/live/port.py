@@ -38,6 +38,7 @@ class Batch:
     given: Mapping[str, torch.Tensor] | None = None
 
 
+@dataclass(frozen=True)
 class Text:
     """Token ids (N, T), each row a text of its own."""
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, PrivateAttr
 from transformers import PreTrainedTokenizerBase
 
-from ..anatomy.linears import row_dim
-from ..anatomy.sites import Anatomy
 from ..anatomy.stored import stored_name
 from ..converted.card import Section
 from ..converted.described import Described
@@ -34,8 +32,9 @@ from ..runtime.eab_registers import install_registers
 from ..survey.patches import Standing
 from ..survey.register_neurons import RegisterNeuron, RegisterNeurons
 from ..table import Table
-from ..words import count_of, fixed, number, percent
+from ..words import count_of, fixed, listing, number, percent
 from .base import Alter, Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, Target
+from .units import left_out_by, mlp_parameters, projections_of, zeros_at
 
 SHOWN = 8  # neurons in a table
 
@@ -43,12 +42,13 @@ SHOWN = 8  # neurons in a table
 @dataclass(frozen=True)
 class Found:
     """The neurons, and `config.test_time_registers`; on how many images, and the mean number of patches that stood out
-    in one."""
+    in one. `sources`: where units are to be left out, by parameter of the trunk: its dimension, and which of it."""
 
     neurons: tuple[RegisterNeuron, ...]
     entry: Mapping[str, Any]
     images: int
     patches: float
+    sources: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
 
 class Registers(Operation):
@@ -104,12 +104,11 @@ class Registers(Operation):
             raise UnsupportedModel(
                 f"{anatomy.model_type}: has {anatomy.patching.registers} registers already; leave 'registers' out"
             )
-        names = projections_of(anatomy)
-        if parts is not None:
-            names = [name for name in names if name in parts.entry["units"]]
         entry, how = self._entry if parts is None else parts.entry, "may change" if parts is None else "changed"
+        names = projections_of(anatomy)
         if self._become_slots:
-            changed = {stored_name(target.layout, anatomy, f"{anatomy.lead}{name}.weight"): how for name in names}
+            changes = mlp_parameters(anatomy, names) if parts is None else parts.sources
+            changed = {stored_name(target.layout, anatomy, f"{anatomy.lead}{name}"): how for name in changes}
             return Changes(changed=changed, words=("register neurons left out of the MLPs",))
         return Changes(
             config={} if entry is None else {"test_time_registers": {**entry}}, parts=frozenset({"registers"}),
@@ -135,7 +134,9 @@ class Registers(Operation):
             )
         patches = sum(map(len, outliers)) / len(outliers)
         text.reporter.note(f"{count_of(len(neurons), 'register neuron')}; {patches:.1f} patches of an image stand out")
-        return Found(tuple(neurons), entry_of(live, neurons), len(text.chunks), patches)
+        entry = entry_of(live, neurons)
+        sources = left_out_by(live, entry["units"]) if self._become_slots else {}
+        return Found(tuple(neurons), entry, len(text.chunks), patches, sources)
 
     def graft(self, live: Live, parts: Found) -> contextlib.AbstractContextManager[object]:
         """Where the token becomes slots, `attention_bias` brings it in for as long as it takes means, and then leaves
@@ -148,15 +149,8 @@ class Registers(Operation):
         return {}
 
     def alters(self, parts: Found, target: Target) -> Mapping[str, Alter]:
-        """The columns of units that are left out: zeros."""
-        if not self._become_slots:
-            return {}
-        anatomy = target.anatomy
-        trunk = anatomy.blank.get_submodule(anatomy.trunk)
-        return {
-            f"{anatomy.lead}{name}.weight": _without(units, 1 - row_dim(trunk.get_submodule(name)))
-            for name, units in parts.entry["units"].items()
-        }
+        """What makes the units that are left out: zeros."""
+        return {f"{target.anatomy.lead}{name}": zeros_at(units, dim) for name, (dim, units) in parts.sources.items()}
 
     def could_make(self, before: torch.Tensor, after: torch.Tensor) -> bool:
         return bool(((after == before) | (after == 0)).all())
@@ -195,9 +189,9 @@ class Registers(Operation):
         units = count_of(len(parts.neurons), "unit")
         if self._become_slots:
             return Section(
-                text=f"{units} of its MLPs, which put high norms on patches of little information, are left out: their "
-                "columns of the down projections are zeros. A token that took their activation was what the slots were "
-                "taken from.",
+                text=f"{units} of its MLPs, which put high norms on patches of little information, are left out: "
+                f"{listing(sorted(parts.sources), 6)} have zeros there. A token that took their activation was what "
+                "the slots were taken from.",
             )
         return Section(
             tag="test-time-registers",
@@ -210,15 +204,6 @@ class Registers(Operation):
         )
 
 
-def projections_of(anatomy: Anatomy) -> list[str]:
-    """Names in the trunk of the down projections. UnsupportedModel where there are none."""
-    blank = Live(anatomy.blank, anatomy)
-    names = [name_in(blank, module) for module in down_projections(blank).values()]
-    if not names:
-        raise UnsupportedModel(f"{anatomy.model_type}: its blocks have no MLP whose units could be told apart")
-    return names
-
-
 def entry_of(live: Live, neurons: list[RegisterNeuron]) -> dict[str, Any]:
     """`config.test_time_registers`."""
     assert live.anatomy.patching is not None
@@ -228,10 +213,3 @@ def entry_of(live: Live, neurons: list[RegisterNeuron]) -> dict[str, Any]:
         units.setdefault(name_in(live, projections[neuron.block]), []).append(neuron.unit)
     at = min(1, live.anatomy.patching.special)
     return {"format": FORMAT, "at": at, "first": blocks[0], "last": blocks[-1], "units": units}
-
-
-def _without(units: list[int], dim: int) -> Alter:
-    def alter(weight: torch.Tensor) -> torch.Tensor:
-        return weight.index_fill(dim, torch.tensor(units), 0.0)
-
-    return alter

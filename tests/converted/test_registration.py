@@ -63,7 +63,7 @@ with torch.no_grad():
             "trunk": type(AutoModel.from_pretrained(path)).__name__,
             "without weights": AutoModelForCausalLM.from_config(model.config)(text).logits,
         }
-    for unknown in ("eab_", "eab_nothing", "eab_vit", "eab_eab_llama", "nothing"):
+    for unknown in ("eab_", "eab_nothing", "eab_blip_vision_model", "eab_eab_llama", "nothing"):
         report[unknown] = raised(lambda: AutoConfig.for_model(unknown))
     report["untouched"] = type(AutoConfig.for_model("llama")).__name__
 torch.save(report, sys.argv[2])
@@ -129,7 +129,7 @@ def test_importing_surgery_imports_nothing_heavy(report):
     assert report["heavy"] == []
 
 
-@pytest.mark.parametrize("unknown", ["eab_", "eab_nothing", "eab_vit", "eab_eab_llama", "nothing"])
+@pytest.mark.parametrize("unknown", ["eab_", "eab_nothing", "eab_blip_vision_model", "eab_eab_llama", "nothing"])
 def test_unknown_types_still_raise(report, unknown):
     assert report[unknown].startswith("ValueError") and unknown in report[unknown]
     assert report["untouched"] == "LlamaConfig"
@@ -142,6 +142,6 @@ def test_registering_twice_changes_nothing():
     first = CONFIG_MAPPING._extra_content
     register()
     assert CONFIG_MAPPING._extra_content is first
-    assert f"{TYPE_PREFIX}llama" in CONFIG_MAPPING and f"{TYPE_PREFIX}t5" not in CONFIG_MAPPING
+    assert f"{TYPE_PREFIX}llama" in CONFIG_MAPPING and f"{TYPE_PREFIX}blip_vision_model" not in CONFIG_MAPPING
     with pytest.raises(KeyError):
         CONFIG_MAPPING[f"{TYPE_PREFIX}nothing"]

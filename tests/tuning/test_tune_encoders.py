@@ -106,7 +106,7 @@ def differ(a: Estimated, b: Estimated) -> bool:
 
 @pytest.mark.parametrize("kind", WITH_REGISTERS)
 @pytest.mark.parametrize("lowered", ["features", "hidden"])
-def test_tuned_slots_are_nearer_on_images_that_were_not_trained_on(kind: str, lowered: str) -> None:
+def test_tuned_slots_are_nearer_on_other_images(kind: str, lowered: str) -> None:
     others = {"features": 0.0, "hidden": 0.0}
     settings = settings_of(steps=60, batch=8, held_out=32, evaluate_every=20, objectives={**others, lowered: 1.0})
     found = tuned_encoder(kind, settings, count=160, others=96)
@@ -186,7 +186,7 @@ def test_training_leaves_the_encoder_as_it_came_and_repeats() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"lora": {"rank": 2}}], ids=["slots", "lora"])
 @pytest.mark.parametrize("quantised", ["w8a8_static", pytest.param("w8a8_per_token", marks=pytest.mark.slow)])
-def test_rounding_in_training_lowers_the_loss_of_a_rounded_encoder(quantised: str, options: dict) -> None:
+def test_rounding_in_training_lowers_the_rounded_loss(quantised: str, options: dict) -> None:
     settings = settings_of(steps=40, batch=12, evaluate_every=40, quantised=quantised, learning_rate=1e-2, **options)
     found = tuned_encoder("dinov2_with_registers", settings, count=16)  # one batch of all images, so steps compare
     losses = [entry["loss"] for entry in found.record.losses]

@@ -13,7 +13,9 @@ from surgery.verification.verify import Verify
 def test_each_has_a_key_of_its_own_in_recipes() -> None:
     assert [gate.name for gate in GATES] == list(Verify.model_fields)
     assert {*SHOWN} == {*GATES} and len(SHOWN) == len(GATES)
-    assert [gate.name for gate in Verify().gates()] == [gate.name for gate in GATES if gate.always]
+    for port in ("text", "images"):
+        always = [gate.name for gate in GATES if gate.always and gate.reading in (None, port)]
+        assert [gate.name for gate in Verify().of(port).gates()] == always
 
 
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.name)
