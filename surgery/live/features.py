@@ -1,4 +1,7 @@
-"""What an encoder makes of images, in the end: features, and how alike those of two models are."""
+"""What an encoder makes of images or sound, in the end: features, and how alike those of two models are.
+
+What is said of images and patches here holds for recordings and frames.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ class Features(Observer):
 
     def __init__(self, live: Live) -> None:
         assert isinstance(live.port, Images)
-        self.last = len(live.anatomy.blocks)
+        self.last, self.called = len(live.anatomy.blocks), live.port.called
         self.norm: Callable[[torch.Tensor], torch.Tensor] = final_norm(live) or nn.Identity()
-        self.cls, self.special = min(1, live.port.special), live.port.special
+        self.cls, self.special = live.port.cls, live.port.special
         self.found: list[torch.Tensor] = []
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
