@@ -28,6 +28,7 @@ from helpers.recordings import (
 from helpers.tiny import one_thread
 from helpers.tiny_checkpoint import edit_json, save_model, surgery_command
 from safetensors.torch import load_file
+from transformers.modeling_outputs import BaseModelOutput
 
 import surgery
 from surgery.anatomy.calls import Call, observing
@@ -44,6 +45,10 @@ FEW = surgery.Chunking(4)
 HEADS = {
     "whisper": "WhisperForConditionalGeneration", "wav2vec2": "Wav2Vec2ForCTC",
     "hubert": "HubertForSequenceClassification",
+}  # fmt: skip
+DECODING = {
+    "whisper": "WhisperForConditionalGeneration", "speech_to_text": "Speech2TextForConditionalGeneration",
+    "moonshine": "MoonshineForConditionalGeneration",
 }  # fmt: skip
 QUICK = ("whisper", "wav2vec2")
 
@@ -218,6 +223,62 @@ def in_a_fresh_process(root: Path, program: str) -> list[torch.Tensor]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return torch.load(root / "told.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), DECODING.items())
+def test_a_decoder_beside_the_encoder_is_what_it_was(
+    kind: str, name: str, ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patches, "HIGH", 1.02)
+    source = save_hearing(tmp_path / kind, kind, name)
+    found = surgery.run(recipe(FROM_MASSIVE), source, tmp_path / "out", audio=ground / "clips", chunking=FEW)
+    assert found is not None and found["passed"]
+    live, ids = tower(tmp_path / "out"), torch.tensor([[1, 5, 7, 9], [1, 4, 6, 8]])
+    given = {live.port.input: torch.randn(2, *HEARING[kind][1], generator=torch.Generator().manual_seed(6))}
+    with torch.no_grad():
+        got = live.model(**given, decoder_input_ids=ids)
+        states = BaseModelOutput(last_hidden_state=got.encoder_last_hidden_state)
+        states.attention_mask = None  # which Moonshine's own output has
+        wanted = hearing_model(kind, name)(encoder_outputs=states, decoder_input_ids=ids).logits
+        step = live.model(encoder_outputs=states, decoder_input_ids=ids[:, :3], use_cache=True)
+        last = live.model(
+            encoder_outputs=states, decoder_input_ids=ids[:, 3:], past_key_values=step.past_key_values
+        ).logits
+    assert torch.allclose(got.logits, wanted, atol=1e-4) and torch.allclose(last, wanted[:, 3:], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_padding_is_masked_and_slots_are_not(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "HIGH", 1.02)
+    found = surgery.run(recipe(FROM_MASSIVE), ground / "hubert", tmp_path / "out", audio=ground / "clips", chunking=FEW)
+    assert found is not None and found["passed"]
+    model, source = tower(tmp_path / "out").trunk, torch.Generator().manual_seed(7)
+    short, long = torch.randn(1, 8000, generator=source), torch.randn(1, 12_000, generator=source)
+    both = torch.cat([torch.cat([short, torch.zeros(1, 4000)], dim=1), long])
+    mask = torch.ones(2, 12_000, dtype=torch.long)
+    mask[0, 8000:] = 0
+    with torch.no_grad():
+        alone, batched = model(short)[0], model(both, attention_mask=mask)[0]
+    assert torch.allclose(batched[:1, : alone.shape[1]], alone, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [False, True])
+def test_a_test_time_register_stands_among_frames(
+    slots: bool, ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patches, "HIGH", 1.02)
+    then = [{"attention_bias": {"from": "registers"}}] if slots else []
+    found = surgery.run(
+        recipe({"registers": {"neurons": 2}}, *then), ground / "hubert", tmp_path / "out", audio=ground / "clips",
+        chunking=FEW,
+    )  # fmt: skip
+    assert found is not None and found["passed"] and found["register_neurons"]["frames"] > 0
+    assert surgery.verify(tmp_path / "out", against=ground / "hubert", audio=ground / "clips")["passed"]
+    survey = surgery.scan(tmp_path / "out", audio=ground / "clips", chunking=FEW)
+    assert survey["audio"]["registers"] == survey["audio"]["special"] == (0 if slots else 1)
+    assert survey["n_slots"] == (1 if slots else 0)
 
 
 @pytest.mark.slow
