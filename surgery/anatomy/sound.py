@@ -12,20 +12,23 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModel
+from ..errors import UnsupportedModel, brief
 from .calls import Call
 from .patching import Patching
 from .sites import KNOWN_ARGUMENTS, Anatomy
 from .tower import OFF_THE_SEAM, calls_of, pair
 
-BINS = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")  # of a spectrogram, by family
-LENGTHS = ("max_length", "max_source_positions")  # of a spectrogram; the latter after a stride of 2
+# Keys of configs. How many bins a spectrogram has, as families call it; how long it is, or half of it; strides of
+# patches over bins and over time, where it is cut into such.
+BINS = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+LENGTH, POSITIONS = "max_length", "max_source_positions"
 STRIDES = ("frequency_stride", "time_stride")
 SAMPLES, FRAMES = 16_000, 1_000  # of a recording, where a tower takes any length: a second, and ten
 
 
 def frames_of(kind: str, tower: PreTrainedModel) -> tuple[Patching, list[Call]]:
-    """The same of a recording: of the shapes that its config speaks of, the first that the tower takes."""
+    """What becomes of a recording, and the attention calls: of the first shape that the tower takes, of those that its
+    config speaks of."""
     refused: list[UnsupportedModel] = []
     for shape in _shapes(tower):
         try:
@@ -34,9 +37,8 @@ def frames_of(kind: str, tower: PreTrainedModel) -> tuple[Patching, list[Call]]:
             refused.append(error)
             continue
         tokens = _tokens(kind, calls)
-        strides = tuple(getattr(tower.config, key, None) for key in STRIDES)
-        patch, (down, right) = pair(tower.config, "patch_size"), strides
-        if patch is None or not isinstance(down, int) or not isinstance(right, int):
+        patch, (down, right) = pair(tower.config, "patch_size"), (_count(tower, (key,)) for key in STRIDES)
+        if patch is None or down is None or right is None:
             return Patching(tower.main_input_name, shape, None, None, 0, 0), calls
         cut = Patching(tower.main_input_name, shape, patch, (down, right), 0, 0)
         rows, columns = cut.grid(shape[1], shape[0])
@@ -48,10 +50,7 @@ def frames_of(kind: str, tower: PreTrainedModel) -> tuple[Patching, list[Call]]:
 
 def _shapes(tower: PreTrainedModel) -> Iterator[tuple[int, ...]]:
     """What a recording may look like to the tower, by the sizes in its config."""
-    bins, length, positions = (
-        next((found for key in keys if isinstance(found := getattr(tower.config, key, None), int)), None)
-        for keys in (BINS, LENGTHS[:1], LENGTHS[1:])
-    )
+    bins, length, positions = (_count(tower, keys) for keys in (BINS, (LENGTH,), (POSITIONS,)))
     if tower.main_input_name == "input_values":
         if bins is not None and length is not None:
             yield (length, bins)
@@ -61,6 +60,12 @@ def _shapes(tower: PreTrainedModel) -> Iterator[tuple[int, ...]]:
             yield from ((bins, frames), (frames, bins))
     else:
         raise UnsupportedModel(f"{tower.config.model_type}: its config does not say how many bins its spectrogram has")
+
+
+def _count(tower: PreTrainedModel, keys: tuple[str, ...]) -> int | None:
+    """What the tower's config says under the first of `keys` that it has."""
+    counts = (getattr(tower.config, key, None) for key in keys)
+    return next((found for found in counts if type(found) is int and found > 0), None)
 
 
 def _tokens(kind: str, calls: list[Call]) -> int:
@@ -89,21 +94,16 @@ def grid_of(anatomy: Anatomy, shape: tuple[int, ...]) -> tuple[int, int]:
     assert patching is not None
     if not patching.is_sound:
         return patching.grid(shape[-2], shape[-1])
-    if len(shape) == len(patching.shape):
-        tower: Any = anatomy.blank.get_submodule(anatomy.trunk)
-        try:
-            tokens = _tokens(anatomy.model_type, calls_of(tower, shape))
-        except UnsupportedModel as error:
-            why = f" ({str(error).rpartition(' (')[2].rstrip(')')})"
-        else:
-            return (1, tokens) if patching.patch is None else patching.grid(shape[1], shape[0])
-    else:
-        why = ""
-    given, made = (" x ".join(map(str, one)) for one in (shape, patching.shape))
-    raise UnsupportedModel(
-        f"{anatomy.model_type}: it does not take recordings of {given} numbers, as its feature extractor makes "
-        f"them{why}; its config.json fits {made}"
-    )
+    tower: Any = anatomy.blank.get_submodule(anatomy.trunk)
+    try:
+        tokens = _tokens(anatomy.model_type, calls_of(tower, shape))
+    except UnsupportedModel as error:
+        given, made = (" x ".join(map(str, one)) for one in (shape, patching.shape))
+        raise UnsupportedModel(
+            f"{anatomy.model_type}: it does not take recordings of {given} numbers, as its feature extractor makes "
+            f"them ({brief(error.__cause__ or error)}); its config.json fits {made}"
+        ) from error
+    return (1, tokens) if patching.patch is None else patching.grid(shape[1], shape[0])
 
 
 def norm_after(anatomy: Anatomy) -> str | None:

@@ -58,10 +58,9 @@ def require_one_kind(**given: Sequence[Path]) -> None:
     """SourceError where there is something of several kinds, by the names of their options."""
     asked = [option for option, files in given.items() if files]
     if len(asked) > 1:
-        what = {"text": "language models", "images": "encoders", "audio": "encoders of sound"}
-        first, second = (f"--{option} is for {what[option]}" for option in asked[:2])
-        second = second.replace(" is for", " for")
-        raise SourceError(f"{first}, and {second}; take one of them away.")
+        of = {"text": "language models", "images": "encoders", "audio": "encoders of sound"}
+        first, second = asked[:2]
+        raise SourceError(f"--{first} is for {of[first]}, and --{second} for {of[second]}; take one of them away.")
 
 
 def make_ready(plan: Plan, texts: Texts | Pictures, options: RunOptions, reporter: Reporter) -> Ready:
@@ -114,7 +113,7 @@ def require_port(anatomy: Anatomy, texts: Texts | Pictures) -> Any:
 
 def classifies(anatomy: Anatomy) -> bool:
     """Whether the model says what is in an image, or in a recording."""
-    return auto_of(anatomy.model_class, anatomy.config_class) in (
+    return anatomy.patching is not None and auto_of(anatomy.model_class, anatomy.config_class) in (
         "AutoModelForImageClassification", "AutoModelForAudioClassification"
     )  # fmt: skip
 
