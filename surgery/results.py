@@ -122,6 +122,7 @@ class Survey(TypedDict):
     parameters: NotRequired[int]
     perplexity: NotRequired[Score]  # of text
     images: NotRequired[dict[str, Any]]  # grid, special, registers: what tokens an image becomes
+    audio: NotRequired[dict[str, Any]]  # frames (or a grid), special, registers: what tokens a recording becomes
     norm_maps: NotRequired[dict[str, Any]]  # layers; images: name, png (base64), norms by layer
     massive_activations: Massive
     layers: list[Layer]

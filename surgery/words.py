@@ -6,7 +6,7 @@ import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 WIDTH = 112  # of lines of a model card
 NONE = "–"  # what was not measured
@@ -14,8 +14,23 @@ COLLAPSE = math.log(10)  # nats: a change that multiplies perplexity by ten or m
 LITTLE = math.log(1.01)  # nats: one whose whole interval is within this changes perplexity by less than 1%
 LITTLE_CHANGE, UNKNOWN = "less than 1%", "too few chunks to tell"
 MOST = 700.0  # of what exp is taken of: a float holds no more
+
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _TO = "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}"
+
+
+class Called(NamedTuple):
+    """What an encoder reads, and what of it becomes a token, in words: one, and several."""
+
+    one: str
+    many: str
+    part: str
+    parts: str
+
+
+IMAGE = Called("image", "images", "patch", "patches")
+RECORDING = Called("recording", "recordings", "frame", "frames")
+SPECTROGRAM = Called("recording", "recordings", "patch", "patches")  # whose picture is cut as an image is
 
 
 # ---- numbers
@@ -122,12 +137,28 @@ def asked(judgement: Mapping[str, Any]) -> str:
     return f"{'at least' if judgement.get('minimum') else 'at most'} {number(judgement['limit'], 6)}"
 
 
-def tokens_of(images: Mapping[str, Any], times: str = "×") -> str:
-    """`images` of a survey: what tokens an image becomes."""
-    (rows, columns), special, registers = images["grid"], images["special"], images["registers"]
+def encoded(survey: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """`images` or `audio` of a survey: what tokens one becomes; None of a survey on text."""
+    return survey.get("images") or survey.get("audio")
+
+
+def called(found: Mapping[str, Any]) -> Called:
+    """What was read, by a survey of an encoder or by an entry of a verdict that counts `images` or `recordings`."""
+    if not found.get("audio") and "recordings" not in found:
+        return IMAGE
+    return SPECTROGRAM if "grid" in (found.get("audio") or ()) or "patches" in found else RECORDING
+
+
+def tokens_of(read: Mapping[str, Any], times: str = "×") -> str:
+    """`images` or `audio` of a survey: what tokens one becomes."""
+    special, registers = read["special"], read["registers"]
     named = ["CLS"] if special else []
     named += [count_of(registers, "register")] if registers else []
     named += [count_of(special - registers - 1, "special token")] if special > registers + 1 else []
+    if "frames" in read:
+        named = [] if not special else [count_of(special, "register")]  # of test time: sound has no CLS
+        return listing([*named, count_of(read["frames"], "frame")])
+    rows, columns = read["grid"]
     return listing([*named, f"{rows} {times} {columns} patches"])
 
 

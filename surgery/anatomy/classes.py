@@ -7,6 +7,8 @@ from typing import Any
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from .patching import SOUND
+
 # Of these some build only the text model inside a multimodal one; then comes the other, which builds all of it.
 ANY = "AutoModel"
 CAUSAL, MULTIMODAL = "AutoModelForCausalLM", "AutoModelForMultimodalLM"
@@ -51,6 +53,20 @@ def models_of(config: type) -> dict[str, type]:
 def auto_of(kind: type, config: type) -> str:
     """The Auto class that loads a class of transformers for a type of config."""
     return next((auto for auto, model in models_of(config).items() if model is kind), ANY)
+
+
+def reads_of(config: type) -> str | None:
+    """What the model is called with that AutoModel loads for a config; None where it loads none, or lacks a package."""
+    try:
+        name: str | None = getattr(of_auto(ANY, config), "main_input_name", None)
+    except (ImportError, ValueError):  # of a placeholder, whatever it is asked for; or where there is no such class
+        return None
+    return name
+
+
+def is_text(config: type) -> bool:
+    """Whether there is a causal language model of a config, and no encoder of sound beside it, as in Whisper."""
+    return causal_class(config) is not None and reads_of(config) not in SOUND
 
 
 def of_auto(auto: str, config: type) -> Any:

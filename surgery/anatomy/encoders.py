@@ -1,7 +1,8 @@
-"""The structure of an encoder of images, found as that of a language model is: by running it on the meta device.
+"""The structure of an encoder of images or of sound, found as that of a language model is: by running it on the meta
+device.
 
-A checkpoint may hold more (a text tower, a classifier, a language model): the *tower* is the model inside
-that is called with pixels alone; of several, one inside the other, the innermost.
+A checkpoint may hold more (a text tower, a classifier, a language model, a decoder): the *tower* is the model inside
+that is called with pixels, or with sound, alone; of several, one inside the other, the innermost.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,12 +20,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import UnsupportedModel, brief
 from .calls import Call
 from .classes import ANY, models_of, of_auto
-from .patching import Patching
+from .patching import PIXELS, SOUND, Patching
 from .sites import Anatomy, blocks_of, read_as_config, sites_of
-from .structure import SEAM, on_meta
+from .sound import frames_of
+from .structure import on_meta
+from .tower import calls_of, pair
 
 REGISTERS = ("num_register_tokens", "num_registers")  # as families call how many of them there are
-OFF_THE_SEAM = "its attention does not go through transformers' AttentionInterface, where it could be seen"
+
+Encoded = Literal["images", "audio"]
+_NONE = {
+    "images": "no part of it reads images alone; give --text to survey a language model",
+    "audio": "no part of it reads sound alone; give --images for an encoder of images, --text for a language model",
+}
 
 
 def parse_encoder(config: dict) -> tuple[PreTrainedConfig, Any]:
@@ -41,59 +49,74 @@ def parse_encoder(config: dict) -> tuple[PreTrainedConfig, Any]:
     return parsed, kind
 
 
-def examine_encoder(config: dict) -> Anatomy:
-    """What `config` (a raw config.json) describes, without weights; its `patching` is there.
+def examine_encoder(config: dict, reads: Encoded | None = None) -> Anatomy:
+    """What `config` (a raw config.json) describes, without weights; its `patching` is there. `reads`: which encoder is
+    meant, where there may be both; None: that of images, or else that of sound.
 
-    UnsupportedModel where no part of it reads pixels alone, where that does not attend through transformers'
-    AttentionInterface, or where its tokens are not a grid of patches.
+    UnsupportedModel where no part of it reads pixels or sound alone, where that does not attend through transformers'
+    AttentionInterface, or where its tokens are neither a grid of patches nor a row of frames.
     """
-    return _examine(*parse_encoder(config))
+    return _examine(*parse_encoder(config), reads)
 
 
-def _examine(parsed: PreTrainedConfig, kind: Any) -> Anatomy:
+def _examine(parsed: PreTrainedConfig, kind: Any, reads: Encoded | None = None) -> Anatomy:
     try:
         with on_meta():
             model = kind._from_config(copy.deepcopy(parsed), dtype=torch.float32).eval()
     except Exception as error:  # of any class: model code trusts its config
         raise UnsupportedModel(f"{parsed.model_type}: no model can be built of its config ({brief(error)})") from error
-    refused = UnsupportedModel(
-        f"{parsed.model_type}: no part of it reads images alone; give --text to survey a language model"
-    )
+    wanted: list[Encoded] = ["images", "audio"] if reads is None else [reads]
+    refused: UnsupportedModel | None = None
+    for one in wanted:
+        found, error_ = _innermost(parsed, model, (PIXELS,) if one == "images" else SOUND)
+        if found is not None:
+            return found
+        refused = refused or error_
+    raise refused or UnsupportedModel(f"{parsed.model_type}: {_NONE[wanted[0]]}")
+
+
+def _innermost(
+    parsed: PreTrainedConfig, model: PreTrainedModel, inputs: tuple[str, ...]
+) -> tuple[Anatomy | None, UnsupportedModel | None]:
+    """The innermost tower that is called with one of `inputs`, and why the last of others was refused."""
     found: Anatomy | None = None
+    refused: UnsupportedModel | None = None
     for name, part in model.named_modules():
         if found is not None and not name.startswith(found.lead):
             break
-        if isinstance(part, PreTrainedModel) and part.main_input_name == "pixel_values":
+        if isinstance(part, PreTrainedModel) and part.main_input_name in inputs:
             try:
                 found = _examined(parsed, model, name, part)  # the innermost: a classifier has its encoder inside
             except UnsupportedModel as error:  # another inside of it may do
                 refused = error
-    if found is None:
-        raise refused
-    return found
+    return found, refused
 
 
 def _examined(parsed: PreTrainedConfig, model: PreTrainedModel, name: str, tower: PreTrainedModel) -> Anatomy:
-    size, patch = _pair(tower.config, "image_size"), _pair(tower.config, "patch_size")
+    look = _patches if tower.main_input_name == PIXELS else frames_of
+    patching, calls = look(parsed.model_type, tower)
+    if any(call.causal and call.mask is None for call in calls):
+        raise UnsupportedModel(f"{parsed.model_type}: its tokens see only those before them, as a language model's do")
+    return _anatomy(parsed, model, name, tower, calls, patching)
+
+
+def _patches(kind: str, tower: PreTrainedModel) -> tuple[Patching, list[Call]]:
+    """What becomes of an image, and the attention calls."""
+    size, patch = pair(tower.config, "image_size"), pair(tower.config, "patch_size")
     if size is None or patch is None:
-        raise UnsupportedModel(
-            f"{parsed.model_type}: its config has no image_size and patch_size, so no grid of patches"
-        )
-    channels = getattr(tower.config, "num_channels", 3)
-    calls = _calls(tower, torch.zeros(1, channels, *size, device="meta"))
+        raise UnsupportedModel(f"{kind}: its config has no image_size and patch_size, so no grid of patches")
+    shape = (getattr(tower.config, "num_channels", 3), *size)
+    calls = calls_of(tower, shape)
     rows, columns = size[0] // patch[0], size[1] // patch[1]
     special = min((call.query.shape[2] for call in calls), default=0) - rows * columns
     if special < 0 or any(call.query.shape[2] != special + rows * columns for call in calls):
         raise UnsupportedModel(
-            f"{parsed.model_type}: an image of {size[0]} x {size[1]} is not {rows} x {columns} tokens in all of its "
+            f"{kind}: an image of {size[0]} x {size[1]} is not {rows} x {columns} tokens in all of its "
             "layers, so what stands where is not known"
         )
-    if any(call.causal and call.mask is None for call in calls):
-        raise UnsupportedModel(f"{parsed.model_type}: its tokens see only those before them, as a language model's do")
     key = next((key for key in REGISTERS if getattr(tower.config, key, None)), None)
     registers = 0 if key is None else min(getattr(tower.config, key), max(special - 1, 0))
-    patching = Patching(size, channels, patch, special, registers, key)
-    return _anatomy(parsed, model, name, tower, calls, patching)
+    return Patching(PIXELS, shape, patch, patch, special, registers, key), calls
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,7 @@ def without_registers(anatomy: Anatomy) -> Emptied:
     places = {"": config, **{name: part for name in config.sub_configs if (part := getattr(config, name, None))}}
     where, holder = next((name, part) for name, part in places.items() if getattr(part, key, None))
     setattr(holder, key, 0)
-    without = _examine(config, anatomy.model_class)
+    without = _examine(config, anatomy.model_class, "images")
     shapes = {
         name: (tuple(before.shape), tuple(after.shape))
         for (name, before), (_, after) in zip(
@@ -129,30 +152,6 @@ def without_registers(anatomy: Anatomy) -> Emptied:
     ):  # fmt: skip
         raise UnsupportedModel(f"{kind}: with {key} 0 in its config it is not the same encoder without its registers")
     return Emptied({key: 0} if not where else {where: {key: 0}}, tensors)
-
-
-def _pair(config: PreTrainedConfig, key: str) -> tuple[int, int] | None:
-    found = getattr(config, key, None)
-    if isinstance(found, int):
-        return found, found
-    if isinstance(found, (tuple, list)) and len(found) == 2 and all(isinstance(side, int) for side in found):
-        return found[0], found[1]
-    return None
-
-
-def _calls(tower: PreTrainedModel, pixels: torch.Tensor) -> list[Call]:
-    kind = tower.config.model_type
-    calls: list[Call] = []
-    try:
-        with on_meta(tower, calls):
-            tower(pixel_values=pixels)
-    except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
-        if SEAM in str(error):
-            raise UnsupportedModel(f"{kind}: {OFF_THE_SEAM}") from error
-        raise UnsupportedModel(f"{kind}: its structure could not be read without weights ({brief(error)})") from error
-    if not calls:
-        raise UnsupportedModel(f"{kind}: {OFF_THE_SEAM}")
-    return calls
 
 
 def _anatomy(

@@ -1,25 +1,66 @@
-"""What an encoder makes of an image before its first block: a few special tokens, and one for each patch of a grid."""
+"""What an encoder makes of an image or a recording before its first block: a few special tokens, and one for each patch
+of a grid, or for each frame of a row."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from ..words import IMAGE, RECORDING, SPECTROGRAM, Called
+
+PIXELS = "pixel_values"
+Reads = Literal["text", "images", "audio"]  # what a model is given, and how options are called
+SOUND = ("input_features", "input_values")  # as the towers of audio call what they read
 
 
 @dataclass(frozen=True)
 class Patching:
-    """`size` (H, W) and `channels` of the images that it was made for, `patch` (H, W) of each.
+    """`shape` of one `input` that it was made for, as the tower is called with it: images are (C, H, W), recordings
+    (samples,), or (frames, bins) in either order.
 
-    Of the tokens that an image becomes, the first `special` are no patches, and of these `registers` are, after CLS;
+    `patch` (H, W) and `stride` of each; None where tokens are a row of frames, as long as the recording makes it. Of
+    the tokens that an image becomes, the first `special` are no patches, and of these `registers` are, after CLS;
     `register_key` is what the tower's config calls their number.
     """
 
-    size: tuple[int, int]
-    channels: int
-    patch: tuple[int, int]
+    input: str
+    shape: tuple[int, ...]
+    patch: tuple[int, int] | None
+    stride: tuple[int, int] | None
     special: int
     registers: int
     register_key: str | None = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of an image."""
+        height, width = self.shape[-2:]
+        return height, width
+
+    @property
+    def is_sound(self) -> bool:
+        return self.input != PIXELS
+
+    @property
+    def cls(self) -> int:
+        """How many CLS there are: one, unless all that is special are registers."""
+        return int(self.special > self.registers)
+
+    @property
+    def called(self) -> Called:
+        if not self.is_sound:
+            return IMAGE
+        return RECORDING if self.patch is None else SPECTROGRAM
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """How many patches an image of this size has, rows and columns."""
-        return height // self.patch[0], width // self.patch[1]
+        assert self.patch is not None and self.stride is not None
+        (high, wide), (down, right) = self.patch, self.stride
+        return (height - high) // down + 1, (width - wide) // right + 1
+
+
+def read_by(patching: Patching | None) -> Reads:
+    """What a model reads, of which this is known."""
+    if patching is None:
+        return "text"
+    return "audio" if patching.is_sound else "images"

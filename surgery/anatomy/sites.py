@@ -17,10 +17,10 @@ from ..errors import SourceError, UnsupportedModel, brief
 from ..runtime.eab_families import ADAPTERS
 from ..words import named
 from .calls import Call
-from .classes import ANY, causal_class, of_auto
+from .classes import causal_class, reads_of
 from .limits import max_length, max_positions
 from .mixers import Indexer, Mixer, described
-from .patching import Patching
+from .patching import PIXELS, SOUND, Patching
 from .structure import MIXED_TOKENS, run_mixers, run_structure
 
 # Arguments that a site may pass on and that leave attention what it is. All others that are not None are refused.
@@ -60,7 +60,7 @@ class Anatomy:
     `config` and `blank`. The blank model has modules and shapes and no weights, and nothing is changed on it.
     `max_positions` is how many positions the model has, `max_length` how many the fold is exact on, if that is bounded.
     `vocab_size` is how many token ids the config gives embeddings to, None where it does not say. `patching`: of an
-    encoder of images; its trunk is what is called with pixels.
+    encoder of images or sound; its trunk is what is called with them.
     """
 
     model_type: str
@@ -128,11 +128,12 @@ def parse_config(config: dict) -> PreTrainedConfig:
     parsed = read_as_config(config)
     model_type = config["model_type"]
     if causal_class(type(parsed)) is None:
-        reads = getattr(of_auto(ANY, type(parsed)), "main_input_name", None)
-        images = reads == "pixel_values" or hasattr(parsed, "vision_config")
+        reads = reads_of(type(parsed))
+        encoder = "sound, give --audio" if reads in SOUND else "images, give --images"
+        is_one = reads == PIXELS or reads in SOUND or hasattr(parsed, "vision_config")
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold"
-            f"{'; to survey an encoder of images, give --images to scan' if images else ''}"
+            f"{f'; to survey an encoder of {encoder} to scan' if is_one else ''}"
         )
     return parsed
 

@@ -65,6 +65,10 @@ IMAGES = click.option(
     "--images", multiple=True, type=FILE, metavar="FILE|DIR",
     help="Images for an encoder, in place of text (repeatable); --chunks says how many are read.",
 )  # fmt: skip
+AUDIO = click.option(
+    "--audio", multiple=True, type=FILE, metavar="FILE|DIR",
+    help="Recordings (wav, flac, ogg) for an encoder of sound, in place of text (repeatable).",
+)  # fmt: skip
 DEVICE = click.option(
     "--device", default="cpu", show_default=True, help="torch device, or auto to spread over GPUs, memory and disk."
 )

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..anatomy.classes import CAUSAL, auto_of
+from ..anatomy.patching import read_by
 from ..anatomy.sites import Anatomy
 from ..checkpoint.provenance import Provenance
 from ..checkpoint.source import Source
@@ -75,8 +76,15 @@ _PACKED = (
 _ROUNDED = {True: "with values rounded between layers as the format says", False: "with the weights unpacked"}
 _AS_PLAIN = " transformers reads this format with `quantization_config=CompressedTensorsConfig(dequantize=True)` alone."
 _READS = {
-    True: {"reader": "AutoTokenizer", "reads": "tokenizer"},
-    False: {"reader": "AutoImageProcessor", "reads": "processor"},
+    "text": {"reader": "AutoTokenizer", "reads": "tokenizer"},
+    "images": {"reader": "AutoImageProcessor", "reads": "processor"},
+    "audio": {"reader": "AutoFeatureExtractor", "reads": "extractor"},
+}
+_TASKS = {  # of Auto classes, as the hub calls them
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
 }
 _UNPROVED = "Nothing: written with --no-verify."
 
@@ -140,7 +148,7 @@ def model_card(
         limits="\n".join(wrapped(line).replace("\n", "\n  ") for line in limits),
         licence=wrapped(_licence(known)), made=shown.made,
         recipe=json.dumps(recipe, indent=2, ensure_ascii=False), auto=_auto(anatomy),
-        **_READS[anatomy.patching is None],
+        **_READS[read_by(anatomy.patching)],
     )  # fmt: skip
 
 
@@ -152,8 +160,8 @@ def _task(anatomy: Anatomy) -> str:
     """What the hub calls what the model is for."""
     if anatomy.patching is None:
         return "text-generation"
-    classifies = _auto(anatomy) == "AutoModelForImageClassification"
-    return "image-classification" if classifies else "image-feature-extraction"
+    otherwise = "feature-extraction" if anatomy.patching.is_sound else "image-feature-extraction"
+    return _TASKS.get(_auto(anatomy), otherwise)
 
 
 def _metadata(known: Origin, anatomy: Anatomy, tags: Sequence[str], shown: Shown) -> ModelCardData:

@@ -102,7 +102,7 @@ class Described:
         patching, blank = anatomy.patching, Live(anatomy.blank, anatomy)
         assert patching is not None
         projections = {name_in(blank, part): widths(part)[0] for part in down_projections(blank).values()}
-        ends, at = (anatomy.blocks[0], anatomy.blocks[-1]), min(1, patching.special)
+        ends, at = (anatomy.blocks[0], anatomy.blocks[-1]), patching.cls
         if ((entry.first, entry.last), entry.at) != (ends, at) or any(
             max(units, default=-1) >= projections.get(name, 0) for name, units in entry.units.items()
         ):

@@ -1,4 +1,7 @@
-"""What an encoder makes of images, in the end: features, and how alike those of two models are."""
+"""What an encoder makes of images or sound, in the end: features, and how alike those of two models are.
+
+What is said of images and patches here holds for recordings and frames.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from .stream import Observer
 def parts_of(port: Images) -> tuple[int, int]:
     """How many of an image's first tokens are CLS, 0 or 1, and how many of its last are patches: what stands between is
     no feature, and may have been left out."""
-    return min(1, port.special), port.grid[0] * port.grid[1]
+    return port.cls, port.grid[0] * port.grid[1]
 
 
 class Features(Observer):
@@ -28,7 +31,7 @@ class Features(Observer):
 
     def __init__(self, live: Live) -> None:
         assert isinstance(live.port, Images)
-        self.last = len(live.anatomy.blocks)
+        self.last, self.called = len(live.anatomy.blocks), live.port.called
         self.norm: Callable[[torch.Tensor], torch.Tensor] | None = final_norm(live)
         self.cls, self.patches = parts_of(live.port)
         self.found: list[torch.Tensor] = []

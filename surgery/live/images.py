@@ -15,9 +15,7 @@ from transformers import AutoImageProcessor
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy
 from ..errors import SourceError, UnsupportedModel, brief
-from .model import Live
-from .places import on_layer
-from .port import Images
+from .searched import every_file, first_files
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the latter is what newer versions write
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a directory is searched for
@@ -25,30 +23,12 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  
 
 def every_image(given: Sequence[Path]) -> list[Path]:
     """The images among files and directories, which are searched for images by name, in order."""
-    found: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            found += sorted(one for one in path.iterdir() if one.suffix.lower() in SUFFIXES and _is_shown(one))
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise SourceError(f"{path}: is neither a file nor a directory; give images with --images.")
-    return found
+    return every_file(given, SUFFIXES, "images", "--images")
 
 
 def image_files(given: Sequence[Path], count: int) -> list[Path]:
     """The first `count` of them; SourceError where there are fewer."""
-    found = every_image(given)
-    if len(found) < count:
-        names = ", ".join(map(str, given))
-        raise SourceError(
-            f"{names}: {len(found)} images, and {count} are to be read; give more, or ask for fewer (--chunks)."
-        )
-    return found[:count]
-
-
-def _is_shown(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".")
+    return first_files(given, every_image(given), count, "images")
 
 
 def read_image(path: Path) -> Image.Image:
@@ -112,7 +92,7 @@ def read_pixels(processor: Any, files: Sequence[Path], anatomy: Anatomy) -> torc
 
 def _pixels(processor: Any, path: Path, anatomy: Anatomy) -> torch.Tensor:
     assert anatomy.patching is not None
-    image, channels = read_image(path), anatomy.patching.channels
+    image, channels = read_image(path), anatomy.patching.shape[0]
     try:
         made = processor(image, return_tensors="pt")["pixel_values"]
     except Exception as error:  # of any class, as the settings in its file have it
@@ -125,53 +105,6 @@ def _pixels(processor: Any, path: Path, anatomy: Anatomy) -> torch.Tensor:
         )
     pixels: torch.Tensor = made[0]
     return pixels
-
-
-class _Enough(Exception):
-    """Ends a pass at the first block."""
-
-
-@torch.inference_mode()
-def require_places(live: Live, pixels: torch.Tensor) -> None:
-    """UnsupportedModel unless an image becomes the tokens that `live.port` says: two images, alike but for one patch,
-    are two rows that differ in the token of that patch alone, where they enter the first block."""
-    port, patching, kind = live.port, live.anatomy.patching, live.anatomy.model_type
-    assert isinstance(port, Images) and patching is not None
-    (rows, columns), (height, width) = port.grid, patching.patch
-    row, column = rows // 2, (2 * columns) // 3
-    entered: list[torch.Tensor] = []
-
-    def look(states: torch.Tensor) -> None:
-        entered.append(states)
-        raise _Enough
-
-    pair = pixels[:1].repeat(2, 1, 1, 1)
-    pair[1, :, row * height : (row + 1) * height, column * width : (column + 1) * width] += 1.0
-    hook = on_layer(live, 0, look)
-    try:
-        live.trunk(pixel_values=pair.to(live.device, live.model.dtype))
-    except _Enough:
-        pass
-    except Exception as error:  # of any class: its code was made for images of one size
-        made = f"{patching.size[0]} x {patching.size[1]}"
-        raise UnsupportedModel(
-            f"{kind}: it does not take images of {pixels.shape[2]} x {pixels.shape[3]}, as its processor makes them "
-            f"({brief(error)}); its config.json says {made}"
-        ) from error
-    finally:
-        hook.remove()
-    states = entered[0] if entered else pair
-    if states.shape[:2] != (2, port.tokens):
-        raise UnsupportedModel(
-            f"{kind}: two images of {rows} x {columns} patches become {tuple(states.shape)} and not (2, {port.tokens}, "
-            "d), so what stands where is not known"
-        )
-    changed = (states[0] != states[1]).any(dim=-1).nonzero().flatten().tolist()
-    if changed != [port.special + row * columns + column]:
-        raise UnsupportedModel(
-            f"{kind}: its tokens do not stand as its patches do, after all others and row by row, so what stands where "
-            "is not known"
-        )
 
 
 def picture_of(pixels: torch.Tensor, side: int) -> Image.Image:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..anatomy.linears import widths
+from ..anatomy.sound import norm_after
 from ..runtime.eab_registers import MARK as REGISTERS
 from .model import Live
 
@@ -93,9 +94,15 @@ def on_layer(
 
 
 def final_norm(live: Live) -> nn.Module | None:
-    """The norm between the last block and the output layer: the one that stands after the blocks in the trunk."""
+    """The norm between the last block and the output layer: the one that stands after the blocks in the trunk. Encoders
+    of sound keep theirs beside the blocks, in any order: there, the one that is given what the last block returns."""
     stacks = {name.split(".")[0] for name in live.anatomy.blocks}
     children = list(live.trunk.named_children())
     after = [i for i, (name, _) in enumerate(children) if name in stacks]
     norms = [child for _, child in children[max(after) + 1 :] if "norm" in type(child).__name__.lower()]
-    return norms[0] if len(norms) == 1 else None
+    if len(norms) == 1:
+        return norms[0]
+    if live.anatomy.patching is None or not live.anatomy.patching.is_sound:
+        return None
+    name = norm_after(live.anatomy)
+    return None if name is None else live.trunk.get_submodule(name)

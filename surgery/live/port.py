@@ -1,6 +1,6 @@
-"""What a model reads: token ids of text, or images. The rest of surgery sees batches, and does not ask.
+"""What a model reads: token ids of text, images, or sound. The rest of surgery sees batches, and does not ask.
 
-Notation: N sequences or images, T tokens of each.
+Notation: N sequences, images or recordings, T tokens of each.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..anatomy.patching import PIXELS, SOUND
+from ..anatomy.sound import grid_of
+from ..words import IMAGE, RECORDING, SPECTROGRAM, Called
 from .text import token_texts
 
 if TYPE_CHECKING:
@@ -21,15 +24,15 @@ if TYPE_CHECKING:
 # Logits are the largest tensor of a pass over text; this bounds a batch of them, and with it the batch size.
 LOGIT_BYTES = 256 * 2**20
 TRIED = (2, 16)  # rows and tokens of the random text that `answer` is about
-IMAGE_BYTES = 64 * 2**20  # of one layer's hidden states of a batch of images
+IMAGE_BYTES = 64 * 2**20  # of one layer's hidden states of a batch of images or recordings
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """tokens (B, T) as fed to the model; the first `lead` of each row are a prefix that belongs to no text.
 
-    `index`: how many batches of the same text come before it. Of images `tokens` are the numbers of their places, and
-    `given` what the model is called with.
+    `index`: how many batches of the same text come before it. Of images and sound `tokens` are the numbers of places,
+    and `given` what the model is called with.
     """
 
     tokens: torch.Tensor
@@ -73,23 +76,35 @@ class Text:
 @dataclass(frozen=True)
 class Images:
     """Pixels (N, C, H, W), of which an encoder makes `special` tokens and then one for each patch of a `grid`, row by
-    row. Of the special ones the first is CLS, and then come the `registers`."""
+    row. Of the special ones the first is CLS, unless all are `registers`, which come then."""
 
     grid: tuple[int, int]
     special: int
     registers: int
 
     predicts = False
+    input = PIXELS  # the name of what the model is called with
+
+    @property
+    def called(self) -> Called:
+        """What it reads, and what of it is a token, in words."""
+        return IMAGE
+
+    @property
+    def cls(self) -> int:
+        """How many CLS there are."""
+        return int(self.special > self.registers)
 
     @property
     def tokens(self) -> int:
         return self.special + self.grid[0] * self.grid[1]
 
     def batches(self, live: Live, pixels: torch.Tensor, prefix: Sequence[int]) -> Iterator[Batch]:
+        """pixels (N, C, H, W), or of sound (N, ...)."""
         width = live.trunk.config.get_text_config().hidden_size
         size = max(1, IMAGE_BYTES // (4 * width * self.tokens))
         for index, part in enumerate(pixels.split(size)):
-            given = {"pixel_values": part.to(live.device, live.model.dtype)}
+            given = {self.input: part.to(live.device, live.model.dtype)}
             yield Batch(torch.arange(self.tokens).expand(len(part), -1), 0, index, given)
 
     def run(self, live: Live, batch: Batch, wanted: bool) -> torch.Tensor | None:
@@ -108,10 +123,31 @@ class Images:
     def _name(self, token: int) -> str:
         if token >= self.special:
             row, column = divmod(token - self.special, self.grid[1])
-            return f"patch {row + 1},{column + 1}"
-        if token == 0:
+            return self._of_grid(row, column)
+        if token < self.cls:
             return "CLS"
-        return f"register {token}" if token <= self.registers else f"special {token + 1}"
+        number = token - self.cls + 1
+        return f"register {number}" if number <= self.registers else f"special {token + 1}"
+
+    def _of_grid(self, row: int, column: int) -> str:
+        return f"patch {row + 1},{column + 1}"
+
+
+@dataclass(frozen=True)
+class Sound(Images):
+    """Recordings (N, ...), as an encoder of sound is called with them by the name `input`, of which it makes a row of
+    frames: a `grid` of one row, and nothing special but registers of test time. Of a picture of sound that is cut as an
+    image is (`cut`), it makes what `Images` are."""
+
+    input: str = SOUND[0]
+    cut: bool = False
+
+    @property
+    def called(self) -> Called:
+        return SPECTROGRAM if self.cut else RECORDING
+
+    def _of_grid(self, row: int, column: int) -> str:
+        return super()._of_grid(row, column) if self.cut else f"frame {column + 1}"
 
 
 Port = Text | Images
@@ -119,23 +155,29 @@ TEXT = Text()
 
 
 def port_of(anatomy: Anatomy, chunks: torch.Tensor | None = None) -> Port:
-    """What a model reads, given what it is to read: a language model token ids (N, T), an encoder pixels (N, C, H, W);
-    of the size that it was made for, where there are none."""
+    """What a model reads, given what it is to read: a language model token ids (N, T), an encoder pixels (N, C, H, W),
+    or recordings (N, ...); of the size that it was made for, where there are none.
+
+    UnsupportedModel for recordings that it does not take.
+    """
     if anatomy.patching is None:
         return TEXT
     patching = anatomy.patching
-    height, width = patching.size if chunks is None else chunks.shape[-2:]
-    return Images(patching.grid(height, width), patching.special, patching.registers)
+    grid = grid_of(anatomy, patching.shape if chunks is None else tuple(chunks.shape[1:]))
+    if patching.is_sound:
+        cut = patching.patch is not None
+        return Sound(grid, patching.special, patching.registers, patching.input, cut)
+    return Images(grid, patching.special, patching.registers)
 
 
 @torch.no_grad()
 def answer(live: Live) -> torch.Tensor:
     """What the model makes of a few random tokens, the same each time: logits; of an encoder, its last hidden states of
-    random images."""
+    random images or recordings."""
     generator, patching = torch.Generator().manual_seed(0), live.anatomy.patching
     if patching is not None:
-        pixels = torch.randn(TRIED[0], patching.channels, *patching.size, generator=generator)
-        states: torch.Tensor = live.trunk(pixel_values=pixels.to(live.device, live.model.dtype))[0]
+        given = torch.randn(TRIED[0], *patching.shape, generator=generator)
+        states: torch.Tensor = live.trunk(**{patching.input: given.to(live.device, live.model.dtype)})[0]
         return states
     vocabulary = live.model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, TRIED, generator=generator).to(live.device)

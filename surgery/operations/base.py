@@ -28,7 +28,7 @@ from ..recipe.fields import Named
 from ..table import Table
 
 Exact = Literal["bits", "rounding", "no"]
-Port = Literal["text", "images"]  # what a model reads
+Port = Literal["text", "images"]  # what a model reads; to operations and gates, sound is as images are
 Alter = Callable[[torch.Tensor], torch.Tensor]
 Parts = Any  # what one operation fitted; opaque to all but that operation
 

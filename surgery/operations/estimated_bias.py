@@ -1,4 +1,5 @@
-"""Slots of an encoder (EAB): the mean key and value, over calibration images, of tokens that act as biases.
+"""Slots of an encoder (EAB): the mean key and value, over calibration images or recordings, of tokens that act as
+biases.
 
 Without causality no token is constant: a register sees the image. So these slots are estimates, and fidelity says what
 they are worth. Registers that were trained (Darcet et al. 2024, arXiv 2309.16588) hardly carry anything of the image
@@ -34,17 +35,18 @@ from ..live.stream import Observer, stream
 from ..parts import every_shape
 from ..runtime.eab_registers import install_registers, install_silence
 from ..survey.patches import Standing
-from ..words import count_of
+from ..words import Called, called, count_of
 from .base import Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, Target, Trained
 
 
 @dataclass(frozen=True)
 class Estimated:
-    """The slots; of how many images they are means, and of how many tokens of each. `registers`: of test time, that
-    they stand for (`operations.registers`)."""
+    """The slots; of how many images (or recordings, as they are `called`) they are means, and of how many tokens of
+    each. `registers`: of test time, that they stand for (`operations.registers`)."""
 
     fold: Fold
     images: int
+    called: Called
     tokens: float
     registers: Mapping[str, Any] | None = None
 
@@ -130,8 +132,8 @@ class EstimatedBias(Operation):
         )
 
     def fit(self, live: Live, text: Fitting) -> Estimated:
-        text.reporter.step(f"take means over {len(text.chunks)} images")
         patching, rows = _patching(live.anatomy), text.chunks
+        text.reporter.step(f"take means over {len(rows)} {patching.called.many}")
         made = text.earlier["registers"].entry if self._made else None
         with text.reporter.bar("means", None) as advance, contextlib.ExitStack() as meanwhile:
             if made is not None:
@@ -146,13 +148,13 @@ class EstimatedBias(Operation):
                 chosen = standing.chosen()
                 if not any(chosen):
                     raise NothingToDo(
-                        "no token of a calibration image stands out against the others, so there is none to take means "
-                        "of; leave attention_bias out"
+                        f"no token of a calibration {patching.called.one} stands out against the others, so there is "
+                        "none to take means of; leave attention_bias out"
                     )
                 means, tokens = Means(live, lambda image: [chosen[image]]), sum(map(len, chosen)) / len(chosen)
             stream(live, rows, [means], advance=advance, what="means")
         like = next(live.trunk.parameters())
-        return Estimated(Fold((), means.tensors(like), "always"), len(rows), tokens, made)
+        return Estimated(Fold((), means.tensors(like), "always"), len(rows), patching.called, tokens, made)
 
     @contextlib.contextmanager
     def graft(self, live: Live, parts: Estimated) -> Iterator[None]:
@@ -182,16 +184,18 @@ class EstimatedBias(Operation):
 
     def found(self, parts: Estimated, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
         n = parts.fold.n
-        return {"estimated": {"from": self.source, "n_slots": n, "images": parts.images, "tokens": parts.tokens}}
+        read = {parts.called.many: parts.images, "tokens": parts.tokens}
+        return {"estimated": {"from": self.source, "n_slots": n, **read}}
 
     @classmethod
     def sentence(cls, verdict: Mapping[str, Any]) -> str | None:
         if not (found := verdict.get("estimated")):
             return None
+        read = called(found)
         what = "register" if found["from"] == "registers" else "token that stands out"
         return (
             f"{count_of(found['n_slots'], 'slot')} at each site: mean keys and values of "
-            f"{'each ' if found['n_slots'] > 1 else 'the '}{what}, over {count_of(found['images'], 'image')}."
+            f"{'each ' if found['n_slots'] > 1 else 'the '}{what}, over {count_of(found[read.many], read.one)}."
         )
 
     def says(self, parts: Estimated, target: Target, recipe: Stand) -> Section:
@@ -202,8 +206,8 @@ class EstimatedBias(Operation):
         elif self.source == "registers":
             of = count_of(n, "register")
             left = (
-                " The registers themselves are left out: an image becomes as many tokens fewer, and what read them "
-                "from the output finds none."
+                f" The registers themselves are left out: an {parts.called.one} becomes as many tokens fewer, and what "
+                "read them from the output finds none."
             )
         trained = ", then tuned" if recipe.tuned else ""
         return Section(
@@ -211,8 +215,9 @@ class EstimatedBias(Operation):
             title="explicit attention bias",
             adds="slots",
             text=f"an **explicit attention bias**: {count_of(n, 'constant key/value pair')} k', v' in each of {sites} "
-            f"attention sites, the mean keys and values of {of} over {parts.images} calibration images{trained}. In an "
-            f"encoder such tokens see the image, so this is an estimate: what was measured says how near it is.{left}",
+            f"attention sites, the mean keys and values of {of} over {parts.images} calibration {parts.called.many}"
+            f"{trained}. In an encoder such tokens see the {parts.called.one}, so this is an estimate: what was "
+            f"measured says how near it is.{left}",
             limits="Rows of `output_attentions` sum to less than 1: the rest is the slots'. Inside "
             "`with model.slot_attentions():` they have columns of their own, in front.",
         )

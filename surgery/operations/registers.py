@@ -32,7 +32,7 @@ from ..runtime.eab_registers import install_registers
 from ..survey.patches import Standing
 from ..survey.register_neurons import RegisterNeuron, RegisterNeurons
 from ..table import Table
-from ..words import count_of, fixed, listing, number, percent
+from ..words import IMAGE, Called, called, count_of, fixed, listing, number, percent
 from .base import Alter, Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, Target
 from .units import left_out_by, mlp_parameters, projections_of, zeros_at
 
@@ -49,6 +49,7 @@ class Found:
     images: int
     patches: float
     sources: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    called: Called = IMAGE
 
 
 class Registers(Operation):
@@ -99,7 +100,7 @@ class Registers(Operation):
     def plan(self, target: Target, parts: Found | None = None) -> Changes:
         anatomy = target.anatomy
         if anatomy.patching is None:
-            raise UnsupportedModel(f"{anatomy.model_type}: is no encoder of images; leave 'registers' out")
+            raise UnsupportedModel(f"{anatomy.model_type}: is no encoder; leave 'registers' out")
         if anatomy.patching.registers:
             raise UnsupportedModel(
                 f"{anatomy.model_type}: has {anatomy.patching.registers} registers already; leave 'registers' out"
@@ -118,25 +119,29 @@ class Registers(Operation):
     def fit(self, live: Live, text: Fitting) -> Found:
         assert isinstance(live.port, Images)
         text.reporter.step("look for register neurons")
-        special, most = live.port.special, None if self.neurons == "auto" else self.neurons
+        special, most, read = live.port.special, None if self.neurons == "auto" else self.neurons, live.port.called
         with text.reporter.bar("neurons", None) as advance:
             standing = Standing()
             stream(live, text.chunks, [standing], advance=advance, what="which patches stand out")
             outliers = [[token for token in tokens if token >= special] for tokens in standing.chosen()]
             if not any(outliers):
-                raise NothingToDo("no patch of a calibration image stands out against the others; leave registers out")
+                raise NothingToDo(
+                    f"no {read.part} of a calibration {read.one} stands out against the others; leave registers out"
+                )
             looking = RegisterNeurons(live, outliers)
             stream(live, text.chunks, [looking], advance=advance, what="neurons")
         if not (neurons := looking.found(most)):
             raise NothingToDo(
-                "patches stand out, but no unit of an MLP dominates what makes them so; say how many to take "
+                f"{read.parts} stand out, but no unit of an MLP dominates what makes them so; say how many to take "
                 "(neurons: 10), or leave registers out"
             )
         patches = sum(map(len, outliers)) / len(outliers)
-        text.reporter.note(f"{count_of(len(neurons), 'register neuron')}; {patches:.1f} patches of an image stand out")
+        text.reporter.note(
+            f"{count_of(len(neurons), 'register neuron')}; {patches:.1f} {read.parts} of {_a(read.one)} stand out"
+        )
         entry = entry_of(live, neurons)
         sources = left_out_by(live, entry["units"]) if self._become_slots else {}
-        return Found(tuple(neurons), entry, len(text.chunks), patches, sources)
+        return Found(tuple(neurons), entry, len(text.chunks), patches, sources, read)
 
     def graft(self, live: Live, parts: Found) -> contextlib.AbstractContextManager[object]:
         """Where the token becomes slots, `attention_bias` brings it in for as long as it takes means, and then leaves
@@ -157,12 +162,14 @@ class Registers(Operation):
 
     def found(self, parts: Found, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
         neurons = [neuron.to_dict() for neuron in parts.neurons]
-        return {"register_neurons": {"neurons": neurons, "images": parts.images, "patches": parts.patches}}
+        counts = {parts.called.many: parts.images, parts.called.parts: parts.patches}
+        return {"register_neurons": {"neurons": neurons, **counts}}
 
     @classmethod
     def table(cls, verdict: Mapping[str, Any]) -> Table | None:
         if not (found := verdict.get("register_neurons")):
             return None
+        read = called(found)
         rows = [
             (str(one["layer"]), str(one["unit"]), number(one["activation"]), number(one["elsewhere"]),
              percent(one["reach"]))
@@ -172,26 +179,27 @@ class Registers(Operation):
         return Table(
             "Register neurons", ("layer", "unit", "activation", "elsewhere", "of what its MLP writes"), rows,
             note=f"And {more} more." if more > 0 else "",
-            text=f"Units that make patches stand out ({fixed(found['patches'], 1)} in an image): mean activation "
-            "there, and at other patches.",
+            text=f"Units that make {read.parts} stand out ({fixed(found[read.parts], 1)} in {_a(read.one)}): mean "
+            f"activation there, and at other {read.parts}.",
         )  # fmt: skip
 
     @classmethod
     def sentence(cls, verdict: Mapping[str, Any]) -> str | None:
         if not (found := verdict.get("register_neurons")):
             return None
+        read = called(found)
         return (
-            f"Register neurons: {len(found['neurons'])}, which made {fixed(found['patches'], 1)} patches of an image "
-            "stand out."
+            f"Register neurons: {len(found['neurons'])}, which made {fixed(found[read.parts], 1)} {read.parts} of "
+            f"{_a(read.one)} stand out."
         )
 
     def says(self, parts: Found, target: Target, recipe: Stand) -> Section:
         units = count_of(len(parts.neurons), "unit")
         if self._become_slots:
             return Section(
-                text=f"{units} of its MLPs, which put high norms on patches of little information, are left out: "
-                f"{listing(sorted(parts.sources), 6)} have zeros there. A token that took their activation was what "
-                "the slots were taken from.",
+                text=f"{units} of its MLPs, which put high norms on {parts.called.parts} of little information, are "
+                f"left out: {listing(sorted(parts.sources), 6)} have zeros there. A token that took their activation "
+                "was what the slots were taken from.",
             )
         return Section(
             tag="test-time-registers",
@@ -204,6 +212,10 @@ class Registers(Operation):
         )
 
 
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
 def entry_of(live: Live, neurons: list[RegisterNeuron]) -> dict[str, Any]:
     """`config.test_time_registers`."""
     assert live.anatomy.patching is not None
@@ -211,5 +223,5 @@ def entry_of(live: Live, neurons: list[RegisterNeuron]) -> dict[str, Any]:
     units: dict[str, list[int]] = {}
     for neuron in sorted(neurons, key=lambda one: (one.block, one.unit)):
         units.setdefault(name_in(live, projections[neuron.block]), []).append(neuron.unit)
-    at = min(1, live.anatomy.patching.special)
+    at = live.anatomy.patching.cls
     return {"format": FORMAT, "at": at, "first": blocks[0], "last": blocks[-1], "units": units}

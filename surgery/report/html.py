@@ -49,9 +49,9 @@ SECTIONS = (
         tokens.norm_maps,
     ),
     Section(
-        "kinds", "CLS, registers, patches",
-        "What the tokens of an image are in each layer, and where patches look. A high norm is three times that of the "
-        "median patch of the same image.",
+        "kinds", "CLS, registers, patches or frames",
+        "What the tokens of an image or a recording are in each layer, and where patches or frames look. A high norm "
+        "is three times that of the median one of the same.",
         tokens.kinds,
     ),
     Section(

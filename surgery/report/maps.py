@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..words import finite, number, visible
+from ..words import encoded, finite, number, visible
 from .curves import heads
 from .style import HALF, LIGHT, figure, heat, scale_bar
 
@@ -119,7 +119,7 @@ def attention_maps(survey: dict) -> list[tuple[str, str, Figure]]:
         if not weights.size or not np.isfinite(weights).any():
             continue
         title = f"Block {shown['block']}, head {shown['head']}"
-        drawn = _attention_map(shown, weights, causal=not survey.get("images"))
+        drawn = _attention_map(shown, weights, causal=not encoded(survey))
         found.append((f"attention-block{shown['block']}-head{shown['head']}", title, drawn))
     return found
 

@@ -11,8 +11,10 @@ from pathlib import PurePath
 from ..words import (
     LITTLE_CHANGE,
     UNKNOWN,
+    called,
     change,
     count_of,
+    encoded,
     finite,
     listing,
     number,
@@ -102,9 +104,10 @@ def _model(survey: dict, name: str, told: bool) -> str:
     slots, normed = survey.get("n_slots"), survey.get("normed_sites")
     also = f", {count_of(slots, 'explicit bias slot')} at each attention site" if slots else ""
     text = f"{name}: {kind}{also}" + (f", heads normed at {count_of(normed, 'site')}." if normed else ".")
-    if images := survey.get("images"):
+    if read := encoded(survey):
+        given = count_of(survey.get("chunks") or 0, called(survey).one)
         text += (
-            f" It was shown {count_of(survey.get('chunks') or 0, 'image')}, each of which becomes {tokens_of(images)}."
+            f" It was {'shown' if survey.get('images') else 'given'} {given}, each of which becomes {tokens_of(read)}."
         )
     ppl = (survey.get("perplexity") or {}).get("ppl")
     if survey.get("chunks") and ppl is not None and not told:
@@ -151,7 +154,7 @@ def _sinks(survey: dict) -> str | None:
     rate = best(survey, "sink_rate")
     if rate is None:
         return None
-    first = "CLS" if survey.get("images") else "the first token"
+    first = "CLS" if encoded(survey) else "the first token"
     to = f"{first} or a slot" if survey.get("n_slots") else first
     if rate[1] == 0:
         return f"No head is an attention sink: none gives {to} 30% of its attention on average."
@@ -202,7 +205,7 @@ def _geometry(survey: dict) -> str | None:
     if finite(share):
         text += f", with {percent(share)} of the energy in one direction"
     looked, of = max((row.get("spectra") or 0 for row in survey["layers"]), default=0), survey.get("chunks") or 0
-    read = "images" if survey.get("images") else "sequences"
+    read = called(survey).many if encoded(survey) else "sequences"
     return f"{text} (spectra of {looked} of {of} {read})." if 0 < looked < of else f"{text}."
 
 
@@ -223,7 +226,7 @@ def _correlations(survey: dict) -> str | None:
 
 
 def _interventions(survey: dict) -> list[str]:
-    rows = [] if survey.get("images") else survey.get("interventions") or []
+    rows = [] if encoded(survey) else survey.get("interventions") or []
     kinds = [
         ("Perplexity collapses (ten times or more) under: ", "collapse"),
         ("Perplexity is measurably worse under: ", "worse, "),

@@ -8,7 +8,20 @@ from typing import Any
 
 from ..checkpoint.disk import human
 from ..table import Table
-from ..words import NONE, finite, interval, listing, number, percent, rounded, score, visible, visible_name
+from ..words import (
+    NONE,
+    called,
+    encoded,
+    finite,
+    interval,
+    listing,
+    number,
+    percent,
+    rounded,
+    score,
+    visible,
+    visible_name,
+)
 from .summary import best, early_sinks, effect, intervention_name, place, untouched
 
 MOST = 12  # rows of a table of things that were found, the largest first
@@ -128,13 +141,13 @@ def changes(surveys: Sequence[dict], names: Sequence[str], told: bool = False) -
 
 def fidelity(survey: dict) -> Table | None:
     """What interventions leave of an encoder's features."""
-    rows = []
+    rows, read = [], called(survey)
     for row in survey.get("interventions") or []:
         found = row.get("fidelity") or {}
-        cells = [_cosine(found.get(kind)) for kind in ("cls", "patches")]
+        cells = [_cosine(found.get(kind)) for kind in ("cls", read.parts)]
         rows.append((intervention_name(row), number(row.get("touched")), *cells))
-    head = ("intervention", "touched", "CLS", "patches")
-    note = "Cosine of features with those of the untouched encoder, mean over images and its 95% interval."
+    head = ("intervention", "touched", "CLS", read.parts)
+    note = f"Cosine of features with those of the untouched encoder, mean over {read.many} and its 95% interval."
     return Table("Interventions", head, rows, note) if rows else None
 
 
@@ -145,7 +158,7 @@ def _cosine(found: dict | None) -> str:
 
 
 def interventions(survey: dict) -> Table | None:
-    if survey.get("images"):
+    if encoded(survey):
         return fidelity(survey)
     rows = []
     for row in survey.get("interventions") or []:

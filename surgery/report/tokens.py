@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from ..words import number, visible
+from ..words import called, number, visible
 from .curves import depth_axis, draw_line, legend, log_axis, present, share_axis, values
 from .style import figure, heat
 
@@ -18,26 +18,26 @@ LABEL = 14  # characters of a name that an axis has room for
 
 
 def kinds(survey: dict, surveys: Sequence[dict]) -> Figure | None:
-    """Norms of an image's tokens by kind, the share of patches of high norm, and where patches look, by layer."""
+    """Norms of tokens by kind, the share of patches (or frames) of high norm, and where patches look, by layer."""
     if not present(values(survey, "patch_norm")):
         return None
-    drawn = figure(390)
+    drawn, read = figure(390), called(survey)
     norms, high, looks = drawn.subplots(3, sharex=True)
     for key, colour, name, style in (
-        ("patch_norm", "blue", "patches", "-"), ("patch_norm_max", "blue", "longest patch", ":"),
+        ("patch_norm", "blue", read.parts, "-"), ("patch_norm_max", "blue", f"longest {read.part}", ":"),
         ("cls_norm", "orange", "CLS", "-"), ("register_norm", "green", "registers", "-"),
         ("special_norm", "violet", "other tokens", "-"),
     ):  # fmt: skip
         draw_line(norms, survey, values(survey, key), colour, name, linestyle=style)
     log_axis(norms, surveys, ("patch_norm", "patch_norm_max", "cls_norm", "register_norm", "special_norm"))
     norms.set_title("Norm")
-    draw_line(high, survey, values(survey, "high_norm"), "pink", "patches of high norm")
+    draw_line(high, survey, values(survey, "high_norm"), "pink", f"{read.parts} of high norm")
     share_axis(high)
-    high.set_title("Share of patches at least three times as long as the median patch")
+    high.set_title(f"Share of {read.parts} at least three times as long as the median {read.part}")
     for key, colour in (("to_cls", "orange"), ("to_registers", "green"), ("to_high", "pink")):
         draw_line(looks, survey, values(survey, key), colour)
     share_axis(looks)
-    looks.set_title("Attention of patches to CLS, to registers, to patches of high norm")
+    looks.set_title(f"Attention of {read.parts} to CLS, to registers, to {read.parts} of high norm")
     depth_axis(looks, survey)
     pairs = [pair for axes in (norms, high) for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     legend(drawn, [pair[0] for pair in pairs], [pair[1] for pair in pairs])

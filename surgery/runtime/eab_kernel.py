@@ -18,6 +18,7 @@ Notation: B batch, Hq query heads, H key/value heads, T queries, S keys, D key d
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,20 @@ def slot_attention(
         )
         return out, (weights if slot_weights else weights[..., slot_key.shape[0] :]) if need_weights else None
     return _concatenated(query, key, value, slot_key, slot_value, scale, causal, mask, slot_mask, dropout), None
+
+
+def plain_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scale: float | None,
+    is_causal: bool | None, need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What a module without slots computes: of a decoder that shares its config with the encoder which has them."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    out, weights = slot_attention(
+        query, key, value, key.new_empty(0, key.shape[1], key.shape[3]), value.new_empty(0, *value.shape[1::2]),
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        causal=causal and mask is None and query.shape[2] > 1, mask=mask, dropout=dropout, need_weights=need_weights,
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), weights
 
 
 def _concatenated(

@@ -32,7 +32,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from .eab_added import Added, require_added
 from .eab_indexer import install_indexers
-from .eab_kernel import slot_attention
+from .eab_kernel import plain_attention, slot_attention
 from .eab_masks import biased, eab_mask, selected, slots_and_text
 from .eab_mixers import install_mixers
 from .eab_positions import number_text, scale_queries, shift_positions
@@ -84,13 +84,14 @@ def eab_attention(
     """The attention function of a site with slots, in the calling convention of `ALL_ATTENTION_FUNCTIONS`.
 
     query (B, Hq, T, D), key (B, H, S, D), value (B, H, S, E) -> output (B, T, Hq, E) and weights (B, Hq, T, S) or None;
-    (B, Hq, T, n + S), slots first, where slots are `shown`.
-    `logit_bias` (B or 1, Hq, 1, n + S), slots first, is added to the scaled logits (ALiBi). `indices` (B, T, k) are the
-    places, slots first, that an indexer has chosen for each query. A site with a `head_norm`
-    (`eab_head_norm`) has its output normed here, before the model's own code sees it.
+    (B, Hq, T, n + S), slots first, where slots are `shown`. `logit_bias` (B or 1, Hq, 1, n + S), slots first, is added
+    to the scaled logits (ALiBi). `indices` (B, T, k) are the places, slots first, that an indexer has chosen for each
+    query. A site with a `head_norm` (`eab_head_norm`) has its output normed here, before the model's own code sees it.
     """
     if unknown := [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in HARMLESS_TENSORS]:
         raise ValueError(f"attention with slots does not know the argument {unknown[0]!r} and will not ignore it")
+    if not hasattr(module, "attention_bias") and getattr(module.config, "eab", {}).get("sees_all", False):
+        return plain_attention(module, query, key, value, attention_mask, dropout, scaling, is_causal, need_weights)
     if module.attention_bias.sees_all is (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(
             "slots of a prefix are defined for causal attention only, as none is constant without it, and those "
@@ -118,8 +119,7 @@ def eab_attention(
         query, key, value, slot_key, slot_value,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         causal=causal, mask=mask, slot_mask=slot_mask, dropout=dropout, softcap=softcap, sink_logits=s_aux,
-        need_weights=need_weights, slot_weights=module.attention_bias.shown,
-        flex=flex,
+        need_weights=need_weights, slot_weights=module.attention_bias.shown, flex=flex,
     )  # fmt: skip
     out = out.transpose(1, 2).contiguous()
     return module.head_norm(out) if hasattr(module, "head_norm") else out, weights

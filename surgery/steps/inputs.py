@@ -75,9 +75,14 @@ def require_inputs(gates: Sequence[Gate], inputs: Inputs) -> dict[str, Any]:
     return {gate.name: gate.require(inputs) for gate in gates}
 
 
+def calibrated(chunking: Chunking, sets: int = 1) -> int:
+    """How many chunks are calibrated on: as many as are evaluated on and no more than 32, so many `sets` of them."""
+    return sets * min(CALIBRATION_CHUNKS, chunking.count)
+
+
 class Cutter(Protocol):
     """How what is given becomes what a model reads: texts token ids (`Reader`), files of images pixels
-    (`pictures.PixelReader`)."""
+    (`pictures.PixelReader`), recordings what their feature extractor makes (`recordings.SoundReader`)."""
 
     def cut(self, given: Any, chunking: Chunking, name: str) -> torch.Tensor:
         """(N, ...) to evaluate on. SourceError where there is too little; `name` is that of the option."""
@@ -104,7 +109,7 @@ class Reader:
 
         Several texts take turns. `sets`: so many times as much, for gates that calibrate several times.
         """
-        wanted = Chunking(sets * min(CALIBRATION_CHUNKS, chunking.count), chunking.length)
+        wanted = Chunking(calibrated(chunking, sets), chunking.length)
         read = [tokenize(self.tokenizer, text) for text in texts]
         short = min(read, key=len)
         if len(read) > 1 and len(short) < chunking.length:

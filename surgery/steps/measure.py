@@ -46,7 +46,7 @@ def few_of(chunks: torch.Tensor) -> int:
 @dataclass(frozen=True)
 class Measuring:
     """Text (N, T) to evaluate on, other text (M, T) to calibrate on, the gates, and what they made ready, by name. Of
-    an encoder both are pixels."""
+    an encoder both are what it reads."""
 
     evaluation: torch.Tensor
     calibrating: torch.Tensor | None
@@ -189,7 +189,8 @@ def _shown(
         return None
     found = {"source": name, **survey.to_dict(tokenizer)}
     if not live.port.predicts:
-        assert survey.norms is not None
+        if survey.norms is None:
+            return found
         pictures = [picture_of(image, SIDE) for image in pair.evaluation[:SHOWN]]
         return {**found, "norm_maps": survey.norms.to_dict(pair.pictures, pictures)}
     return {**found, **_tried(live, tokenizer, pair.evaluation[0])}

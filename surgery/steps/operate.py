@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..errors import DamagedCheckpoint
-from ..live.images import require_places
 from ..live.loading import live_original
 from ..live.memory import Place
 from ..live.model import Live
-from ..live.port import port_of
+from ..live.placed import require_places
+from ..live.port import Images, port_of
 from ..live.quantised import loaded_linears
 from ..live.roundings import rounds_values, steady
 from ..operations.base import Changes, Fitting, Once, Operation, Parts
@@ -58,8 +58,8 @@ def operate(
 ) -> Operated:  # fmt: skip
     """Load the original from `directory`; fit and graft each operation in its order; compare; collect the tensors.
 
-    chunks (M, T): calibration text, or pixels, None where there is none. UnsupportedModel where the model with all of
-    its exact operations in place is not the original after the same prefix: nothing is written then.
+    chunks (M, T): calibration text, or what an encoder reads, None where there is none. UnsupportedModel where the
+    model with all of its exact operations in place is not the original after the same prefix: nothing is written then.
     """
     reporter.step("load the original")
     port = port_of(plan.anatomy, chunks)
@@ -119,7 +119,8 @@ def _grafted_alike(live: Live, change: Operation, part: Parts, reporter: Reporte
     before = random_features(live) if same else None
     with change.graft(live, part):
         if before is not None:
-            reporter.step(f"compare on random images, before and after {change.name}")
+            assert isinstance(live.port, Images)
+            reporter.step(f"compare on random {live.port.called.many}, before and after {change.name}")
             require_alike(live, before, change.name)
         yield
 

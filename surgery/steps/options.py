@@ -42,8 +42,9 @@ class PathField:
 class RunOptions:
     """How `surgery run` reads, computes, proves and writes.
 
-    text, calibration: files to evaluate on, and to search, scale and tune on; given one, it is split. images: the same
-    as text for an encoder, files and directories; calibration are images then. chunking: how much of them is read.
+    text, calibration: files to evaluate on, and to search, scale and tune on; given one, it is split. images,
+    audio: the same as text for an encoder, files and directories; calibration are such then. chunking: how much of them
+    is read.
     tasks: a directory of further task files. verify: False writes without proof. surveys: also survey original and
     converted. keep_failed: where an output goes that failed its gates. resume: a directory that keeps finished steps,
     from which a run that was cut off goes on. tuning: a directory that keeps the state of `tune`, from which a run that
@@ -55,6 +56,7 @@ class RunOptions:
 
     text: FilesField = FilesField()
     images: FilesField = FilesField()
+    audio: FilesField = FilesField()
     calibration: FilesField = FilesField()
     chunking: Chunking = CHUNKS
     tasks: PathField = PathField()
@@ -82,16 +84,17 @@ class VerifyOptions:
     """What `surgery verify` checks besides the files, and how.
 
     against: the source, a path or a hub id of this revision. text, calibration: files to measure on, and to take static
-    scales from; given one, it is split. images: the same as text for an encoder, files and directories. chunking: how
-    much of them is read; None: as much as the run that wrote it did. tasks: a directory of further task files. device:
-    a torch device, or "auto". memory: bytes that may be taken, None for what is free. digest: of the manifest, as `run`
-    said it ("sha256:..."). public_key: of who signed it (PEM). require: "verified" fails a checkpoint that was written
-    without proof. command: the words of the command line, for the verdict.
+    scales from; given one, it is split. images, audio: the same as text for an encoder, files and directories.
+    chunking: how much of them is read; None: as much as the run that wrote it did. tasks: a directory of further task
+    files. device: a torch device, or "auto". memory: bytes that may be taken, None for what is free. digest: of the
+    manifest, as `run` said it ("sha256:..."). public_key: of who signed it (PEM). require: "verified" fails a
+    checkpoint that was written without proof. command: the words of the command line, for the verdict.
     """
 
     against: Path | str | None = None
     text: FilesField = FilesField()
     images: FilesField = FilesField()
+    audio: FilesField = FilesField()
     calibration: FilesField = FilesField()
     chunking: Chunking | None = None
     tasks: PathField = PathField()
@@ -102,6 +105,11 @@ class VerifyOptions:
     digest: str | None = None
     public_key: PathField = PathField()
     require: Literal["verified"] | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether anything is given to measure on."""
+        return bool(self.text or self.images or self.audio)
 
     @property
     def place(self) -> Place:
@@ -131,6 +139,7 @@ class RunKeywords(TypedDict, total=False):
 
     text: Files
     images: Files
+    audio: Files
     calibration: Files
     chunking: Chunking
     tasks: Path | str | None
@@ -155,6 +164,7 @@ class VerifyKeywords(TypedDict, total=False):
     against: Path | str | None
     text: Files
     images: Files
+    audio: Files
     calibration: Files
     chunking: Chunking | None
     tasks: Path | str | None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..anatomy.classes import causal_class
+from ..anatomy.classes import is_text
 from ..anatomy.fit import Fit, encoder_stored, examine_stored
 from ..anatomy.linears import linears
 from ..anatomy.sites import Anatomy, examine, read_as_config
@@ -25,14 +25,13 @@ from ..converted.files import added_layout, lowered_limits, shard_names
 from ..endings.temporary import temporary
 from ..errors import SourceError, UnsupportedModel
 from ..live.graft import eab_config
-from ..live.images import load_processor
 from ..live.loading import load_tokenizer, require_generation
 from ..live.memory import HERE, Needs, Place
 from ..operations.base import Changes, Parts, Port, Target
 from .inputs import Cutter, Reader
-from .pictures import PixelReader
 from .planned_files import FilePlan, files_of, room
 from .recipe import Recipe
+from .recordings import file_reader
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,10 @@ class Plan:
 
     @property
     def reader(self) -> Cutter:
-        """How text becomes token ids of this model, or images its pixels."""
+        """How text becomes token ids of this model, or files what an encoder reads."""
         if self.anatomy.patching is None:
             return Reader(self.target.tokenizer, self.target.vocab_size)
-        return PixelReader(load_processor(self.source.root), self.anatomy)
+        return file_reader(self.source.root, self.anatomy)
 
     @property
     def lowered(self) -> dict[str, int]:
@@ -240,11 +239,11 @@ def _require_plain(source: Source, recipe: Recipe) -> None:
 
 def reading_of(source: Source) -> Port:
     """What the source reads, where nothing else says it: text, if there is a causal language model of it."""
-    return "images" if source.kind != "gguf" and causal_class(type(read_as_config(source.config))) is None else "text"
+    return "text" if source.kind == "gguf" or is_text(type(read_as_config(source.config))) else "images"
 
 
 def examine_source(source: Source, port: Port = "text") -> tuple[Anatomy, Fit]:
-    """What the source is, as a model that reads text or images, and how its tensors fit that; those of a GGUF were
+    """What the source is, as a model that reads text, or an encoder, and how its tensors fit that; those of a GGUF were
     named after its model.
 
     SourceError where a package is missing that reads its format.

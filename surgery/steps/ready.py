@@ -1,13 +1,16 @@
-"""Texts, or images, and gates of a run made ready, before weights are read."""
+"""Texts, or files for an encoder, and gates of a run made ready, before weights are read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..anatomy.classes import auto_of
+from ..anatomy.patching import read_by
 from ..anatomy.sites import Anatomy
 from ..checkpoint.provenance import TextFiles
 from ..errors import SourceError
@@ -15,16 +18,17 @@ from ..live.text import Chunking
 from ..progress import Reporter
 from ..verification.gates.base import Inputs
 from ..words import human
-from .inputs import Texts, fit_chunks, gather_texts, require_inputs, room_after
+from .inputs import Texts, calibrated, fit_chunks, gather_texts, require_inputs, room_after
 from .options import RunOptions, VerifyOptions
-from .pictures import Pictures, gather_images
+from .pictures import FileReader, Pictures, gather_images
 from .plan import Plan
+from .recordings import Recordings, gather_audio
 
 
 @dataclass(frozen=True)
 class Ready:
-    """Chunks of evaluation text (N, T) and of calibration text (M, T), or pixels of images, where they are read; what
-    gates have ready. `files`: that were read. `pictures`: of images to evaluate on, what each is called."""
+    """Chunks of evaluation text (N, T) and of calibration text (M, T), or what an encoder reads, where they are read;
+    what gates have ready. `files`: that were read. `pictures`: of images to evaluate on, what each is called."""
 
     chunking: Chunking
     evaluation: torch.Tensor | None
@@ -34,20 +38,36 @@ class Ready:
     pictures: tuple[str, ...] = ()
 
 
+_NEEDS = {
+    "--text": "text: give --text FILE", "--images": "images: give --images DIR",
+    "--audio": "recordings: give --audio DIR",
+}  # fmt: skip
+
+
 def gather(options: RunOptions | VerifyOptions, reporter: Reporter) -> Texts | Pictures:
-    """The texts, or images, that were given. SourceError for both."""
-    if not options.images:
-        return gather_texts(options.text, options.calibration, reporter)
-    if options.text:
-        raise SourceError("--text is for language models, and --images for encoders; take one of them away.")
-    return gather_images(options.images, options.calibration, reporter)
+    """The texts, images or recordings that were given. SourceError for several of them."""
+    require_one_kind(text=options.text, images=options.images, audio=options.audio)
+    if options.images:
+        return gather_images(options.images, options.calibration, reporter)
+    if options.audio:
+        return gather_audio(options.audio, options.calibration, reporter)
+    return gather_texts(options.text, options.calibration, reporter)
+
+
+def require_one_kind(**given: Sequence[Path]) -> None:
+    """SourceError where there is something of several kinds, by the names of their options."""
+    asked = [option for option, files in given.items() if files]
+    if len(asked) > 1:
+        of = {"text": "language models", "images": "encoders", "audio": "encoders of sound"}
+        first, second = asked[:2]
+        raise SourceError(f"--{first} is for {of[first]}, and --{second} for {of[second]}; take one of them away.")
 
 
 def make_ready(plan: Plan, texts: Texts | Pictures, options: RunOptions, reporter: Reporter) -> Ready:
     """Gates and texts made ready. SourceError where something is missing, or text too short."""
     texts = require_port(plan.anatomy, texts)
     recipe, reader, taken = plan.recipe, plan.reader, plan.changes.positions
-    given = "--text" if plan.anatomy.patching is None else "--images"
+    given = f"--{read_by(plan.anatomy.patching)}"
     gates = recipe.verify.gates() if options.verify else ()
     for gate in gates:
         gate.require_tools(options.device)
@@ -58,15 +78,17 @@ def make_ready(plan: Plan, texts: Texts | Pictures, options: RunOptions, reporte
     inputs = Inputs(chunking, options.device, room, options.tasks, classifies(plan.anatomy))
     ready = require_inputs(gates, inputs) if options.verify else {}
     evaluation = calibrating = None
+    sets = max((gate.calibration_sets for gate in gates), default=1)
+    if isinstance(texts, Pictures) and isinstance(reader, FileReader):
+        read = texts.first(chunking.count if options.verify else 0, calibrated(chunking, sets))
+        reader = reader.over(read, reporter)
     if options.verify:
         if texts.evaluation is None:
-            needs = "text: give --text FILE" if given == "--text" else "images: give --images DIR"
-            raise SourceError(f"verification needs {needs}, or --no-verify to write without proof.")
+            raise SourceError(f"verification needs {_NEEDS[given]}, or --no-verify to write without proof.")
         evaluation = reader.cut(texts.evaluation, chunking, given)
     _require_calibration(plan, texts)
     if recipe.searches or recipe.reads is not None or any(gate.calibrates for gate in gates):
         assert texts.calibration is not None  # half of the evaluation text, if no other was given
-        sets = max((gate.calibration_sets for gate in gates), default=1)
         calibrating = reader.cut_calibration(texts.calibration, chunking, sets)
     files: TextFiles = texts.files
     pictures: tuple[str, ...] = ()
@@ -79,29 +101,33 @@ def make_ready(plan: Plan, texts: Texts | Pictures, options: RunOptions, reporte
 
 
 def require_port(anatomy: Anatomy, texts: Texts | Pictures) -> Any:
-    """`texts`. SourceError where images are given for a language model, or text for an encoder."""
-    images = anatomy.patching is not None
-    if isinstance(texts, Pictures) is images:
+    """`texts`. SourceError where they are not what the model reads, as images for a language model."""
+    reads = read_by(anatomy.patching)
+    option = texts.option if isinstance(texts, Pictures) else "--text"
+    if option == f"--{reads}":
         return texts
-    if isinstance(texts, Pictures):
-        raise SourceError(f"{anatomy.model_type} is a language model, which reads no --images; give --text.")
-    if texts.evaluation is None and texts.calibration is None:
-        return Pictures(None, None)
-    raise SourceError(f"{anatomy.model_type} is an encoder of images, which reads no text; give --images.")
+    if reads != "text" and isinstance(texts, Texts) and texts.evaluation is None and texts.calibration is None:
+        return Pictures(None, None) if reads == "images" else Recordings(None, None)
+    of = {"text": "a language model", "images": "an encoder of images", "audio": "an encoder of sound"}[reads]
+    given = "text" if option == "--text" else option
+    raise SourceError(f"{anatomy.model_type} is {of}, which reads no {given}; give --{reads}.")
 
 
 def classifies(anatomy: Anatomy) -> bool:
-    """Whether the model says what is in an image."""
-    return anatomy.model_class.__name__.endswith("ForImageClassification")
+    """Whether the model says what is in an image, or in a recording."""
+    return anatomy.patching is not None and auto_of(anatomy.model_class, anatomy.config_class) in (
+        "AutoModelForImageClassification", "AutoModelForAudioClassification"
+    )  # fmt: skip
 
 
 def _require_calibration(plan: Plan, texts: Texts | Pictures) -> None:
     """SourceError where operations read text, and there is none that they could read."""
-    recipe, images = plan.recipe, plan.anatomy.patching is not None
-    if texts.calibration is not None and (images or plan.target.tokenizer is not None):
+    recipe, patching = plan.recipe, plan.anatomy.patching
+    if texts.calibration is not None and (patching is not None or plan.target.tokenizer is not None):
         return
-    if images and (reads := recipe.reads) is not None:
-        raise SourceError(f"{reads} over images: give --calibration DIR (or --images).")
+    if patching is not None and (reads := recipe.reads) is not None:
+        option = f"--{read_by(patching)}"
+        raise SourceError(f"{reads} over {patching.called.many}: give --calibration DIR (or {option}).")
     if recipe.searches:
         raise SourceError(
             "prefix: auto is searched on text: give --calibration FILE (or --text) and a tokenizer, or list the prefix "

@@ -83,8 +83,8 @@ class Recipe(Document):
         return value
 
     def of(self, port: Port) -> Recipe:
-        """The same for a model that reads text, or images: gates that always apply and are of the other are left out,
-        and tuning has the objectives of that model.
+        """The same for a model that reads text, or an encoder: gates that always apply and are of the other are left
+        out, and tuning has the objectives of that model.
 
         RecipeError where it asks for something that the model cannot have.
         """
@@ -95,7 +95,7 @@ class Recipe(Document):
             if gate.reading not in (None, port) and gate.name in self.verify.model_fields_set
         ]
         if asked:
-            reads = {"text": "a language model, which reads text", "images": "an encoder, which reads images"}
+            reads = {"text": "a language model, which reads text", "images": "an encoder, which reads images or sound"}
             raise RecipeError(
                 f"the recipe asks for {asked[0]}, which is not for {reads[port]}; remove it, or give another source."
             )
@@ -135,7 +135,7 @@ class Recipe(Document):
 
     @property
     def reads_text(self) -> bool:
-        """Whether its operations read text, or images, verified or not."""
+        """Whether its operations read text, or what an encoder reads, verified or not."""
         return self.searches or self.reads is not None or self.tune is not None
 
     @property

@@ -1,4 +1,4 @@
-"""Interventions on an encoder of images, and how much of its features they leave: fidelity, in place of perplexity.
+"""Interventions on an encoder, and how much of its features they leave: fidelity, in place of perplexity.
 
 After Table 4 of Sun et al. (arXiv 2402.17762): massive activations set to zero hurt, set to their mean they do not. As
 few encoders have such by the absolute criterion, what is changed is the largest entry of each image in the layer where
@@ -48,12 +48,12 @@ class _Planned:
 
 
 def run_on_images(live: Live, pixels: torch.Tensor, survey: dict, advance: Advance = unseen) -> list[dict]:
-    """Each intervention on `pixels` (N, C, H, W), against the untouched encoder.
+    """Each intervention on `pixels` (N, C, H, W), or recordings (N, ...), against the untouched encoder.
 
     Rows: `name`, `where`, `touched` (scalars, or places in the masks of all sites) and `fidelity`: `cls` and `patches`,
-    mean and interval over images of the cosine between features before and after (of patches their mean in each image;
-    `cls` None where there is no such token). One that finds no hold has `error` and None for the rest. `advance` is
-    told of images, N for each pass, of which there are `passes_on_images`.
+    mean and interval over images of the cosine between features before and after (of patches, or `frames`, their mean
+    in each image; `cls` None where there is no such token). One that finds no hold has `error` and None for the rest.
+    `advance` is told of images, N for each pass, of which there are `passes_on_images`.
     """
     layer = _loudest(survey)
     untouched, largest = Features(live), Largest(layer)
@@ -77,15 +77,16 @@ def run_on_images(live: Live, pixels: torch.Tensor, survey: dict, advance: Advan
 def passes_on_images(live: Live) -> int:
     """Over the images, with the untouched one."""
     assert isinstance(live.port, Images)
-    return 5 + bool(live.port.registers) + bool(live.port.special)
+    return 5 + bool(live.port.registers) + live.port.cls
 
 
 def fidelity(after: Features, before: Features) -> dict[str, Any]:
     """Features of each image, twice: how alike CLS and patches are."""
     cls, patches = after.alike(before)
     return {
-        "cls": None if cls is None else mean_interval(cls).to_dict(), "patches": mean_interval(patches).to_dict()
-    }  # fmt: skip
+        "cls": None if cls is None else mean_interval(cls).to_dict(),
+        after.called.parts: mean_interval(patches).to_dict(),
+    }
 
 
 def _loudest(survey: dict) -> int:
@@ -127,9 +128,10 @@ def _planned(live: Live, layer: int, largest: Largest) -> list[_Planned]:
         for name, pick in picks.items()
     ]
     if port.registers:
-        start, stop = 1, 1 + port.registers
+        start = port.cls
+        stop = start + port.registers
         planned.append(_Planned("registers hidden from all others", "all layers", partial(_hide, live, start, stop)))
-    if port.special:
+    if port.cls:
         planned.append(_Planned("CLS hidden from all others", "all layers", partial(_hide, live, 0, 1)))
     return planned
 

@@ -2,7 +2,7 @@
 
 Encoders that lack a place for what concerns the whole image put it on patches with little to say, whose norms stand out
 (Darcet et al. 2024, arXiv 2309.16588); massive activations of such models stand there, on CLS or on registers (Sun et
-al. 2024, arXiv 2402.17762, section 5).
+al. 2024, arXiv 2402.17762, section 5). Of a recording the same is asked, with frames in place of patches.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Kinds(Observer):
         middle = patches.median(dim=1, keepdim=True).values
         high = (patches >= HIGH * middle) & (middle > 0)
         self.high[batch] = high
-        ends = {"cls": (0, min(1, port.special)), "register": (1, 1 + port.registers)}
-        ends["special"] = (max(1 + port.registers, 1), port.special)
+        after = port.cls + port.registers
+        ends = {"cls": (0, port.cls), "register": (port.cls, after), "special": (after, port.special)}
         for kind, (start, stop) in ends.items():
             if start < stop <= port.special:
                 found[f"{kind}_norm"] += norms[:, start:stop].mean(dim=1).tolist()
@@ -66,10 +66,10 @@ class Kinds(Observer):
             softmax = Softmax(call.of_row(image))
             given = [softmax.weights(part)[0][0].mean(dim=0).sum(dim=0) for part in patches.split(BLOCK)]
             weights = torch.stack(given).sum(dim=0) / len(patches)  # (T,), what patches give to each place
-            if port.special:
+            if port.cls:
                 found["to_cls"].append(weights[0].item())
             if port.registers:
-                found["to_registers"].append(weights[1 : 1 + port.registers].sum().item())
+                found["to_registers"].append(weights[port.cls : port.cls + port.registers].sum().item())
             if high.any():
                 found["to_high"].append(weights[port.special : port.tokens][high].sum().item())
 

@@ -108,6 +108,8 @@ def moved(value: Any, device: str) -> Any:
         return value.to(device)
     if isinstance(value, Mapping):
         return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(item, device) for item in value))
     if isinstance(value, list | tuple):
         return type(value)(moved(item, device) for item in value)
     if isinstance(value, functools.partial):

@@ -146,10 +146,10 @@ def _require_measured(options: RunOptions) -> None:
 
 
 def _plan(recipe: Recipe, source: str, out: Path, options: RunOptions) -> Plan:
-    reads = not options.images and (options.verify or recipe.reads_text)
+    reads = not (options.images or options.audio) and (options.verify or recipe.reads_text)
     plan = prepare(
-        recipe, source, out, needs_tokenizer=reads, link=options.link,
-        dtype=options.dtype, revision=options.revision, place=options.place,
+        recipe, source, out, needs_tokenizer=reads, link=options.link, dtype=options.dtype, revision=options.revision,
+        place=options.place,
     )  # fmt: skip
     apart = [plan.source.root, out, *(path for path in (options.keep_failed, options.adapter) if path is not None)]
     require_result_folder(options.resume, "--resume", apart)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from ..anatomy.encoders import Encoded
 from ..anatomy.sites import Anatomy
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
@@ -33,7 +34,7 @@ from ..steps.inputs import Reader, fit_chunks
 from ..steps.plan import examine_source, source_tokenizer
 from ..survey.full import survey
 from ..survey.interventions import audit, plan_interventions, run_interventions
-from .scan_images import scan_images
+from .scan_encoder import scan_encoder
 
 
 def scan(
@@ -41,6 +42,7 @@ def scan(
     *,
     text: Files = (),
     images: Files = (),
+    audio: Files = (),
     interventions: bool = False,
     dtype: str | None = None,
     revision: str | None = None,
@@ -52,18 +54,24 @@ def scan(
     reporter: Reporter = SILENT,
 ) -> Survey:
     """Survey `source` (a directory, hub id "owner/name@revision", GGUF, or converted checkpoint) on `text`: layer by
-    layer, and across them. An encoder of images is surveyed on `images`, files and directories (`scan_images`).
+    layer, and across them. An encoder of images is surveyed on `images`, one of sound on `audio`, files and directories
+    (`scan_encoder`).
 
     Layer 0 is the embedding output and has no attention; layer k carries the attention of block k - 1, which writes it.
     With `interventions`, the live model is also changed in the ways that its survey suggests, and measured each time.
     `heads` (block, head) are those whose attention is shown, if it has them; else a few from strong sinks to weak ones.
     `command`: the words of the command line, for the survey's provenance.
     """
-    if images := files(images):
+    given: tuple[tuple[Encoded, Files], ...] = (("images", images), ("audio", audio))
+    if (encoded := next(((kind, paths) for kind, some in given if (paths := files(some))), None)) is not None:
+        kind, paths = encoded
         others = {"text": bool(text), "memory": memory is not None, "dtype": dtype is not None}
-        if asked := next((name for name, given in others.items() if given), None):
-            raise SourceError(f"--images surveys an encoder, for which there is no --{asked}; take one of them away.")
-        return scan_images(source, images, revision, device, chunking.count, interventions, heads, command, reporter)
+        others["audio"] = kind == "images" and bool(audio)
+        if asked := next((name for name, is_given in others.items() if is_given), None):
+            raise SourceError(f"--{kind} surveys an encoder, for which there is no --{asked}; take one of them away.")
+        return scan_encoder(
+            source, kind, paths, revision, device, chunking.count, interventions, heads, command, reporter
+        )
     if not (text := files(text)):
         raise SourceError("a scan needs text to read: give --text FILE.")
     require_device(device)

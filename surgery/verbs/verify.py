@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from ..anatomy.encoders import examine_encoder
+from ..anatomy.patching import read_by
 from ..anatomy.sites import Anatomy
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.layout import read_layout
@@ -22,7 +23,6 @@ from ..checkpoint.source import Source, has_tokenizer
 from ..converted.described import Described
 from ..converted.reading import live_converted
 from ..errors import DamagedCheckpoint, OutputError, SourceError
-from ..live.images import load_processor
 from ..live.loading import live_original, load_tokenizer, require_device
 from ..live.memory import Needs
 from ..live.port import port_of
@@ -33,13 +33,14 @@ from ..results import Integrity, Verdict
 from ..steps.act import provenance, told
 from ..steps.again import check_again
 from ..steps.fetch import fetch_converted
-from ..steps.inputs import Cutter, Reader, Texts, fit_chunks, require_inputs, room_after
+from ..steps.inputs import Cutter, Reader, Texts, calibrated, fit_chunks, require_inputs, room_after
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyKeywords, VerifyOptions, with_keywords
 from ..steps.original import open_original, plain_files
-from ..steps.pictures import Pictures, PixelReader
+from ..steps.pictures import FileReader, Pictures
 from ..steps.ready import classifies, gather, require_port
 from ..steps.recipe import Recipe
+from ..steps.recordings import file_reader
 from ..verification.checks import Check
 from ..verification.gates import Gate
 from ..verification.gates.base import Inputs
@@ -109,7 +110,7 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
             return _told(standing, paths, date, options, texts, manifest)
         # 3. The models, on text.
         recipe = recipe.of("images" if described.eab.sees_all else "text")
-        ready = _ready(root, described, recipe, directory, texts, options)
+        ready = _ready(root, described, recipe, directory, texts, options, reporter)
         found = _measured(root, described, recipe, source, directory, original, ready, options, reporter)
         found = replace(
             standing, judgements=found.judgements, measured=found.measured, said={**standing.said, **found.said}
@@ -120,9 +121,9 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
 def _say_how(root: Path, described: Described, recipe: Recipe, options: VerifyOptions, reporter: Reporter) -> None:
     """Say that the models come layer by layer, where they do. NoSpace where what is to be done needs them whole."""
     asking: list[Any] = [] if options.against is None else [one for one in recipe.changes if one.repeats]
-    asking += recipe.verify.gates(compared=options.against is not None) if options.text or options.images else []
+    asking += recipe.verify.gates(compared=options.against is not None) if options.reads else []
     needs = Needs.of(described.anatomy, read_layout(root), torch.float32)
-    if options.place.comes_by_layers(root, needs, asking) and (options.text or options.images or options.against):
+    if options.place.comes_by_layers(root, needs, asking) and (options.reads or options.against):
         reporter.note(f"{root} does not fit into memory, and comes layer by layer")
 
 
@@ -149,7 +150,7 @@ def _standing(
     """What vouches for the manifest, what it says of itself, and what is not looked at."""
     held = check_seals(root, digest, key)
     unchecked = [] if options.against else ["whether weights, slots and settings are what the source gives (--against)"]
-    unchecked += [] if options.text or options.images else ["what the model predicts (--text, or --images)"]
+    unchecked += [] if options.reads else ["what the model predicts (--text, --images or --audio)"]
     said = seals_said(root, manifest, digest, key, held)
     return Findings(
         held, said={**said, "unchecked": unchecked} if unchecked else said,
@@ -189,9 +190,9 @@ def _require_use(options: VerifyOptions) -> None:
             f"--revision {options.revision} is that of a hub id given with --against; of the checkpoint it is written "
             f"owner/name@{options.revision}."
         )
-    if options.calibration and not options.text and not options.images:
+    if options.calibration and not options.reads:
         raise SourceError(
-            f"--calibration {options.calibration[0]} is for what is measured on text; give it with --text, or --images."
+            f"--calibration {options.calibration[0]} is for what is measured; give it with --text, --images or --audio."
         )
     if options.tasks is not None and not (options.text and options.against is not None):
         raise SourceError(f"--tasks {options.tasks} is for gates of the recipe; give it with --against and --text.")
@@ -232,9 +233,9 @@ class _Ready:
 
 def _ready(
     root: Path, described: Described, recipe: Recipe, directory: Path | None, texts: Texts | Pictures,
-    options: VerifyOptions,
+    options: VerifyOptions, reporter: Reporter,
 ) -> _Ready:  # fmt: skip
-    """Texts, or images, and gates made ready. SourceError where something is missing, or text too short."""
+    """Texts, or files for an encoder, and gates made ready. SourceError where something is missing, or too short."""
     texts = require_port(described.anatomy, texts)
     assert texts.evaluation is not None and texts.calibration is not None
     anatomy, prefix = described.anatomy, described.eab.prefix_ids
@@ -242,15 +243,17 @@ def _ready(
     reader = _reader(root, anatomy, tokenizer)
     taken = max(len(prefix), *(change.most_positions for change in recipe.changes))  # as `run` cut its text
     chunking = fit_chunks(options.chunking or chunking_of(root), anatomy, max(taken, 1))
-    chunks = reader.cut(texts.evaluation, chunking, "--text" if tokenizer is not None else "--images")
     gates = recipe.verify.gates(compared=directory is not None)
+    sets = max((gate.calibration_sets for gate in gates), default=1)
+    if isinstance(texts, Pictures) and isinstance(reader, FileReader):
+        reader = reader.over(texts.first(chunking.count, calibrated(chunking, sets)), reporter)
+    chunks = reader.cut(texts.evaluation, chunking, f"--{read_by(anatomy.patching)}")
     for gate in gates:
         gate.require_tools(options.device)
     room = room_after(anatomy, taken)
     ready = require_inputs(gates, Inputs(chunking, options.device, room, options.tasks, classifies(anatomy)))
     calibrating = None
     if any(gate.calibrates for gate in gates):
-        sets = max(gate.calibration_sets for gate in gates)
         calibrating = reader.cut_calibration(texts.calibration, chunking, sets)
     files = texts.files
     if isinstance(texts, Pictures):
@@ -260,7 +263,7 @@ def _ready(
 
 def _reader(root: Path, anatomy: Anatomy, tokenizer: Any) -> Cutter:
     if tokenizer is None:
-        return PixelReader(load_processor(root), anatomy)
+        return file_reader(root, anatomy)
     return Reader(tokenizer, vocabulary_size(read_layout(root), anatomy))
 
 

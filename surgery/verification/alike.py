@@ -1,4 +1,5 @@
-"""The comparison that nothing skips, of encoders: random images before and after an operation that is to be exact."""
+"""The comparison that nothing skips, of encoders: random images or sound before and after an operation that is to be
+exact."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import torch
 from ..errors import UnsupportedModel
 from ..live.features import Features
 from ..live.model import Live
+from ..live.port import Images
 from ..live.stream import stream
 
 IMAGES = 2
@@ -14,25 +16,26 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}  # of a feature's length
 
 
 def random_features(live: Live) -> Features:
-    """What the encoder makes of random images of the size that it was made for, or reads."""
+    """What the encoder makes of random images, or recordings, of the size that it was made for."""
     patching = live.anatomy.patching
     assert patching is not None
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(IMAGES, patching.channels, *patching.size, generator=generator)
+    given = torch.randn(IMAGES, *patching.shape, generator=generator)
     found = Features(live)
-    stream(live, pixels, [found])
+    stream(live, given, [found])
     return found
 
 
 def require_alike(live: Live, before: Features, what: str) -> None:
-    """UnsupportedModel where the encoder makes other features of the same images than `before` `what` was done."""
+    """UnsupportedModel where the encoder makes other features of the same input than `before` `what` was done."""
     after = random_features(live)
     pairs = zip(after.found, before.found, strict=True)
     worst = max(float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-12)).max()) for a, b in pairs)
     limit = ROUNDING.get(live.model.dtype, 0.1)
     if not worst <= limit:
+        assert isinstance(live.port, Images)
         raise UnsupportedModel(
-            f"{live.anatomy.model_type}: on random images the encoder with {what} differs from the one before by "
-            f"{worst:.3g} of a feature's length (rounding explains {limit:.3g}), so it is not exact for this model and "
-            "nothing was written"
+            f"{live.anatomy.model_type}: on random {live.port.called.many} the encoder with {what} differs from the "
+            f"one before by {worst:.3g} of a feature's length (rounding explains {limit:.3g}), so it is not exact for "
+            "this model and nothing was written"
         )

@@ -1,15 +1,18 @@
-"""Encoders of images are found by the seam: where they attend, and which of their tokens are patches."""
+"""Encoders of images and sound are found by the seam: where they attend, and what their tokens are."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers.encoders import BLOCKS, ENCODERS, GRID, REFUSED, config_of, encoder_model
+from helpers.recordings import BLOCKS as HEARING_BLOCKS
+from helpers.recordings import DEAF, HEARING, WIDTH, hearing_config, hearing_model
 
 from surgery.anatomy.encoders import examine_encoder
 from surgery.errors import SourceError, UnsupportedModel
+from surgery.live.features import Features
 from surgery.live.model import Live
-from surgery.live.port import Batch, Images
+from surgery.live.port import Batch, Images, Sound, port_of
 from surgery.live.stream import Observer, stream
 
 
@@ -43,6 +46,44 @@ def test_each_type_is_read_as_its_own_code_reads_it(kind: str) -> None:
         assert states.shape == (2, port.tokens, 32)
         if kind != "dpt" and layer < BLOCKS:  # what comes last may be normed by the time that it is told
             assert torch.equal(states, theirs[layer])
+
+
+@pytest.mark.parametrize("kind", HEARING)
+def test_each_type_is_heard_as_its_own_code_hears_it(kind: str) -> None:
+    _, shape, tokens = HEARING[kind]
+    anatomy, model = examine_encoder(hearing_config(kind)), hearing_model(kind)
+    assert len(anatomy.sites) == len(anatomy.blocks) == HEARING_BLOCKS
+    given = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    port = port_of(anatomy, given)
+    assert isinstance(port, Sound) and port.tokens == tokens and port.registers == 0
+    live, keep = Live(model, anatomy, port), Keep()
+    features = Features(live)
+    stream(live, given, [keep, features])
+    with torch.no_grad():
+        theirs = live.trunk(**{port.input: given}, output_hidden_states=True)
+    assert sorted(keep.states) == list(range(HEARING_BLOCKS + 1)) and keep.blocks == list(range(HEARING_BLOCKS))
+    for layer, states in keep.states.items():
+        assert states.shape == (2, tokens, WIDTH)
+        if layer < HEARING_BLOCKS:  # what comes last may be normed by the time that it is told
+            assert torch.equal(states, theirs.hidden_states[layer])
+    last = theirs[0] if not port.cut else torch.cat([theirs[0][:, :1], theirs[0][:, port.special :]], dim=1)
+    if kind != "sew":  # which draws its tokens out again behind the blocks
+        assert torch.allclose(torch.stack(features.found), last, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", DEAF)
+def test_what_does_not_hear_so_says_why(kind: str) -> None:
+    settings, words = DEAF[kind]
+    with pytest.raises(UnsupportedModel) as caught:
+        examine_encoder({"model_type": kind, **settings})
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_of_a_model_that_reads_both_one_is_meant() -> None:
+    with pytest.raises(UnsupportedModel, match="no part of it reads sound alone"):
+        examine_encoder(config_of("vit"), "audio")
+    with pytest.raises(UnsupportedModel, match="no part of it reads images alone"):
+        examine_encoder(hearing_config("wav2vec2"), "images")
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -10,6 +10,7 @@ from ...checkpoint.results import json_text, require_result_file, write_result
 from ...recipe.builtin import recipe_file
 from ..judged import judged
 from ..options import (
+    AUDIO,
     DEVICE,
     DTYPE,
     FILE,
@@ -49,9 +50,10 @@ def require_pushing(push: str, no_verify: bool) -> None:
 @options(
     TEXT,
     IMAGES,
+    AUDIO,
     click.option(
         "--calibration", multiple=True, type=FILE, metavar="FILE",
-        help="Text for search and scales (repeatable), or images; else half of those.",
+        help="Text for search and scales (repeatable), images or recordings; else half of those.",
     ),
     click.option("--no-verify", is_flag=True, help="Write without proof; the manifest says unverified."),
     click.option("--keep-failed", type=FILE, metavar="DIR", help="Keep an output that failed its gates here."),
@@ -72,7 +74,7 @@ def run(recipe, source, out, no_verify, report, push, chunks, chunk_length, quie
     recipe = recipe_file(recipe)
     first = os.environ.get("RANK", "0") == "0"  # of several processes that `accelerate launch` started
     if first:
-        texts = (*given["text"], *given["images"], *given["calibration"])
+        texts = (*given["text"], *given["images"], *given["audio"], *given["calibration"])
         outputs = given["keep_failed"], given["adapter"], given["resume"]
         paths = given_paths(recipe, source, out, *texts, *outputs, given["sign"])
         require_result_file(json_file, "--json", [*paths, *given_paths(report)])

@@ -7,6 +7,7 @@ import click
 from ...checkpoint.results import json_text, require_result_file, require_result_folder, write_result
 from ...results import Survey
 from ..options import (
+    AUDIO,
     DEVICE,
     DTYPE,
     FILE,
@@ -28,7 +29,7 @@ from ..screen import Screen
 @click.command(short_help="Survey models on text, layer by layer.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @options(
-    TEXT, IMAGES, chunking(8, 1),
+    TEXT, IMAGES, AUDIO, chunking(8, 1),
     click.option(
         "--interventions", is_flag=True, help="Also change the live model as the survey suggests, and measure."
     ),
@@ -37,14 +38,15 @@ from ..screen import Screen
     DTYPE, REVISION, DEVICE, MEMORY, QUIET, JSON,
 )  # fmt: skip
 def scan(
-    sources, text, chunks, chunk_length, images, interventions, report, plots, dtype, revision, device, memory, quiet,
-    json_file,
+    sources, text, chunks, chunk_length, images, audio, interventions, report, plots, dtype, revision, device, memory,
+    quiet, json_file,
 ) -> int:  # fmt: skip
     """Survey each SOURCE on text, layer by layer: massive activations, geometry, attention, super neurons.
 
-    An encoder of images (DINOv2, ViT, the vision tower of CLIP or LLaVA, ...) is surveyed on --images."""
-    read = given_paths(*sources, *text, *images)
-    require_result_file(json_file, "--json", given_paths(*sources, *text, *images, report))
+    An encoder of images (DINOv2, ViT, the vision tower of CLIP or LLaVA, ...) is surveyed on --images, one of sound
+    (Whisper, wav2vec 2.0, HuBERT, ...) on --audio."""
+    read = given_paths(*sources, *text, *images, *audio)
+    require_result_file(json_file, "--json", given_paths(*read, report))
     require_result_file(report, "--report", read)
     require_result_folder(plots, "--plots", read)
     from ...live.text import Chunking
@@ -57,9 +59,9 @@ def scan(
     heads: list[tuple[int, int]] = []  # those of the first source are shown of all, where they have them
     for source in sources:
         survey = verb(
-            source, text=text, images=images, dtype=dtype, revision=revision, device=device, memory=memory,
-            interventions=interventions, chunking=Chunking(chunks, chunk_length), heads=heads, command=command(),
-            reporter=screen.reporter,
+            source, text=text, images=images, audio=audio, dtype=dtype, revision=revision, device=device,
+            memory=memory, interventions=interventions, chunking=Chunking(chunks, chunk_length), heads=heads,
+            command=command(), reporter=screen.reporter,
         )  # fmt: skip
         heads = heads or [(shown["block"], shown["head"]) for shown in survey["attention_maps"]]
         surveys.append(survey)

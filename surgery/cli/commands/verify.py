@@ -7,6 +7,7 @@ import click
 from ...checkpoint.results import json_text, require_result_file, write_result
 from ..judged import judged
 from ..options import (
+    AUDIO,
     DEVICE,
     FILE,
     IMAGES,
@@ -33,9 +34,10 @@ from ..screen import Screen
     ),
     TEXT,
     IMAGES,
+    AUDIO,
     click.option(
         "--calibration", multiple=True, type=FILE, metavar="FILE",
-        help="Text for static scales, as given to run (repeatable), or images; else half of those.",
+        help="Text for static scales, as given to run (repeatable), images or recordings; else half.",
     ),
     click.option("--digest", metavar="SHA256", help="The digest of surgery.json that run printed: compare it."),
     click.option("--public-key", type=FILE, metavar="KEY", help="Check the signature of all files by this key (PEM)."),
@@ -50,7 +52,13 @@ from ..screen import Screen
 def verify(checkpoint, chunks, chunk_length, junit, summary, quiet, json_file, **given) -> int:
     """Check the converted CHECKPOINT: files and tensors; with --text also quality; with --against also the source."""
     inputs = given_paths(
-        checkpoint, given["against"], *given["text"], *given["images"], *given["calibration"], given["public_key"]
+        checkpoint,
+        given["against"],
+        *given["text"],
+        *given["images"],
+        *given["audio"],
+        *given["calibration"],
+        given["public_key"],
     )
     require_result_file(json_file, "--json", given_paths(*inputs, junit, summary))
     require_result_file(junit, "--junit", given_paths(*inputs, summary))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ...words import count_of, factor, score, tokens_of
+from ...words import called, count_of, encoded, factor, score, tokens_of
 from .tables import new_table
 
 
@@ -29,28 +29,28 @@ def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
         )  # fmt: skip
     console.print(sizes, "")
     console.print(shape)
-    if survey.get("images"):
+    if encoded(survey):
         console.print("")
-        console.print(_kinds(survey["layers"]))
+        console.print(_kinds(survey["layers"], called(survey).part))
     if mixed := [row for row in survey["layers"] if row.get("mixer")]:
         console.print("")
         console.print(_states(mixed))
     for line in _findings(survey):
         console.print(line, markup=False, highlight=False)
-    if survey.get("interventions") and survey.get("images"):
+    if survey.get("interventions") and encoded(survey):
         console.print("")
-        console.print(_fidelity(survey["interventions"]))
+        console.print(_fidelity(survey["interventions"], called(survey).parts))
     elif survey.get("interventions"):
         console.print("")
         _show_interventions(console, survey["interventions"])
         console.print(f"\n{_audit(survey['audit'])}", highlight=False)
 
 
-def _kinds(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What the tokens of an image are in each layer: norms by kind, and where patches look."""
+def _kinds(rows: Sequence[Mapping[str, Any]], part: str) -> Table:
+    """What the tokens of an image or a recording are in each layer: norms by kind, and where patches (`part`) look."""
     columns: list[tuple[str, str, Callable[[float | None], str]]] = [
         ("|CLS|", "cls_norm", _norm), ("|register|", "register_norm", _norm), ("|special|", "special_norm", _norm),
-        ("|patch|", "patch_norm", _norm), ("longest", "patch_norm_max", _norm), ("high norm", "high_norm", _percent),
+        (f"|{part}|", "patch_norm", _norm), ("longest", "patch_norm_max", _norm), ("high norm", "high_norm", _percent),
         ("to CLS", "to_cls", _share), ("to registers", "to_registers", _share), ("to high", "to_high", _share),
     ]  # fmt: skip
     kept = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
@@ -74,7 +74,7 @@ def _states(rows: Sequence[Mapping[str, Any]]) -> Table:
 def scanned(survey: Mapping[str, Any]) -> str:
     """The survey in one line."""
     massive = count_of(survey["massive_activations"]["count"], "massive activation")
-    read = f"{count_of(survey['chunks'], 'image')}"
+    read = f"{count_of(survey['chunks'], called(survey).one)}"
     if "perplexity" in survey:
         read = f"perplexity {score(survey['perplexity']['ppl'])}"
     return f"scanned {survey['source']}: {massive} in {len(survey['layers'])} layers, {read}"
@@ -100,9 +100,9 @@ def _findings(survey: Mapping[str, Any]) -> list[str]:
         "",
         f"{total['count']:,} massive activations in {survey['chunks']} x {survey['chunk_length']} tokens{ppl}",
     ]
-    if images := survey.get("images"):
-        became = tokens_of(images, times="x")
-        lines.append(f"Each image is {became}; high norm: three times as long as the median patch")
+    if read_as := encoded(survey):
+        became, words = tokens_of(read_as, times="x"), called(survey)
+        lines.append(f"Each {words.one} is {became}; high norm: three times as long as the median {words.part}")
         if spans := (across["auto"] or {}).get("spans"):
             layers = ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in spans)
             lines.append(f"Massive by the scale-free criterion (ten times an ordinary token's peak): layer {layers}")
@@ -118,7 +118,7 @@ def _findings(survey: Mapping[str, Any]) -> list[str]:
             "next 8 tokens and at the last 8 of a sequence (in one batch of four, where there are many)"
         )
     if looked := max((row.get("spectra") or 0 for row in survey["layers"]), default=0):
-        read = f"{looked} of the {survey['chunks']} {'images' if survey.get('images') else 'sequences'}"
+        read = f"{looked} of the {survey['chunks']} {called(survey).many if encoded(survey) else 'sequences'}"
         lines.append(f"p1, bits (of entropy) and phases are those of {read}")
     for unit in survey["super_neurons"][:3]:
         lines.append(
@@ -152,14 +152,14 @@ def _show_interventions(console: Console, rows: Sequence[Mapping[str, Any]]) -> 
             console.print(f"Not possible: {row['name']}, {row['where']}: {row['error']}", markup=False)
 
 
-def _fidelity(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _fidelity(rows: Sequence[Mapping[str, Any]], parts: str) -> Table:
     """How alike features are to the untouched encoder's: cosines."""
     shown = new_table(
-        "Interventions: cosine with the untouched features", "", "where", "touched", "CLS", "patches", words=2
+        "Interventions: cosine with the untouched features", "", "where", "touched", "CLS", parts, words=2
     )
     for row in rows:
         found = row["fidelity"] or {}
-        cells = [_cosine(found.get(kind)) for kind in ("cls", "patches")]
+        cells = [_cosine(found.get(kind)) for kind in ("cls", parts)]
         shown.add_row(row["name"], escape(row["where"]), str(row["touched"] or 0), *cells)
     return shown
 

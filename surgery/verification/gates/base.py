@@ -70,7 +70,7 @@ class Inputs:
     """What a measurement is given: chunks of evaluation text, the device, files of tasks (--tasks).
 
     `room`: how many positions either model has for text; None where there is no end of them. `classes`: whether the
-    model has a head that says what is in an image.
+    model has a head that says what is in an image or a recording.
     """
 
     chunking: Chunking
@@ -83,7 +83,7 @@ class Inputs:
 @dataclass(frozen=True)
 class Subject:
     """The model that is measured, on chunks (N, T); scales come from `calibrating` (M, T), other text. Of an encoder
-    both are pixels.
+    both are pixels, or recordings.
 
     `original`: whether it is the one that was converted.
     """

@@ -1,4 +1,4 @@
-"""Fidelity: how alike the features are that an encoder makes of images, before and after."""
+"""Fidelity: how alike the features are that an encoder makes of images or sound, before and after."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from ...live.features import Features
 from ...live.paired import Interval, mean_interval
 from ...live.port import Images
 from ...table import Table
-from ...words import count_of, fixed
+from ...words import called, count_of, fixed
 from .base import Gate, Judgement, Measured, at_least
 
+PARTS = {"cls": "CLS", "patches": "patches", "frames": "frames"}  # of features; frames are those of a recording
 Cosine = Annotated[float, Field(gt=-1, le=1, allow_inf_nan=False)]
 
 
 def between(a: Features, b: Features) -> dict[str, Interval]:
-    """The mean cosine of CLS, where there is one, and of patches, with its interval over images."""
+    """The mean cosine of CLS, where there is one, and of patches or frames, with its interval over images."""
     cls, patches = a.alike(b)
-    return {**({} if cls is None else {"cls": _bounded(cls)}), "patches": _bounded(patches)}
+    return {**({} if cls is None else {"cls": _bounded(cls)}), a.called.parts: _bounded(patches)}
 
 
 def _bounded(cosines: list[float]) -> Interval:
@@ -29,7 +30,7 @@ def _bounded(cosines: list[float]) -> Interval:
 
 
 def tokens_of(measured: Measured) -> int:
-    """How many tokens an image becomes."""
+    """How many tokens an image or a recording becomes."""
     assert isinstance(measured.port, Images)
     return measured.port.tokens
 
@@ -37,7 +38,8 @@ def tokens_of(measured: Measured) -> int:
 class Fidelity(Gate):
     """How alike an encoder's features of each image are to the original's, by cosine: of CLS, and of patches.
 
-    Judged at the lower end of the 95% interval over images. Registers are no part of it.
+    Judged at the lower end of the 95% interval over images. Registers are no part of it. Of sound they are those of
+    recordings and frames, which `min_patches` is for.
     """
 
     name: ClassVar[str] = "fidelity"
@@ -50,19 +52,19 @@ class Fidelity(Gate):
     def judge(self, original: Measured | None, converted: Measured) -> list[Judgement]:
         if original is None:
             return []
-        limits = {"cls": self.min_cls, "patches": self.min_patches}
+        limits = {"cls": self.min_cls, "patches": self.min_patches, "frames": self.min_patches}
         found = between(converted.features["converted"], original.features["bare"])
         return [at_least(f"{self.name}.{part}", one.low, limits[part]) for part, one in found.items()]
 
     def found(self, original: Measured | None, converted: Measured, tokenizer: Any) -> dict[str, Any]:
-        """`fidelity`: `images`, and of `cls` and `patches` the mean cosine with its interval; `tokens` of an image, of
-        both."""
+        """`fidelity`: `images` or `recordings`, and of `cls`, `patches` and `frames`, where there are some, the mean
+        cosine with its interval; `tokens` of one, of both models."""
         if original is None:
             return {}
         after, before = converted.features["converted"], original.features["bare"]
         return {
             self.name: {
-                "images": len(after.found),
+                after.called.many: len(after.found),
                 "tokens": {"original": tokens_of(original), "converted": tokens_of(converted)},
                 **{part: one.to_dict() for part, one in between(after, before).items()},
             }
@@ -72,29 +74,29 @@ class Fidelity(Gate):
     def table(cls, verdict: Mapping[str, Any], settings: Self | None = None) -> Table | None:
         if not (found := verdict.get(cls.name)):
             return None
+        read = called(found)
         rows = [
-            (label, str(found["images"]), fixed(found[part]["mean"], 4),
+            (label, str(found[read.many]), fixed(found[part]["mean"], 4),
              f"{fixed(found[part]['low'], 4)} to {fixed(found[part]['high'], 4)}")
-            for part, label in (("cls", "CLS"), ("patches", "patches"))
+            for part, label in PARTS.items()
             if part in found
         ]  # fmt: skip
         before, after = found["tokens"]["original"], found["tokens"]["converted"]
-        fewer = "" if before == after else f" An image became {before} tokens, and becomes {after}."
+        fewer = "" if before == after else f" {read.one.capitalize()}s became {before} tokens each, and become {after}."
         return Table(
-            "Fidelity", ("", "images", "cosine", "95% interval"), rows,
-            text="How alike features of an image are, after the last norm, to the original's: 1 is the same direction. "
-            f"Of patches their mean in each image.{fewer}",
+            "Fidelity", ("", read.many, "cosine", "95% interval"), rows,
+            text="How alike features are, after the last norm, to the original's: 1 is the same direction. Of "
+            f"{read.parts} their mean in each {read.one}.{fewer}",
         )  # fmt: skip
 
     @classmethod
     def sentence(cls, verdict: Mapping[str, Any]) -> str | None:
         if not (found := verdict.get(cls.name)):
             return None
-        parts = [f"{label} {fixed(found[part]['mean'], 4)}" for part, label in (("cls", "CLS"), ("patches", "patches"))
-                 if part in found]  # fmt: skip
-        images = count_of(found["images"], "image")
-        return f"Cosine of features with the original's, on {images}: {', '.join(parts)}."
+        read = called(found)
+        parts = [f"{label} {fixed(found[part]['mean'], 4)}" for part, label in PARTS.items() if part in found]
+        return f"Cosine of features with the original's, on {count_of(found[read.many], read.one)}: {', '.join(parts)}."
 
     @classmethod
     def label(cls, judgement: str) -> str:
-        return f"cosine of {'CLS' if judgement.endswith('cls') else 'patches'} with the original's"
+        return f"cosine of {PARTS.get(judgement.rpartition('.')[2], 'patches')} with the original's"

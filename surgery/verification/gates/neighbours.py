@@ -1,4 +1,4 @@
-"""Neighbours: whether an encoder still finds the same image nearest to each."""
+"""Neighbours: whether an encoder still finds the same image, or recording, nearest to each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...live.features import nearest
 from ...live.paired import Interval, share_interval
 from ...recipe.fields import Share
 from ...table import Table
-from ...words import count_of, percent
+from ...words import called, count_of, percent
 from .base import Gate, Judgement, Measured, at_least
 
 
@@ -34,8 +34,9 @@ class Neighbours(Gate):
     def found(self, original: Measured | None, converted: Measured, tokenizer: Any) -> dict[str, Any]:
         if original is None:
             return {}
-        images = len(converted.features["converted"].found)
-        return {self.name: {"images": images, "share": self._share(original, converted).to_dict()}}
+        features = converted.features["converted"]
+        many = features.called.many
+        return {self.name: {many: len(features.found), "share": self._share(original, converted).to_dict()}}
 
     def _share(self, original: Measured, converted: Measured) -> Interval:
         ours, theirs = (
@@ -48,11 +49,12 @@ class Neighbours(Gate):
     def table(cls, verdict: Mapping[str, Any], settings: Self | None = None) -> Table | None:
         if not (found := verdict.get(cls.name)):
             return None
+        read = called(found)
         mean, low, high = (percent(found["share"][key]) for key in ("mean", "low", "high"))
         return Table(
-            "Neighbours", ("", "images", "the same", "95% interval"),
-            [("nearest other image", str(found["images"]), mean, f"{low} to {high}")],
-            text="Which of the other images is nearest to each, by the cosine of their features: what search and "
+            "Neighbours", ("", read.many, "the same", "95% interval"),
+            [(f"nearest other {read.one}", str(found[read.many]), mean, f"{low} to {high}")],
+            text=f"Which of the other {read.many} is nearest to each, by the cosine of their features: what search and "
             "clustering see.",
         )  # fmt: skip
 
@@ -60,9 +62,10 @@ class Neighbours(Gate):
     def sentence(cls, verdict: Mapping[str, Any]) -> str | None:
         if not (found := verdict.get(cls.name)):
             return None
-        images = count_of(found["images"], "image")
-        return f"The nearest other image is the original's for {percent(found['share']['mean'])} of {images}."
+        read = called(found)
+        of = count_of(found[read.many], read.one)
+        return f"The nearest other {read.one} is the original's for {percent(found['share']['mean'])} of {of}."
 
     @classmethod
     def label(cls, judgement: str) -> str:
-        return "share of images with the original's nearest neighbour"
+        return "share with the original's nearest neighbour"

@@ -14,7 +14,7 @@ from ...recipe.fields import Strict
 from ...table import Table
 from ...words import fixed, visible_name
 from .base import Gate, Judgement, Measured, Subject, at_least
-from .fidelity import Cosine, between
+from .fidelity import PARTS, Cosine, between
 from .quantised import NAMES
 
 
@@ -78,8 +78,8 @@ class QuantisedFeatures(Gate):
         ]
 
     def found(self, original: Measured | None, converted: Measured, tokenizer: Any) -> dict[str, Any]:
-        """Scheme -> `original` and `converted`, quantised alike -> `cls` and `patches`: cosine with the original's
-        features in float."""
+        """Scheme -> `original` and `converted`, quantised alike -> `cls` and `patches` (or `frames`): cosine with the
+        original's features in float."""
         if original is None:
             return {}
         bare = original.features["bare"]
@@ -97,14 +97,14 @@ class QuantisedFeatures(Gate):
     def table(cls, verdict: Mapping[str, Any], settings: Self | None = None) -> Table | None:
         rows = []
         for name, entry in (verdict.get(cls.name) or {}).items():
-            for part, label in (("cls", "CLS"), ("patches", "patches")):
+            for part, label in PARTS.items():
                 if part in entry["converted"]:
                     before, after = (_shown(entry[whose][part]) for whose in ("original", "converted"))
                     rows.append((NAMES.get(name, visible_name(name)), label, before, after))
         if not rows:
             return None
         return Table(
-            "Quantised", ("", "", "original", "converted"), rows, note="Simulated; static scales of other images.",
+            "Quantised", ("", "", "original", "converted"), rows, note="Simulated; static scales are from calibration.",
             text="Cosine with the features of the original as it is, of both models with numbers stored in few bits.",
         )  # fmt: skip
 
@@ -129,7 +129,7 @@ class QuantisedFeatures(Gate):
     @classmethod
     def label(cls, judgement: str) -> str:
         _, scheme, part, *_ = f"{judgement}..".split(".")
-        of = "CLS" if part == "cls" else "patches"
+        of = PARTS.get(part, "patches")
         return f"quantised, {NAMES.get(scheme, visible_name(scheme))}, cosine of {of} with the original's"
 
 

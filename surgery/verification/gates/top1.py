@@ -1,4 +1,4 @@
-"""Top 1: whether a classifier still says the same of an image."""
+"""Top 1: whether a classifier still says the same of an image, or a recording."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...live.paired import Interval, share_interval
 from ...live.stream import Batch, Observer
 from ...recipe.fields import Share
 from ...table import Table
-from ...words import count_of, percent
+from ...words import called, count_of, percent
 from .base import Gate, Inputs, Judgement, Measured, Variant, at_least
 
 
@@ -41,8 +41,8 @@ class Top1(Gate):
     def require(self, inputs: Inputs) -> None:
         if not inputs.classes:
             raise SourceError(
-                "verify.top1: the checkpoint is no classifier of images, by architectures of its config.json; leave "
-                "top1 out."
+                "verify.top1: the checkpoint is no classifier of what it reads, by architectures of its config.json; "
+                "leave top1 out."
             )
 
     def watch(self, variant: Variant) -> Observer | None:
@@ -56,8 +56,8 @@ class Top1(Gate):
     def found(self, original: Measured | None, converted: Measured, tokenizer: Any) -> dict[str, Any]:
         if original is None:
             return {}
-        share = self._share(original, converted).to_dict()
-        return {self.name: {"images": len(self._classes(converted, "converted")), "share": share}}
+        share, many = self._share(original, converted).to_dict(), converted.features["converted"].called.many
+        return {self.name: {many: len(self._classes(converted, "converted")), "share": share}}
 
     def _classes(self, measured: Measured, variant: Variant) -> list[int]:
         seen: Classes = measured.watched[self.name][variant]
@@ -71,20 +71,22 @@ class Top1(Gate):
     def table(cls, verdict: Mapping[str, Any], settings: Self | None = None) -> Table | None:
         if not (found := verdict.get(cls.name)):
             return None
+        read = called(found)
         mean, low, high = (percent(found["share"][key]) for key in ("mean", "low", "high"))
         return Table(
-            "Top 1", ("", "images", "the same", "95% interval"),
-            [("most likely class", str(found["images"]), mean, f"{low} to {high}")],
-            text="What the classifier says of an image, whether that is right or not.",
+            "Top 1", ("", read.many, "the same", "95% interval"),
+            [("most likely class", str(found[read.many]), mean, f"{low} to {high}")],
+            text=f"What the classifier says of each {read.one}, whether that is right or not.",
         )  # fmt: skip
 
     @classmethod
     def sentence(cls, verdict: Mapping[str, Any]) -> str | None:
         if not (found := verdict.get(cls.name)):
             return None
-        images = count_of(found["images"], "image")
-        return f"The most likely class is the original's for {percent(found['share']['mean'])} of {images}."
+        read = called(found)
+        of = count_of(found[read.many], read.one)
+        return f"The most likely class is the original's for {percent(found['share']['mean'])} of {of}."
 
     @classmethod
     def label(cls, judgement: str) -> str:
-        return "share of images of the original's class"
+        return "share of the original's class"
