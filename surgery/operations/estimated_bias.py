@@ -35,7 +35,7 @@ from ..live.stream import Observer, stream
 from ..parts import every_shape
 from ..runtime.eab_registers import install_registers, install_silence
 from ..survey.patches import Standing
-from ..words import Called, called, count_of
+from ..words import IMAGE, Called, called, count_of
 from .base import Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, Target, Trained
 
 
@@ -46,8 +46,8 @@ class Estimated:
 
     fold: Fold
     images: int
-    called: Called
     tokens: float
+    called: Called = IMAGE
     registers: Mapping[str, Any] | None = None
 
 
@@ -154,7 +154,7 @@ class EstimatedBias(Operation):
                 means, tokens = Means(live, lambda image: [chosen[image]]), sum(map(len, chosen)) / len(chosen)
             stream(live, rows, [means], advance=advance, what="means")
         like = next(live.trunk.parameters())
-        return Estimated(Fold((), means.tensors(like), "always"), len(rows), patching.called, tokens, made)
+        return Estimated(Fold((), means.tensors(like), "always"), len(rows), tokens, patching.called, made)
 
     @contextlib.contextmanager
     def graft(self, live: Live, parts: Estimated) -> Iterator[None]:
