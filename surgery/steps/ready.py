@@ -127,7 +127,7 @@ def _require_calibration(plan: Plan, texts: Texts | Pictures) -> None:
         return
     if patching is not None and (reads := recipe.reads) is not None:
         option = f"--{read_by(patching)}"
-        raise SourceError(f"{reads} over {patching.called.many}: give --calibration DIR (or {option}).")
+        raise SourceError(f"{reads} over {patching.called.many}: give {option} DIR, and others with --calibration.")
     if recipe.searches:
         raise SourceError(
             "prefix: auto is searched on text: give --calibration FILE (or --text) and a tokenizer, or list the prefix "
