@@ -83,6 +83,8 @@ class Described:
         require_countable(base, tensors.tensors, self.root / CONFIG)
         if self.eab.sees_all:
             base["architectures"] = self._native_names()
+            if self.eab.prefix_ids or self.eab.n_slots and self.eab.slots_visible != "always":
+                raise damaged(self.root, "eab.slots_visible is not as a run writes it for an encoder")
             with quiet():
                 anatomy = examine_encoder(base)
                 fit(anatomy, tensors)
@@ -102,9 +104,8 @@ class Described:
         patching, blank = anatomy.patching, Live(anatomy.blank, anatomy)
         assert patching is not None
         projections = {name_in(blank, part): widths(part)[0] for part in down_projections(blank).values()}
-        ends, at = (anatomy.blocks[0], anatomy.blocks[-1]), patching.cls
-        if ((entry.first, entry.last), entry.at) != (ends, at) or any(
-            max(units, default=-1) >= projections.get(name, 0) for name, units in entry.units.items()
+        if (entry.blocks, entry.at) != (anatomy.blocks, patching.cls) or any(
+            units[-1] >= projections.get(name, 0) for name, units in entry.units.items()
         ):
             raise damaged(self.root, f"test_time_registers is not as a run writes it for {anatomy.model_type}")
         more = replace(patching, special=patching.special + 1, registers=patching.registers + 1)
@@ -114,7 +115,9 @@ class Described:
         """`architectures` of the source, as those of the checkpoint say it."""
         lead = class_prefix(self.converted.parts)
         said = self.config.get("architectures")
-        return [str(name).removeprefix(lead) for name in said] if isinstance(said, list) else []
+        if not isinstance(said, list) or len(said) != 1 or not str(said[0]).startswith(lead):
+            raise damaged(self.root, "architectures does not name one class of this type")
+        return [str(said[0]).removeprefix(lead)]
 
     def _checked(self, anatomy: Anatomy) -> Anatomy:
         if wrong := self._unlike(anatomy):

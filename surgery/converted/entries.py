@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 FORMAT = 1
 
@@ -20,6 +20,12 @@ Size = Annotated[int, Field(gt=0)]
 Two = Annotated[tuple[Size, Size], _AsTuple, _AsList]
 Three = Annotated[tuple[Size, Size, Size], _AsTuple, _AsList]
 Counts = Annotated[tuple[Count, ...], _AsTuple, _AsList]
+
+
+def _rising(units: tuple[int, ...]) -> tuple[int, ...]:
+    if not units or any(a >= b for a, b in zip(units, units[1:], strict=False)):
+        raise ValueError("not numbers that rise")
+    return units
 
 
 class Entry(BaseModel):
@@ -103,7 +109,7 @@ class RegistersEntry(Entry):
 
     Args:
         at: where it stands among the tokens.
-        first, last: names in the trunk of the blocks that it passes.
+        blocks: names in the trunk of the blocks that it passes.
         units: name in the trunk of each down projection -> units of what enters it.
     """
 
@@ -111,9 +117,8 @@ class RegistersEntry(Entry):
 
     format: Format
     at: Annotated[int, Field(ge=0, le=1)]
-    first: str
-    last: str
-    units: Annotated[dict[str, Counts], Field(min_length=1)]
+    blocks: Annotated[tuple[str, ...], Field(min_length=1), _AsTuple, _AsList]
+    units: Annotated[dict[str, Annotated[Counts, AfterValidator(_rising)]], Field(min_length=1)]
 
 
 @dataclass(frozen=True)

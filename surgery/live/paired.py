@@ -44,11 +44,11 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def share_interval(same: Sequence[bool]) -> Interval:
-    """The share of True among `same` and its interval; where all are, the rule of three."""
-    if all(same):
-        return Interval(1.0, max(0.0, 1.0 - NONE_IN / len(same)), 1.0)
-    found = mean_interval([float(one) for one in same])
-    return Interval(found.mean, max(found.low, 0.0), min(found.high, 1.0))
+    """The share of True among `same`, with Wilson's interval (1927): which is one where none or all are, too."""
+    n, share, z = len(same), sum(same) / len(same), NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    margin = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Interval(share, max(0.0, middle - margin), min(1.0, middle + margin))
 
 
 def student_t(freedom: int) -> float:

@@ -87,8 +87,7 @@ def on_layer(
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
     if layer:
-        # Behind the last block a test-time register is taken out again.
-        first = first or (layer == len(blocks) and hasattr(trunk, REGISTERS))
+        first = first or hasattr(trunk, REGISTERS)  # of test time, which is taken out behind each block
         return trunk.get_submodule(blocks[layer - 1]).register_forward_hook(leaving, prepend=first)
     return trunk.get_submodule(blocks[0]).register_forward_pre_hook(entering, with_kwargs=True, prepend=first)
 

@@ -21,16 +21,16 @@ from ..anatomy.stored import stored_name
 from ..converted.card import Section
 from ..converted.described import Described
 from ..converted.entries import FORMAT
-from ..errors import UnsupportedModel
+from ..errors import UnsupportedModel, brief
 from ..live.as_it_came import reversibly
 from ..live.model import Live
 from ..live.places import down_projections, name_in
-from ..live.port import Images
+from ..live.port import Images, answer
 from ..live.stream import stream
 from ..recipe.fields import AutoOr
 from ..runtime.eab_registers import install_registers
 from ..survey.patches import Standing
-from ..survey.register_neurons import RegisterNeuron, RegisterNeurons
+from ..survey.register_neurons import SELECTIVE, RegisterNeuron, RegisterNeurons
 from ..table import Table
 from ..words import IMAGE, Called, called, count_of, fixed, listing, number, percent
 from .base import Alter, Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, Target
@@ -139,7 +139,12 @@ class Registers(Operation):
         text.reporter.note(
             f"{count_of(len(neurons), 'register neuron')}; {patches:.1f} {read.parts} of {_a(read.one)} stand out"
         )
+        if most is not None and len(neurons) < most:
+            text.reporter.note(
+                f"no more units are {SELECTIVE:g} times as active there as elsewhere, and {most} were asked"
+            )
         entry = entry_of(live, neurons)
+        _require_room(live, entry)
         sources = left_out_by(live, entry["units"]) if self._become_slots else {}
         return Found(tuple(neurons), entry, len(text.chunks), patches, sources, read)
 
@@ -158,7 +163,14 @@ class Registers(Operation):
         return {f"{target.anatomy.lead}{name}": zeros_at(units, dim) for name, (dim, units) in parts.sources.items()}
 
     def could_make(self, before: torch.Tensor, after: torch.Tensor) -> bool:
-        return bool(((after == before) | (after == 0)).all())
+        """Whole rows or columns of zeros, and not most of them."""
+        changed = after != before
+        for dim in range(before.ndim):
+            places = changed.movedim(dim, 0).flatten(1).any(dim=1) if before.ndim > 1 else changed
+            zeros = not bool(after.index_select(dim, places.nonzero().flatten()).any())
+            if zeros and int(places.sum()) <= len(places) // 2:
+                return True
+        return False
 
     def found(self, parts: Found, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
         neurons = [neuron.to_dict() for neuron in parts.neurons]
@@ -216,6 +228,19 @@ def _a(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
+def _require_room(live: Live, entry: Mapping[str, Any]) -> None:
+    """UnsupportedModel where blocks are handed something that is as long as the tokens are, and cannot take one
+    more."""
+    try:
+        with install_registers(live.trunk, {**entry}):
+            answer(live)
+    except Exception as error:  # of any class: its code counts its tokens
+        raise UnsupportedModel(
+            f"{live.anatomy.model_type}: its blocks do not take one token more ({brief(error)}), such as a register; "
+            "leave registers out"
+        ) from error
+
+
 def entry_of(live: Live, neurons: list[RegisterNeuron]) -> dict[str, Any]:
     """`config.test_time_registers`."""
     assert live.anatomy.patching is not None
@@ -224,4 +249,4 @@ def entry_of(live: Live, neurons: list[RegisterNeuron]) -> dict[str, Any]:
     for neuron in sorted(neurons, key=lambda one: (one.block, one.unit)):
         units.setdefault(name_in(live, projections[neuron.block]), []).append(neuron.unit)
     at = live.anatomy.patching.cls
-    return {"format": FORMAT, "at": at, "first": blocks[0], "last": blocks[-1], "units": units}
+    return {"format": FORMAT, "at": at, "blocks": [*blocks], "units": units}

@@ -65,9 +65,10 @@ def left_out_by(live: Live, units: Mapping[str, Sequence[int]]) -> dict[str, tup
             for start in range(0, widths(module)[1] or 0, width):
                 rows = tuple(start + unit for unit in some)
                 if _keeps_at_zero(live, module, rows, down, some):
-                    found[f"{name}.weight"] = row_dim(module), rows
-                    if module.bias is not None:
-                        found[f"{name}.bias"] = 0, rows
+                    dims = {"weight": row_dim(module), "bias": 0}
+                    for part, parameter in module.named_parameters(recurse=False):
+                        if bool(parameter.index_select(dims[part], torch.tensor(rows, device=parameter.device)).any()):
+                            found[f"{name}.{part}"] = dims[part], rows  # what is zeros already stays what it is
                     break
             else:
                 continue

@@ -59,11 +59,23 @@ def eab_mask(
     In a row with P padding tokens on its left, the prefix would have stood at P .. P+n-1 and text token i at i + n. The
     model's own `mask_function` is asked about those places, so windows, chunks and what comes next need no code here.
     """
-    if config.eab.get("sees_all", False):  # slots are visible wherever anything is, and have no columns
+    # In an encoder slots are visible wherever anything is, and have no columns. Beside one there may be models of text,
+    # which are handed our name with it.
+    eab = getattr(config, "eab", None)
+    if eab is None:
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function=mask_function,
+            attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip,
+            use_vmap=use_vmap, device=device, **kwargs,
+        )  # fmt: skip
+    if eab.get("sees_all", False):
+        skips = kwargs.get("allow_is_bidirectional_skip", False)
+        if skips and attention_mask is None and local_size is None:
+            return None  # also while it is traced, when transformers would write it out for as many tokens as there are
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function=mask_function,
             attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=False, use_vmap=use_vmap,
-            allow_is_bidirectional_skip=kwargs.get("allow_is_bidirectional_skip", False), device=device,
+            allow_is_bidirectional_skip=skips, device=device,
         )  # fmt: skip
     n, always = config.eab["n_slots"], config.eab["slots_visible"] == "always"
     whole = config.eab.get("whole_mask", False)

@@ -1,10 +1,11 @@
 """Test-time registers: a token beside the patches that takes what a few MLP units put on patches (arXiv 2506.08010).
 
-A token of zeros enters the first block, and leaves after the last, so nothing outside of the blocks sees it. At each
-unit that is named the largest activation of a token (by size) is moved to it; all others have none there.
+A token of zeros enters the first block. It is taken out behind each block and put in again in front of the next, so
+that nothing outside of the blocks sees it, not even who asks for the hidden states of all layers. At each unit that is
+named the largest activation of a token (by size) is moved to it; all others have none there.
 
-`config.test_time_registers` describes it: `at`, where the token stands (1: after CLS); `first` and `last`, the names of
-those blocks in the trunk; and `units`, which maps the name of each down projection to the units of what enters it.
+`config.test_time_registers` describes it: `at`, where the token stands (1: after CLS); `blocks`, their names in the
+trunk; and `units`, which maps the name of each down projection to the units of what enters it.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ from .eab_runtime import AttentionBiasMixin, find_trunk
 MARK = "eab_registers"  # attribute of a trunk that has them
 
 
-def _put(at: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Forward pre-hook of the first block: (B, T, d) -> (B, T + 1, d)."""
+def _put(
+    at: int, held: dict[int, Tensor], index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:  # fmt: skip
+    """Forward pre-hook of a block: (B, T, d) -> (B, T + 1, d). `held`: the token (B, 1, d) by the block that it enters;
+    each has its own, so that a block may be computed once more (gradient checkpointing)."""
     states: Tensor = args[0] if args else kwargs["hidden_states"]
-    longer = torch.cat([states[:, :at], states.new_zeros(len(states), 1, states.shape[-1]), states[:, at:]], dim=1)
+    token = held[index] if index else torch.zeros_like(states[:, :1])
+    longer = torch.cat([states[:, :at], token, states[:, at:]], dim=1)
     return ((longer, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": longer})
 
 
-def _take(at: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of the last block: without that token again."""
+def _take(at: int, held: dict[int, Tensor], index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of a block: without that token again."""
     states: Tensor = output if isinstance(output, Tensor) else output[0]
+    held[index + 1] = states[:, at : at + 1]
     shorter = torch.cat([states[:, :at], states[:, at + 1 :]], dim=1)
     return shorter if isinstance(output, Tensor) else type(output)((shorter, *output[1:]))
 
@@ -61,9 +67,11 @@ def install_registers(trunk: nn.Module, registers: dict[str, Any]) -> contextlib
     undo, at = contextlib.ExitStack(), registers["at"]
     setattr(trunk, MARK, True)
     undo.callback(delattr, trunk, MARK)
-    first, last = (trunk.get_submodule(registers[end]) for end in ("first", "last"))
-    undo.callback(first.register_forward_pre_hook(functools.partial(_put, at), with_kwargs=True, prepend=True).remove)
-    undo.callback(last.register_forward_hook(functools.partial(_take, at)).remove)
+    held: dict[int, Tensor] = {}
+    for index, name in enumerate(registers["blocks"]):
+        block, put = trunk.get_submodule(name), functools.partial(_put, at, held, index)
+        undo.callback(block.register_forward_pre_hook(put, with_kwargs=True, prepend=True).remove)
+        undo.callback(block.register_forward_hook(functools.partial(_take, at, held, index)).remove)
     for name, units in registers["units"].items():
         projection = trunk.get_submodule(name)
         undo.callback(projection.register_forward_pre_hook(functools.partial(_move, at, units)).remove)

@@ -40,9 +40,10 @@ from .eab_positions import number_text, scale_queries, shift_positions
 # What a user may ask for, and the name under which we register our version of it.
 IMPLEMENTATIONS = {"sdpa": "eab", "eager": "eab_eager", "flex_attention": "eab_flex"}
 NAMES = frozenset(IMPLEMENTATIONS.values())
-
 # Tensors that callers hand through the attention interface and that do not change plain attention.
 HARMLESS_TENSORS = {"position_ids", "num_items_in_batch", "cache_position", "labels"}
+
+ENCODER = {"sees_all": True}  # what a model beside an encoder is taken for: its sites have no slots
 
 # Modules whose parameters stay float32.
 HELD = {"attention_bias", "remembered_inputs", "index_keys"}
@@ -90,12 +91,11 @@ def eab_attention(
     """
     if unknown := [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in HARMLESS_TENSORS]:
         raise ValueError(f"attention with slots does not know the argument {unknown[0]!r} and will not ignore it")
-    if not hasattr(module, "attention_bias") and getattr(module.config, "eab", {}).get("sees_all", False):
+    if not hasattr(module, "attention_bias") and getattr(module.config, "eab", ENCODER).get("sees_all", False):
         return plain_attention(module, query, key, value, attention_mask, dropout, scaling, is_causal, need_weights)
     if module.attention_bias.sees_all is (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(
-            "slots of a prefix are defined for causal attention only, as none is constant without it, and those "
-            "of an encoder for none"
+            "slots of a prefix are for causal attention only, as none is constant without, and an encoder's for none"
         )
     if query_scale is not None:
         query = (query * query_scale).to(query.dtype)

@@ -16,6 +16,7 @@ from ..checkpoint.provenance import TextFiles
 from ..errors import SourceError
 from ..live.text import Chunking
 from ..progress import Reporter
+from ..tuning.corpus import require_images
 from ..verification.gates.base import Inputs
 from ..words import human
 from .inputs import Texts, calibrated, fit_chunks, gather_texts, require_inputs, room_after
@@ -89,7 +90,12 @@ def make_ready(plan: Plan, texts: Texts | Pictures, options: RunOptions, reporte
     _require_calibration(plan, texts)
     if recipe.searches or recipe.reads is not None or any(gate.calibrates for gate in gates):
         assert texts.calibration is not None  # half of the evaluation text, if no other was given
-        calibrating = reader.cut_calibration(texts.calibration, chunking, sets)
+        # What tuning is judged on, the last of them, is not what means are taken over.
+        held = 0
+        if recipe.tune is not None and isinstance(texts, Pictures):
+            held, whose = recipe.tune.held_out, f"every other one of {given}" if texts.split else "--calibration"
+            require_images(len(texts.calibration), recipe.tune, whose)
+        calibrating = reader.cut_calibration(texts.calibration[: -held or None], chunking, sets)
     files: TextFiles = texts.files
     pictures: tuple[str, ...] = ()
     if isinstance(texts, Pictures):

@@ -20,7 +20,7 @@ from ..live.loading import load_original
 from ..live.model import Live
 from ..live.text import Chunking, in_turn, tokenize
 from ..operations.registers import Registers
-from ..tuning.corpus import Corpus, make_corpus, make_image_corpus, require_images
+from ..tuning.corpus import Corpus, make_corpus, make_image_corpus
 from ..tuning.dataset import dataset_text
 from ..tuning.operation import Tune
 from ..tuning.store import Store
@@ -101,7 +101,6 @@ def _of_images(plan: Plan, pictures: Pictures, settings: Tune) -> Corpus:
     """All images that were given to calibrate on, in memory as pixels."""
     files, reader = pictures.calibration, plan.reader
     assert files is not None and isinstance(reader, PixelReader)  # or it has been refused
-    require_images(len(files), settings, "every other one of --images" if pictures.split else "--calibration")
     return make_image_corpus(reader.cut(files, Chunking(len(files)), "--calibration"), settings)
 
 

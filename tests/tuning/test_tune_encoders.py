@@ -152,7 +152,7 @@ def test_the_teacher_is_the_original_to_the_bit(kind: str) -> None:
 def test_what_stands_at_units_is_taken_away_too(what: str) -> None:
     live, pixels = live_of("dinov2"), images(3)
     units = {f"{block}.mlp.fc2": [0, 5] for block in live.anatomy.blocks}
-    entry = {"at": 1, "first": live.anatomy.blocks[0], "last": live.anatomy.blocks[-1], "units": units}
+    entry = {"at": 1, "blocks": [*live.anatomy.blocks], "units": units}
 
     def install() -> contextlib.ExitStack:
         return install_registers(live.trunk, entry) if what == "registers" else install_silence(live.trunk, units)

@@ -453,7 +453,11 @@ def test_what_does_not_go_together_is_one_sentence(ground: Path, tmp_path: Path)
         (ground / "whisper", {"text": text}, "is an encoder of sound, which reads no text; give --audio"),
         (tmp_path / "vit", clips, "is an encoder of images, which reads no --audio; give --images"),
         (ground / "whisper", {}, "verification needs recordings: give --audio DIR"),
-        (ground / "whisper", {"verify": False}, "takes its means over recordings: give --calibration DIR (or --audio)"),
+        (
+            ground / "whisper",
+            {"verify": False},
+            "takes its means over recordings: give --audio DIR, and others with --calibration",
+        ),
         (ground / "whisper", {"audio": ground / "clips"}, "4 recordings, and 64 are to be read"),
         (ground / "whisper", {**clips, **pictures}, "--images is for encoders, and --audio for encoders of sound"),
     ]
