@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from ..anatomy.linears import widths
 from ..anatomy.sound import norm_after
 from ..runtime.eab_registers import MARK as REGISTERS
+from ..runtime.eab_registers import with_token, without_token
 from .model import Live
 
 
@@ -65,6 +66,13 @@ def on_layer(
     active = getattr(trunk.config.get_text_config(), "altup_active_idx", None)
 
     def shown(states: torch.Tensor) -> torch.Tensor | None:
+        if (register := getattr(trunk, REGISTERS, None)) is not None:  # of test time: it is inside of the blocks alone
+            at, held = register
+            changed = look(with_token(states, at, held[layer] if layer else torch.zeros_like(states[:, :1])))
+            if changed is None:
+                return None
+            changed, held[layer] = without_token(changed, at)
+            return changed
         if states.ndim == 4 and active is None:
             changed = look(states.flatten(2))
             return None if changed is None else changed.view(states.shape)
@@ -87,7 +95,6 @@ def on_layer(
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
     if layer:
-        first = first or hasattr(trunk, REGISTERS)  # of test time, which is taken out behind each block
         return trunk.get_submodule(blocks[layer - 1]).register_forward_hook(leaving, prepend=first)
     return trunk.get_submodule(blocks[0]).register_forward_pre_hook(entering, with_kwargs=True, prepend=first)
 

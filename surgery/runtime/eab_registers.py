@@ -18,28 +18,45 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from .eab_added import put_in_front
 from .eab_runtime import AttentionBiasMixin, find_trunk
 
-MARK = "eab_registers"  # attribute of a trunk that has them
+MARK = "eab_registers"  # attribute of a trunk that has them: where the token stands, and it by the block it enters
 
 
-def _put(
-    at: int, held: dict[int, Tensor], index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, ...]:  # fmt: skip
-    """Forward pre-hook of a block: (B, T, d) -> (B, T + 1, d). `held`: the token (B, 1, d) by the block that it enters;
-    each has its own, so that a block may be computed once more (gradient checkpointing)."""
-    states: Tensor = args[0] if args else kwargs["hidden_states"]
-    token = held[index] if index else torch.zeros_like(states[:, :1])
-    longer = torch.cat([states[:, :at], token, states[:, at:]], dim=1)
-    return ((longer, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": longer})
+class _Carrying:
+    """In front of a block's class: (B, T, d) come in, T + 1 tokens pass it, and T leave.
+
+    `eab_carries`: where the token stands; the token (B, 1, d) by the number of the block that it enters; this one's
+    number; and whether it is the last. Each block finds its own token, and may be computed once more (gradient
+    checkpointing).
+    """
+
+    eab_carries: tuple[int, dict[int, Tensor], int, bool]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        at, held, index, last = self.eab_carries
+        states: Tensor = args[0] if args else kwargs["hidden_states"]
+        longer = with_token(states, at, held[index] if index else held.pop(0, torch.zeros_like(states[:, :1])))
+        if args:
+            output = super().forward(longer, *args[1:], **kwargs)  # type: ignore[misc]
+        else:
+            output = super().forward(**{**kwargs, "hidden_states": longer})  # type: ignore[misc]
+        states = output if isinstance(output, Tensor) else output[0]
+        states, held[index + 1] = without_token(states, at)
+        if last and torch.compiler.is_compiling():  # what is traced leaves nothing behind
+            held.clear()
+        return states if isinstance(output, Tensor) else type(output)((states, *output[1:]))
 
 
-def _take(at: int, held: dict[int, Tensor], index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook of a block: without that token again."""
-    states: Tensor = output if isinstance(output, Tensor) else output[0]
-    held[index + 1] = states[:, at : at + 1]
-    shorter = torch.cat([states[:, :at], states[:, at + 1 :]], dim=1)
-    return shorter if isinstance(output, Tensor) else type(output)((shorter, *output[1:]))
+def with_token(states: Tensor, at: int, token: Tensor) -> Tensor:
+    """states (B, T, d) with a token (B, 1, d) in front of token `at`."""
+    return torch.cat([states[:, :at], token, states[:, at:]], dim=1)
+
+
+def without_token(states: Tensor, at: int) -> tuple[Tensor, Tensor]:
+    """The reverse: states without token `at`, and that token."""
+    return torch.cat([states[:, :at], states[:, at + 1 :]], dim=1), states[:, at : at + 1]
 
 
 def moved(activations: Tensor, at: int, units: Tensor) -> Tensor:
@@ -63,15 +80,16 @@ def _silence(units: list[int], projection: nn.Module, args: tuple[Any, ...]) -> 
 
 
 def install_registers(trunk: nn.Module, registers: dict[str, Any]) -> contextlib.ExitStack:
-    """Hooks that bring the token in, move activations to it, and take it out; closing what is returned undoes it."""
+    """Bring the token into each block, move activations to it, and take it out; closing what is returned undoes it."""
     undo, at = contextlib.ExitStack(), registers["at"]
-    setattr(trunk, MARK, True)
-    undo.callback(delattr, trunk, MARK)
     held: dict[int, Tensor] = {}
+    setattr(trunk, MARK, (at, held))
+    undo.callback(delattr, trunk, MARK)
     for index, name in enumerate(registers["blocks"]):
-        block, put = trunk.get_submodule(name), functools.partial(_put, at, held, index)
-        undo.callback(block.register_forward_pre_hook(put, with_kwargs=True, prepend=True).remove)
-        undo.callback(block.register_forward_hook(functools.partial(_take, at, held, index)).remove)
+        block: Any = trunk.get_submodule(name)
+        block.eab_carries = at, held, index, index + 1 == len(registers["blocks"])
+        undo.callback(delattr, block, "eab_carries")
+        put_in_front(block, _Carrying, undo)
     for name, units in registers["units"].items():
         projection = trunk.get_submodule(name)
         undo.callback(projection.register_forward_pre_hook(functools.partial(_move, at, units)).remove)

@@ -42,7 +42,7 @@ from surgery.live.images import load_processor
 from surgery.live.model import Live
 from surgery.live.port import port_of
 from surgery.live.stream import stream
-from surgery.survey import patches
+from surgery.survey import patches, register_neurons
 
 FEW = surgery.Chunking(6)
 ANY = {"fidelity": {"min_cls": -0.99, "min_patches": -0.99}}
@@ -398,3 +398,92 @@ def test_without_proof_and_from_kept_steps(ground: Path, tmp_path: Path) -> None
     assert first is not None and again is not None and first["fidelity"] == again["fidelity"]
     assert [survey["images"]["registers"] for survey in first["surveys"]] == [4, 0]
     assert {image["name"] for image in first["surveys"][1]["norm_maps"]["images"]} <= {f"{i:02}.png" for i in range(12)}
+
+
+# ---- what stands around an encoder
+
+
+def easily(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tiny random encoders few tokens stand out, and no unit is all that makes them."""
+    monkeypatch.setattr(patches, "HIGH", 1.02)
+    monkeypatch.setattr(register_neurons, "SELECTIVE", 0.5)
+    monkeypatch.setattr(register_neurons, "GROWS", -1.0)
+
+
+@pytest.mark.parametrize(
+    "kind", ["siglip", *(pytest.param(k, marks=pytest.mark.slow) for k in ("vit", "clip", "llava", "dpt", "ijepa"))]
+)
+def test_nothing_outside_of_the_blocks_sees_a_register(
+    kind: str, ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any type, with CLS or without: the hidden states of all layers are as many as they were."""
+    easily(monkeypatch)
+    source = save_encoder(tmp_path / kind, kind)
+    found = surgery.run(
+        recipe({"registers": {"neurons": 2}}), source, tmp_path / "out", images=ground / "pictures", chunking=FEW
+    )
+    assert found is not None and found["passed"], found
+    live, pixels = tower(tmp_path / "out"), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        out = live.trunk(pixel_values=pixels, output_hidden_states=True)
+    tokens = ENCODERS[kind][1] + 16
+    assert {states.shape[1] for states in out.hidden_states} == {tokens} == {out[0].shape[1]}
+    scanned = surgery.scan(tmp_path / "out", images=ground / "pictures", chunking=FEW, interventions=True)
+    assert scanned["images"]["registers"] == 1 and not any("error" in row for row in scanned["interventions"])
+
+
+def test_what_counts_its_tokens_takes_no_register(
+    ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    easily(monkeypatch)
+    source = save_encoder(tmp_path / "beit", "beit")
+    with pytest.raises(UnsupportedModel, match=r"beit: its blocks do not take one token more .*; leave registers out"):
+        surgery.run(
+            recipe({"registers": {"neurons": 2}}), source, tmp_path / "out", images=ground / "pictures", chunking=FEW
+        )
+
+
+@pytest.mark.parametrize("kind", ["clip", pytest.param("siglip", marks=pytest.mark.slow)])
+def test_a_text_tower_beside_it_stays_what_it_was(
+    kind: str, ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    easily(monkeypatch)
+    source = save_encoder(tmp_path / kind, kind)
+    surgery.run(recipe(FROM_MASSIVE), source, tmp_path / "out", images=ground / "pictures", chunking=FEW)
+    model, ids = tower(tmp_path / "out").model, torch.tensor([[1, 7, 9, 2], [1, 5, 2, 0]])
+    before, mask = AutoModel.from_pretrained(source).eval(), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            ours, theirs = (
+                one.get_text_features(input_ids=ids, attention_mask=mask).pooler_output for one in (model, before)
+            )
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_interventions_on_what_was_converted(ground: Path, tmp_path: Path) -> None:
+    surgery.run(recipe(FROM_REGISTERS), ground / "with", tmp_path / "out", images=ground / "pictures", chunking=FEW)
+    rows = surgery.scan(tmp_path / "out", images=ground / "pictures", chunking=FEW, interventions=True)["interventions"]
+    assert rows and all(row["fidelity"] is not None for row in rows)
+
+
+@pytest.mark.slow
+def test_test_time_registers_can_be_exported_and_trained(ground: Path, tmp_path: Path) -> None:
+    surgery.run(
+        recipe({"registers": {"neurons": 1}}), ground / "planted", tmp_path / "out", images=ground / "pictures",
+        chunking=FEW,
+    )  # fmt: skip
+    model, pixels = tower(tmp_path / "out").model, torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(model, (), {"pixel_values": pixels}).module()
+    with torch.no_grad():
+        wanted = model(pixel_values=pixels).last_hidden_state
+        assert torch.allclose(exported(pixel_values=pixels).last_hidden_state, wanted, atol=1e-5)
+    gradients = []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(pixel_values=pixels).last_hidden_state.square().mean().backward()
+        gradients.append(model.embeddings.cls_token.grad.clone())
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers.measured import measured
 
+from surgery.live.paired import share_interval
 from surgery.live.score import Score
 from surgery.verification.gates import GATES, SHOWN, Gate
 from surgery.verification.verify import Verify
@@ -44,3 +45,12 @@ def test_those_that_always_apply_do_without_the_original(gate: type[Gate]) -> No
     after = measured(converted=Score((1.0, 2.0), 1))
     assert all(judgement.name == gate.name for judgement in gate().judge(None, after))
     assert isinstance(gate().found(None, after, None), dict)
+
+
+def test_a_share_is_bounded_by_how_many_agree() -> None:
+    """One that differs never gives a higher bound than none."""
+    for count in (2, 16, 64, 256):
+        lows = [share_interval([True] * same + [False] * (count - same)).low for same in range(count + 1)]
+        assert lows == sorted(lows) and len(set(lows)) == len(lows) and lows[0] == 0
+    found = share_interval([True] * 63 + [False])  # Wilson's, by an independent hand
+    assert (round(found.low, 4), round(found.high, 4)) == (0.9167, 0.9972)
