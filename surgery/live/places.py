@@ -67,11 +67,11 @@ def on_layer(
 
     def shown(states: torch.Tensor) -> torch.Tensor | None:
         if (register := getattr(trunk, REGISTERS, None)) is not None:  # of test time: it is inside of the blocks alone
-            at, held = register
-            changed = look(with_token(states, at, held[layer] if layer else torch.zeros_like(states[:, :1])))
+            token = register.tokens[layer] if layer else torch.zeros_like(states[:, :1])
+            changed = look(with_token(states, register.at, token))
             if changed is None:
                 return None
-            changed, held[layer] = without_token(changed, at)
+            changed, register.tokens[layer] = without_token(changed, register.at)
             return changed
         if states.ndim == 4 and active is None:
             changed = look(states.flatten(2))

@@ -21,31 +21,36 @@ from transformers import PreTrainedConfig
 from .eab_added import put_in_front
 from .eab_runtime import AttentionBiasMixin, find_trunk
 
-MARK = "eab_registers"  # attribute of a trunk that has them: where the token stands, and it by the block it enters
+MARK = "eab_registers"  # attribute of a trunk that has them: its `Passage`
+
+
+class Passage:
+    """The way of the token: where it stands, and it (B, 1, d) by the number of the block that it enters.
+
+    Each block finds its own, so that it may be computed once more (gradient checkpointing).
+    """
+
+    def __init__(self, at: int) -> None:
+        self.at, self.tokens = at, dict[int, Tensor]()
 
 
 class _Carrying:
-    """In front of a block's class: (B, T, d) come in, T + 1 tokens pass it, and T leave.
+    """In front of a block's class: (B, T, d) come in, T + 1 tokens pass it, and T leave. `eab_carries`: the way of the
+    token, and the block's number."""
 
-    `eab_carries`: where the token stands; the token (B, 1, d) by the number of the block that it enters; this one's
-    number; and whether it is the last. Each block finds its own token, and may be computed once more (gradient
-    checkpointing).
-    """
-
-    eab_carries: tuple[int, dict[int, Tensor], int, bool]
+    eab_carries: tuple[Passage, int]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        at, held, index, last = self.eab_carries
+        passage, index = self.eab_carries
         states: Tensor = args[0] if args else kwargs["hidden_states"]
-        longer = with_token(states, at, held[index] if index else held.pop(0, torch.zeros_like(states[:, :1])))
+        token = passage.tokens[index] if index else passage.tokens.pop(0, torch.zeros_like(states[:, :1]))
+        longer = with_token(states, passage.at, token)
         if args:
             output = super().forward(longer, *args[1:], **kwargs)  # type: ignore[misc]
         else:
             output = super().forward(**{**kwargs, "hidden_states": longer})  # type: ignore[misc]
         states = output if isinstance(output, Tensor) else output[0]
-        states, held[index + 1] = without_token(states, at)
-        if last and torch.compiler.is_compiling():  # what is traced leaves nothing behind
-            held.clear()
+        states, passage.tokens[index + 1] = without_token(states, passage.at)
         return states if isinstance(output, Tensor) else type(output)((states, *output[1:]))
 
 
@@ -82,12 +87,12 @@ def _silence(units: list[int], projection: nn.Module, args: tuple[Any, ...]) -> 
 def install_registers(trunk: nn.Module, registers: dict[str, Any]) -> contextlib.ExitStack:
     """Bring the token into each block, move activations to it, and take it out; closing what is returned undoes it."""
     undo, at = contextlib.ExitStack(), registers["at"]
-    held: dict[int, Tensor] = {}
-    setattr(trunk, MARK, (at, held))
+    passage = Passage(at)
+    setattr(trunk, MARK, passage)
     undo.callback(delattr, trunk, MARK)
     for index, name in enumerate(registers["blocks"]):
         block: Any = trunk.get_submodule(name)
-        block.eab_carries = at, held, index, index + 1 == len(registers["blocks"])
+        block.eab_carries = passage, index
         undo.callback(delattr, block, "eab_carries")
         put_in_front(block, _Carrying, undo)
     for name, units in registers["units"].items():
