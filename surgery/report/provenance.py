@@ -68,20 +68,20 @@ def _texts(what: str, files: Sequence[Mapping[str, Any]]) -> list[tuple[str, str
 
 
 def _thing(cuts: Mapping[str, Any]) -> str:
-    """What was read: of images there is no length."""
-    return "image" if any(cut and cut["length"] is None for cut in cuts.values()) else "text"
+    """What was read: text, or files that are one thing each, images or recordings, of which there is no length."""
+    return "file" if any(cut and cut["length"] is None for cut in cuts.values()) else "text"
 
 
 def _cut(cut: Mapping[str, Any]) -> str:
     if cut["length"] is None:
-        return count_of(cut["count"], "image")
+        return count_of(cut["count"], "file")
     return f"{count_of(cut['count'], 'chunk')} of {cut['length']:,} tokens"
 
 
 def _read(cuts: Mapping[str, Any], split: bool) -> str:
     """How text was cut; of one text that was split, which half was for what."""
     halves = {"evaluation": " of its second half", "calibration": " of its first half"} if split else {}
-    if _thing(cuts) == "image":
+    if _thing(cuts) == "file":
         halves = dict.fromkeys(halves, ", every other one of those given")
     said = [
         f"{what}: {_cut(cut)}{halves.get(what, '')}"
