@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from .patching import PIXELS, SOUND, Patching
 from .sites import Anatomy, blocks_of, read_as_config, sites_of
 from .sound import frames_of
 from .structure import on_meta
-from .tower import calls_of, pair
+from .tower import calls_of, pair, wants_packed
 
 REGISTERS = ("num_register_tokens", "num_registers")  # as families call how many of them there are
 
@@ -102,11 +103,14 @@ def _examined(parsed: PreTrainedConfig, model: PreTrainedModel, name: str, tower
 
 def _patches(kind: str, tower: PreTrainedModel) -> tuple[Patching, list[Call]]:
     """What becomes of an image, and the attention calls."""
-    size, patch = pair(tower.config, "image_size"), pair(tower.config, "patch_size")
+    size, patch, packed = pair(tower.config, "image_size"), pair(tower.config, "patch_size"), wants_packed(tower)
+    if packed and patch is not None and isinstance(count := getattr(tower.config, "num_patches", None), int):
+        side = math.isqrt(count)
+        size = side * patch[0], side * patch[1]
     if size is None or patch is None:
         raise UnsupportedModel(f"{kind}: its config has no image_size and patch_size, so no grid of patches")
     shape = (getattr(tower.config, "num_channels", 3), *size)
-    calls = calls_of(tower, shape)
+    calls = calls_of(tower, shape, patch if packed else None)
     rows, columns = size[0] // patch[0], size[1] // patch[1]
     special = min((call.query.shape[2] for call in calls), default=0) - rows * columns
     if special < 0 or any(call.query.shape[2] != special + rows * columns for call in calls):
@@ -116,7 +120,7 @@ def _patches(kind: str, tower: PreTrainedModel) -> tuple[Patching, list[Call]]:
         )
     key = next((key for key in REGISTERS if getattr(tower.config, key, None)), None)
     registers = 0 if key is None else min(getattr(tower.config, key), max(special - 1, 0))
-    return Patching(PIXELS, shape, patch, patch, special, registers, key), calls
+    return Patching(PIXELS, shape, patch, patch, special, registers, key, packed), calls
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class Patching:
 
     `patch` (H, W) and `stride` of each; None where tokens are a row of frames, as long as the recording makes it. Of
     the tokens that an image becomes, the first `special` are no patches, and of these `registers` are, after CLS;
-    `register_key` is what the tower's config calls their number.
+    `register_key` is what the tower's config calls their number. `packed`: the tower is called with patches that are
+    cut already, and where they stand (`tower.given_to`).
     """
 
     input: str
@@ -30,6 +31,7 @@ class Patching:
     special: int
     registers: int
     register_key: str | None = None
+    packed: bool = False
 
     @property
     def size(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 
+from ..anatomy.patching import Patching
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy
 from ..errors import SourceError, UnsupportedModel, brief
@@ -92,9 +93,12 @@ def read_pixels(processor: Any, files: Sequence[Path], anatomy: Anatomy) -> torc
 
 def _pixels(processor: Any, path: Path, anatomy: Anatomy) -> torch.Tensor:
     assert anatomy.patching is not None
-    image, channels = read_image(path), anatomy.patching.shape[0]
+    image, channels, packed = read_image(path), anatomy.patching.shape[0], anatomy.patching.packed
     try:
-        made = processor(image, return_tensors="pt")["pixel_values"]
+        if packed:  # patches of one grid for all: that of the square in the middle
+            image = ImageOps.fit(image, (min(image.size),) * 2)
+        found = processor(image, return_tensors="pt")
+        made = _uncut(found, anatomy.patching) if packed else found["pixel_values"]
     except Exception as error:  # of any class, as the settings in its file have it
         raise SourceError(
             f"{path}: the checkpoint's image processor cannot read it ({brief(error)}); correct its settings."
@@ -105,6 +109,14 @@ def _pixels(processor: Any, path: Path, anatomy: Anatomy) -> torch.Tensor:
         )
     pixels: torch.Tensor = made[0]
     return pixels
+
+
+def _uncut(found: Any, patching: Patching) -> torch.Tensor:
+    """Pixels (1, C, H, W) of patches that a processor has cut already, as `tower.given_to` cuts them."""
+    assert patching.patch is not None
+    (rows, columns), (high, wide) = found["spatial_shapes"][0].tolist(), patching.patch
+    cut = found["pixel_values"][:, : rows * columns].reshape(1, rows, columns, high, wide, -1)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(1, -1, rows * high, columns * wide)
 
 
 def picture_of(pixels: torch.Tensor, side: int) -> Image.Image:

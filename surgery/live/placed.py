@@ -78,7 +78,7 @@ def _entered(live: Live, given: torch.Tensor) -> torch.Tensor:
 
     hook = on_layer(live, 0, look)
     try:
-        live.trunk(**{port.input: given.to(live.device, live.model.dtype)})
+        live.trunk(**port.given(live, given))
     except _Enough:
         pass
     finally:

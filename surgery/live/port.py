@@ -14,6 +14,7 @@ import torch
 
 from ..anatomy.patching import PIXELS, SOUND
 from ..anatomy.sound import grid_of
+from ..anatomy.tower import given_to
 from ..words import IMAGE, RECORDING, SPECTROGRAM, Called
 from .text import token_texts
 
@@ -81,6 +82,7 @@ class Images:
     grid: tuple[int, int]
     special: int
     registers: int
+    packed: tuple[int, int] | None = None  # the size of patches, of an encoder that is called with such
 
     predicts = False
     input = PIXELS  # the name of what the model is called with
@@ -104,8 +106,11 @@ class Images:
         width = live.trunk.config.get_text_config().hidden_size
         size = max(1, IMAGE_BYTES // (4 * width * self.tokens))
         for index, part in enumerate(pixels.split(size)):
-            given = {self.input: part.to(live.device, live.model.dtype)}
-            yield Batch(torch.arange(self.tokens).expand(len(part), -1), 0, index, given)
+            yield Batch(torch.arange(self.tokens).expand(len(part), -1), 0, index, self.given(live, part))
+
+    def given(self, live: Live, part: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the encoder is called with."""
+        return given_to(self.input, part.to(live.device, live.model.dtype), self.packed)
 
     def run(self, live: Live, batch: Batch, wanted: bool) -> torch.Tensor | None:
         """Have the encoder compute; where they are `wanted`, what a head makes of it: logits (B, classes)."""
@@ -166,8 +171,8 @@ def port_of(anatomy: Anatomy, chunks: torch.Tensor | None = None) -> Port:
     grid = grid_of(anatomy, patching.shape if chunks is None else tuple(chunks.shape[1:]))
     if patching.is_sound:
         cut = patching.patch is not None
-        return Sound(grid, patching.special, patching.registers, patching.input, cut)
-    return Images(grid, patching.special, patching.registers)
+        return Sound(grid, patching.special, patching.registers, input=patching.input, cut=cut)
+    return Images(grid, patching.special, patching.registers, patching.patch if patching.packed else None)
 
 
 @torch.no_grad()
@@ -176,8 +181,9 @@ def answer(live: Live) -> torch.Tensor:
     random images or recordings."""
     generator, patching = torch.Generator().manual_seed(0), live.anatomy.patching
     if patching is not None:
-        given = torch.randn(TRIED[0], *patching.shape, generator=generator)
-        states: torch.Tensor = live.trunk(**{patching.input: given.to(live.device, live.model.dtype)})[0]
+        port, given = port_of(live.anatomy), torch.randn(TRIED[0], *patching.shape, generator=generator)
+        assert isinstance(port, Images)
+        states: torch.Tensor = live.trunk(**port.given(live, given))[0]
         return states
     vocabulary = live.model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, TRIED, generator=generator).to(live.device)

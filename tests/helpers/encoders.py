@@ -40,8 +40,10 @@ ENCODERS: dict[str, tuple[dict[str, Any], int, int]] = {
     "clip_vision_model": (_TINY, 1, 0),
     "siglip_vision_model": (_TINY, 0, 0),
     "aimv2_vision_model": (_TINY, 0, 0),
+    "siglip2_vision_model": ({**_TINY, "num_patches": GRID**2}, 0, 0),  # is called with patches that are cut already
     "clip": ({"vision_config": _TINY, "text_config": _TEXT}, 1, 0),
     "siglip": ({"vision_config": _TINY, "text_config": _TEXT}, 0, 0),
+    "siglip2": ({"vision_config": {**_TINY, "num_patches": GRID**2}, "text_config": _TEXT}, 0, 0),
     "llava": (
         {
             "vision_config": {"model_type": "clip_vision_model", **_TINY},
@@ -61,7 +63,6 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
 # Those that are refused, and what of the reason is said.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "vit_mae": (_TINY, "is not 4 x 4 tokens in all of its layers"),
-    "siglip2_vision_model": (_TINY, "missing 2 required positional arguments"),
     "data2vec-vision": (_TINY, "AttentionInterface, where it could be seen"),
     "llama": (_TEXT, "no part of it reads images alone; give --text to survey a language model"),
     "videomae": (_TINY, "its structure could not be read without weights"),
@@ -98,6 +99,8 @@ def save_encoder(root: Path, kind: str) -> Path:
         "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": SIDE, "width": SIDE},
         "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_rescale": True,
     }  # fmt: skip
+    if kind.startswith("siglip2"):
+        settings |= {"image_processor_type": "Siglip2ImageProcessor", "patch_size": PATCH, "max_num_patches": GRID**2}
     (root / "preprocessor_config.json").write_text(json.dumps(settings))
     return root
 

@@ -145,7 +145,7 @@ def test_each_type_attends_to_its_slots(
     seen: list[tuple[Call, torch.Tensor]] = []
     pixels = torch.randn(2, 3, *live.anatomy.patching.size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), observing(None, lambda call, output: seen.append((call, output))):
-        live.trunk(pixel_values=pixels)
+        live.trunk(**live.port.given(live, pixels))
     assert len(seen) == BLOCKS
     for call, output in seen:
         wanted = reference(call)
@@ -155,7 +155,9 @@ def test_each_type_attends_to_its_slots(
 
 def reference(call: Call, slots: bool = True) -> torch.Tensor:
     query, key, value = (states.double() for states in (call.query, call.key, call.value))
-    bias = torch.zeros(1, 1, 1, key.shape[2]).double() if call.mask is None else call.mask.double()
+    bias = torch.zeros(1, 1, 1, key.shape[2]).double()
+    if call.mask is not None:
+        bias = call.mask.double() if call.mask.dtype != torch.bool else bias.masked_fill(~call.mask, -torch.inf)
     if slots:
         own = [part.double().transpose(0, 1).expand(len(key), -1, -1, -1) for part in call.module.attention_bias()]
         key, value = torch.cat([own[0], key], dim=2), torch.cat([own[1], value], dim=2)
