@@ -25,7 +25,7 @@ from .patching import PIXELS, SOUND, Patching
 from .sites import Anatomy, blocks_of, read_as_config, sites_of
 from .sound import frames_of
 from .structure import on_meta
-from .tower import calls_of, pair, wants_packed
+from .tower import calls_of, dropping_none, handed_to, pair
 
 REGISTERS = ("num_register_tokens", "num_registers")  # as families call how many of them there are
 
@@ -39,7 +39,7 @@ _NONE = {
 def parse_encoder(config: dict) -> tuple[PreTrainedConfig, Any]:
     """The transformers config of a raw config.json, and the class that the checkpoint is of: what `architectures` names
     where that is a class of this config, or what AutoModel loads."""
-    parsed = read_as_config(config)
+    parsed = dropping_none(read_as_config(config))
     kind: Any = of_auto(ANY, type(parsed))
     if kind is None:
         raise UnsupportedModel(f"config.json: model_type {parsed.model_type!r} is no model that {ANY} loads")
@@ -103,14 +103,18 @@ def _examined(parsed: PreTrainedConfig, model: PreTrainedModel, name: str, tower
 
 def _patches(kind: str, tower: PreTrainedModel) -> tuple[Patching, list[Call]]:
     """What becomes of an image, and the attention calls."""
-    size, patch, packed = pair(tower.config, "image_size"), pair(tower.config, "patch_size"), wants_packed(tower)
-    if packed and patch is not None and isinstance(count := getattr(tower.config, "num_patches", None), int):
+    size, patch, handed = pair(tower.config, "image_size"), pair(tower.config, "patch_size"), handed_to(tower)
+    if (
+        handed == "packed"
+        and patch is not None
+        and isinstance(count := getattr(tower.config, "num_patches", None), int)
+    ):
         side = math.isqrt(count)
         size = side * patch[0], side * patch[1]
     if size is None or patch is None:
         raise UnsupportedModel(f"{kind}: its config has no image_size and patch_size, so no grid of patches")
     shape = (getattr(tower.config, "num_channels", 3), *size)
-    calls = calls_of(tower, shape, patch if packed else None)
+    calls = calls_of(tower, shape, handed, patch)
     rows, columns = size[0] // patch[0], size[1] // patch[1]
     special = min((call.query.shape[2] for call in calls), default=0) - rows * columns
     if special < 0 or any(call.query.shape[2] != special + rows * columns for call in calls):
@@ -120,7 +124,7 @@ def _patches(kind: str, tower: PreTrainedModel) -> tuple[Patching, list[Call]]:
         )
     key = next((key for key in REGISTERS if getattr(tower.config, key, None)), None)
     registers = 0 if key is None else min(getattr(tower.config, key), max(special - 1, 0))
-    return Patching(PIXELS, shape, patch, patch, special, registers, key, packed), calls
+    return Patching(PIXELS, shape, patch, patch, special, registers, key, handed), calls
 
 
 @dataclass(frozen=True)

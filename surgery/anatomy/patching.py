@@ -9,6 +9,9 @@ from typing import Literal
 from ..words import IMAGE, RECORDING, SPECTROGRAM, Called
 
 PIXELS = "pixel_values"
+# What a tower is called with: pixels; or such that are cut into patches already; or with the order of patches, which it
+# would make at random.
+Handed = Literal["whole", "packed", "ordered"]
 Reads = Literal["text", "images", "audio"]  # what a model is given, and how options are called
 SOUND = ("input_features", "input_values")  # as the towers of audio call what they read
 
@@ -20,8 +23,8 @@ class Patching:
 
     `patch` (H, W) and `stride` of each; None where tokens are a row of frames, as long as the recording makes it. Of
     the tokens that an image becomes, the first `special` are no patches, and of these `registers` are, after CLS;
-    `register_key` is what the tower's config calls their number. `packed`: the tower is called with patches that are
-    cut already, and where they stand (`tower.given_to`).
+    `register_key` is what the tower's config calls their number. `handed`: what the tower is called with
+    (`tower.given_to`).
     """
 
     input: str
@@ -31,7 +34,7 @@ class Patching:
     special: int
     registers: int
     register_key: str | None = None
-    packed: bool = False
+    handed: Handed = "whole"
 
     @property
     def size(self) -> tuple[int, int]:

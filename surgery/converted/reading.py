@@ -14,6 +14,7 @@ from ..anatomy.classes import ANY
 from ..anatomy.packed import loadable
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy
+from ..anatomy.tower import dropping_none
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST
 from ..checkpoint.regular import read_json
@@ -65,6 +66,8 @@ def load_converted(
     try:
         with quiet(), loading_by(by_layers, root) as finish:
             config = loadable(AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False))
+            if getattr(config, "eab", {}).get("sees_all"):
+                config = dropping_none(config)
             model, report = from_files(_auto_of(config), root, config, dtype, device)
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
         require_memory(root, error)

@@ -93,7 +93,7 @@ def read_pixels(processor: Any, files: Sequence[Path], anatomy: Anatomy) -> torc
 
 def _pixels(processor: Any, path: Path, anatomy: Anatomy) -> torch.Tensor:
     assert anatomy.patching is not None
-    image, channels, packed = read_image(path), anatomy.patching.shape[0], anatomy.patching.packed
+    image, channels, packed = read_image(path), anatomy.patching.shape[0], anatomy.patching.handed == "packed"
     try:
         if packed:  # patches of one grid for all: that of the square in the middle
             image = ImageOps.fit(image, (min(image.size),) * 2)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..anatomy.patching import PIXELS, SOUND
+from ..anatomy.patching import PIXELS, SOUND, Handed
 from ..anatomy.sound import grid_of
 from ..anatomy.tower import given_to
 from ..words import IMAGE, RECORDING, SPECTROGRAM, Called
@@ -82,7 +82,8 @@ class Images:
     grid: tuple[int, int]
     special: int
     registers: int
-    packed: tuple[int, int] | None = None  # the size of patches, of an encoder that is called with such
+    handed: Handed = "whole"  # see `anatomy.patching.Patching`, as `patch`
+    patch: tuple[int, int] | None = None
 
     predicts = False
     input = PIXELS  # the name of what the model is called with
@@ -110,7 +111,7 @@ class Images:
 
     def given(self, live: Live, part: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the encoder is called with."""
-        return given_to(self.input, part.to(live.device, live.model.dtype), self.packed)
+        return given_to(self.input, part.to(live.device, live.model.dtype), self.handed, self.patch)
 
     def run(self, live: Live, batch: Batch, wanted: bool) -> torch.Tensor | None:
         """Have the encoder compute; where they are `wanted`, what a head makes of it: logits (B, classes)."""
@@ -172,7 +173,7 @@ def port_of(anatomy: Anatomy, chunks: torch.Tensor | None = None) -> Port:
     if patching.is_sound:
         cut = patching.patch is not None
         return Sound(grid, patching.special, patching.registers, input=patching.input, cut=cut)
-    return Images(grid, patching.special, patching.registers, patching.patch if patching.packed else None)
+    return Images(grid, patching.special, patching.registers, patching.handed, patching.patch)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from helpers.recordings import BLOCKS as HEARING_BLOCKS
 from helpers.recordings import DEAF, HEARING, WIDTH, hearing_config, hearing_model
 
 from surgery.anatomy.encoders import examine_encoder
-from surgery.anatomy.tower import given_to
+from surgery.anatomy.tower import dropping_none, given_to
 from surgery.errors import SourceError, UnsupportedModel
 from surgery.live.features import Features
 from surgery.live.model import Live
@@ -37,13 +37,15 @@ def test_each_type_is_read_as_its_own_code_reads_it(kind: str) -> None:
     assert found is not None
     assert (found.special, found.registers, found.grid(*found.size)) == (special, registers, (GRID, GRID))
     assert len(anatomy.sites) == len(anatomy.blocks) == BLOCKS
+    dropping_none(model.config)
     tower, port, keep = model.get_submodule(anatomy.trunk), port_of(anatomy), Keep()
     assert (port.grid, port.special, port.registers) == ((GRID, GRID), special, registers)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     stream(Live(model, anatomy, port), pixels, [keep])
     with torch.no_grad():
-        packed = (8, 8) if kind.startswith("siglip2") else None
-        theirs = tower(**given_to("pixel_values", pixels, packed), output_hidden_states=True).hidden_states
+        theirs = tower(
+            **given_to("pixel_values", pixels, found.handed, (8, 8)), output_hidden_states=True
+        ).hidden_states
     assert sorted(keep.states) == list(range(BLOCKS + 1)) and keep.blocks == list(range(BLOCKS))
     for layer, states in keep.states.items():
         assert states.shape == (2, port.tokens, 32)

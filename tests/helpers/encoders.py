@@ -40,6 +40,9 @@ ENCODERS: dict[str, tuple[dict[str, Any], int, int]] = {
     "clip_vision_model": (_TINY, 1, 0),
     "siglip_vision_model": (_TINY, 0, 0),
     "aimv2_vision_model": (_TINY, 0, 0),
+    "vit_mae": (  # which drops patches at random unless it is told not to
+        {**_TINY, "decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}, 1, 0,
+    ),
     "siglip2_vision_model": ({**_TINY, "num_patches": GRID**2}, 0, 0),  # is called with patches that are cut already
     "clip": ({"vision_config": _TINY, "text_config": _TEXT}, 1, 0),
     "siglip": ({"vision_config": _TINY, "text_config": _TEXT}, 0, 0),
@@ -62,7 +65,6 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
 }
 # Those that are refused, and what of the reason is said.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "vit_mae": (_TINY, "is not 4 x 4 tokens in all of its layers"),
     "data2vec-vision": (_TINY, "AttentionInterface, where it could be seen"),
     "llama": (_TEXT, "no part of it reads images alone; give --text to survey a language model"),
     "videomae": (_TINY, "its structure could not be read without weights"),
