@@ -74,7 +74,12 @@ def test_shipped_recipes_load():
     )
     pretrained = load(RECIPES / "gpt2-from-scratch.yaml", FromScratch)
     assert pretrained.pretrain == Pretrain(steps=1000)  # it spells the defaults out
+    slots, outliers = (load_recipe(RECIPES / f"encoder-{name}.yaml") for name in ("slots", "outliers"))
+    assert slots.reading == outliers.reading == "images" and slots.operations[0].source == "registers"
+    assert [one.changes_weights for one in outliers.operations] == [True, False]
     loaded = {
+        "encoder-slots",
+        "encoder-outliers",
         "eab",
         "eab-newline",
         "w8a8-static",
