@@ -133,7 +133,7 @@ def parse_config(config: dict) -> PreTrainedConfig:
         is_one = reads == PIXELS or reads in SOUND or hasattr(parsed, "vision_config")
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold"
-            f"{f'; to survey an encoder of {encoder} to scan' if is_one else ''}"
+            f"{f'; to survey an encoder of {encoder} to scan, or run encoder-slots' if is_one else ''}"
         )
     return parsed
 
