@@ -123,6 +123,7 @@ class Survey(TypedDict):
     perplexity: NotRequired[Score]  # of text
     images: NotRequired[dict[str, Any]]  # grid, special, registers: what tokens an image becomes
     audio: NotRequired[dict[str, Any]]  # frames (or a grid), special, registers: what tokens a recording becomes
+    text: NotRequired[dict[str, Any]]  # tokens, special, registers, causal: of a text encoder, what a text is
     norm_maps: NotRequired[dict[str, Any]]  # layers; images: name, png (base64), norms by layer
     massive_activations: Massive
     layers: list[Layer]

@@ -20,16 +20,22 @@ _TO = "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}"
 
 
 class Called(NamedTuple):
-    """What an encoder reads, and what of it becomes a token, in words: one, and several."""
+    """What an encoder reads, and what of it becomes a token, in words: one, and several; and what may become slots."""
 
     one: str
     many: str
     part: str
     parts: str
+    register: str = "register"
+
+    @property
+    def registers(self) -> str:
+        return self.register if self.register.isupper() else f"{self.register}s"
 
 
 IMAGE = Called("image", "images", "patch", "patches")
 RECORDING = Called("recording", "recordings", "frame", "frames")
+WRITTEN = Called("text", "texts", "token", "tokens", "BOS")
 SPECTROGRAM = Called("recording", "recordings", "patch", "patches")  # whose picture is cut as an image is
 
 
@@ -138,20 +144,27 @@ def asked(judgement: Mapping[str, Any]) -> str:
 
 
 def encoded(survey: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """`images` or `audio` of a survey: what tokens one becomes; None of a survey on text."""
-    return survey.get("images") or survey.get("audio")
+    """`images`, `audio` or `text` of an encoder's survey: what tokens one becomes; None of a language model's."""
+    return survey.get("images") or survey.get("audio") or survey.get("text")
 
 
 def called(found: Mapping[str, Any]) -> Called:
-    """What was read, by a survey of an encoder or by an entry of a verdict that counts `images` or `recordings`."""
+    """What was read, by a survey of an encoder or by an entry of a verdict that counts `images`, `recordings` or
+    `texts`."""
+    if found.get("text") or "texts" in found:
+        return WRITTEN
     if not found.get("audio") and "recordings" not in found:
         return IMAGE
     return SPECTROGRAM if "grid" in (found.get("audio") or ()) or "patches" in found else RECORDING
 
 
 def tokens_of(read: Mapping[str, Any], times: str = "×") -> str:
-    """`images` or `audio` of a survey: what tokens one becomes."""
+    """`images`, `audio` or `text` of a survey: what tokens one becomes."""
     special, registers = read["special"], read["registers"]
+    if "tokens" in read:
+        named = ["BOS"] * (registers == 1) or [f"{registers} tokens in front"] * bool(registers)
+        named += ["CLS"] if special > registers else []
+        return listing([*named, count_of(read["tokens"], "token")])
     named = ["CLS"] if special else []
     named += [count_of(registers, "register")] if registers else []
     named += [count_of(special - registers - 1, "special token")] if special > registers + 1 else []
@@ -160,6 +173,11 @@ def tokens_of(read: Mapping[str, Any], times: str = "×") -> str:
         return listing([*named, count_of(read["frames"], "frame")])
     rows, columns = read["grid"]
     return listing([*named, f"{rows} {times} {columns} patches"])
+
+
+def whole_of(interventions: Sequence[Mapping[str, Any]]) -> str:
+    """What stands for all of what an encoder reads, by what interventions on it say of fidelity."""
+    return "last token" if any("last" in (row.get("fidelity") or ()) for row in interventions) else "CLS"
 
 
 def percent(share: float | None) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from .patching import SOUND
+from .patching import PIXELS, SOUND
 
 # Of these some build only the text model inside a multimodal one; then comes the other, which builds all of it.
 ANY = "AutoModel"
@@ -64,9 +66,40 @@ def reads_of(config: type) -> str | None:
     return name
 
 
-def is_text(config: type) -> bool:
-    """Whether there is a causal language model of a config, and no encoder of sound beside it, as in Whisper."""
-    return causal_class(config) is not None and reads_of(config) not in SOUND
+def is_text(config: Mapping[str, Any]) -> bool:
+    """Whether a raw config.json is of a causal language model: there is one of its type, no encoder of sound beside it,
+    as in Whisper, and it is no BERT or its like, which see all of a text unless they are made decoders."""
+    kind = _type_of(config)
+    if kind is None or causal_class(kind) is None or reads_of(kind) in SOUND:
+        return False
+
+    def says(key: str) -> bool:
+        return bool(config.get(key, getattr(kind, key, False)))
+
+    return kind not in MODEL_FOR_MASKED_LM_MAPPING or says("is_encoder_decoder") or says("is_decoder")
+
+
+def sees_or_hears(config: Mapping[str, Any]) -> bool:
+    """Whether a model of a raw config.json is, or has inside, an encoder of images or sound."""
+    kind = _type_of(config)
+    reads = None if kind is None else reads_of(kind)
+    return reads == PIXELS or reads in SOUND or not _parts(config).isdisjoint(("vision_config", "audio_config"))
+
+
+def has_text_tower(config: Mapping[str, Any]) -> bool:
+    """Whether such a model has a part of its own for text, as CLIP has."""
+    return "text_config" in _parts(config)
+
+
+def _parts(config: Mapping[str, Any]) -> set[str]:
+    kind = _type_of(config)
+    return {*config, *(() if kind is None else kind.sub_configs)}
+
+
+def _type_of(config: Mapping[str, Any]) -> Any:
+    """The config class of a raw config.json; None of a model type that transformers does not know."""
+    model_type: Any = config.get("model_type")
+    return CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else None
 
 
 def of_auto(auto: str, config: type) -> Any:

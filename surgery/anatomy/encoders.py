@@ -1,8 +1,8 @@
-"""The structure of an encoder of images or of sound, found as that of a language model is: by running it on the meta
-device.
+"""The structure of an encoder of images, of sound or of text, found as that of a language model is: by running it on
+the meta device.
 
 A checkpoint may hold more (a text tower, a classifier, a language model, a decoder): the *tower* is the model inside
-that is called with pixels, or with sound, alone; of several, one inside the other, the innermost.
+that is called with pixels, with sound, or with token ids, alone; of several, one inside the other, the innermost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,18 +21,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import UnsupportedModel, brief
 from .calls import Call
 from .classes import ANY, models_of, of_auto
-from .patching import PIXELS, SOUND, Patching
-from .sites import Anatomy, blocks_of, read_as_config, sites_of
+from .parsed import read_as_config
+from .patching import PIXELS, SOUND, TOKENS, Patching, Reads
+from .sites import Anatomy, blocks_of, refuse_config, sites_of
 from .sound import frames_of
 from .structure import on_meta
+from .text import is_called_with_text, places_of, texts_of
 from .tower import calls_of, dropping_none, handed_to, pair
 
 REGISTERS = ("num_register_tokens", "num_registers")  # as families call how many of them there are
 
-Encoded = Literal["images", "audio"]
 _NONE = {
-    "images": "no part of it reads images alone; give --text to survey a language model",
-    "audio": "no part of it reads sound alone; give --images for an encoder of images, --text for a language model",
+    "images": "no part of it reads images alone; give --text for a model of text",
+    "audio": "no part of it reads sound alone; give --images for an encoder of images, --text for a model of text",
+    "text": "no part of it reads text alone; give --images for an encoder of images, --audio for one of sound",
 }
 
 
@@ -50,26 +52,26 @@ def parse_encoder(config: dict) -> tuple[PreTrainedConfig, Any]:
     return parsed, kind
 
 
-def examine_encoder(config: dict, reads: Encoded | None = None) -> Anatomy:
+def examine_encoder(config: dict, reads: Reads | None = None) -> Anatomy:
     """What `config` (a raw config.json) describes, without weights; its `patching` is there. `reads`: which encoder is
-    meant, where there may be both; None: that of images, or else that of sound.
+    meant, where there may be several; None: that of images, or else that of sound.
 
-    UnsupportedModel where no part of it reads pixels or sound alone, where that does not attend through transformers'
-    AttentionInterface, or where its tokens are neither a grid of patches nor a row of frames.
+    UnsupportedModel where no part of it reads pixels, sound or text alone, where that does not attend through
+    transformers' AttentionInterface, or where its tokens are neither a grid of patches nor a row.
     """
     return _examine(*parse_encoder(config), reads)
 
 
-def _examine(parsed: PreTrainedConfig, kind: Any, reads: Encoded | None = None) -> Anatomy:
+def _examine(parsed: PreTrainedConfig, kind: Any, reads: Reads | None = None) -> Anatomy:
     try:
         with on_meta():
             model = kind._from_config(copy.deepcopy(parsed), dtype=torch.float32).eval()
     except Exception as error:  # of any class: model code trusts its config
         raise UnsupportedModel(f"{parsed.model_type}: no model can be built of its config ({brief(error)})") from error
-    wanted: list[Encoded] = ["images", "audio"] if reads is None else [reads]
+    wanted: list[Reads] = ["images", "audio"] if reads is None else [reads]
     refused: UnsupportedModel | None = None
     for one in wanted:
-        found, error_ = _innermost(parsed, model, (PIXELS,) if one == "images" else SOUND)
+        found, error_ = _innermost(parsed, model, one)
         if found is not None:
             return found
         refused = refused or error_
@@ -77,15 +79,15 @@ def _examine(parsed: PreTrainedConfig, kind: Any, reads: Encoded | None = None) 
 
 
 def _innermost(
-    parsed: PreTrainedConfig, model: PreTrainedModel, inputs: tuple[str, ...]
+    parsed: PreTrainedConfig, model: PreTrainedModel, reads: Reads
 ) -> tuple[Anatomy | None, UnsupportedModel | None]:
-    """The innermost tower that is called with one of `inputs`, and why the last of others was refused."""
+    """The innermost tower that `reads` this, and why the last of others was refused."""
     found: Anatomy | None = None
     refused: UnsupportedModel | None = None
     for name, part in model.named_modules():
         if found is not None and not name.startswith(found.lead):
             break
-        if isinstance(part, PreTrainedModel) and part.main_input_name in inputs:
+        if isinstance(part, PreTrainedModel) and _may_read(part, reads):
             try:
                 found = _examined(parsed, model, name, part)  # the innermost: a classifier has its encoder inside
             except UnsupportedModel as error:  # another inside of it may do
@@ -93,7 +95,17 @@ def _innermost(
     return found, refused
 
 
+def _may_read(part: PreTrainedModel, reads: Reads) -> bool:
+    if reads == "text":
+        return is_called_with_text(part)
+    return part.main_input_name in ((PIXELS,) if reads == "images" else SOUND)
+
+
 def _examined(parsed: PreTrainedConfig, model: PreTrainedModel, name: str, tower: PreTrainedModel) -> Anatomy:
+    if tower.main_input_name == TOKENS:
+        refuse_config(tower.config)
+        patching, calls = texts_of(parsed.model_type, tower)
+        return _anatomy(parsed, model, name, tower, calls, patching)
     look = _patches if tower.main_input_name == PIXELS else frames_of
     patching, calls = look(parsed.model_type, tower)
     if any(call.causal and call.mask is None for call in calls):
@@ -172,8 +184,10 @@ def _anatomy(
             raise UnsupportedModel(f"{config.model_type}: {names[module]} attends {count} times in one forward pass")
     blocks, block_of = blocks_of(config.model_type, tower, [names[call.module] for call in calls], [])
     sites = sites_of(calls, names, block_of)
+    vocab_size = getattr(tower.config, "vocab_size", None)
     return Anatomy(
         model_type=config.model_type, model_class=type(model), config_class=type(config), trunk=name,
-        trunk_class=type(tower).__name__, blocks=blocks, sites=sites, mixers=(), indexers=(), max_positions=None,
-        max_length=None, vocab_size=None, config=config, blank=model, patching=patching,
+        trunk_class=type(tower).__name__, blocks=blocks, sites=sites, mixers=(), indexers=(),
+        max_positions=places_of(tower) if patching.is_text else None, max_length=None,
+        vocab_size=vocab_size if patching.is_text else None, config=config, blank=model, patching=patching,
     )  # fmt: skip

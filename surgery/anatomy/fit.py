@@ -22,6 +22,7 @@ from ..errors import DamagedCheckpoint, SurgeryError, brief
 from ..words import count_of, named
 from .encoders import examine_encoder
 from .packed import from_headers, require_patterns, require_plain_sites
+from .patching import Reads
 from .quiet import quiet
 from .sites import ADDED, Anatomy, examine
 
@@ -70,11 +71,11 @@ def examine_stored(config: dict, layout: Layout) -> tuple[Anatomy, Fit]:
     return anatomy, fit(anatomy, layout)
 
 
-def encoder_stored(config: dict, layout: Layout) -> tuple[Anatomy, Fit]:
-    """The same of an encoder."""
+def encoder_stored(config: dict, layout: Layout, reads: Reads | None = None) -> tuple[Anatomy, Fit]:
+    """The same of an encoder, of those that there are the one that `reads` this (`examine_encoder`)."""
     require_countable(config, layout.tensors, layout.root / CONFIG)
     with quiet():
-        anatomy = examine_encoder(config)
+        anatomy = examine_encoder(config, reads)
     return anatomy, fit(anatomy, layout)
 
 

@@ -1,30 +1,32 @@
-"""What an encoder makes of an image or a recording before its first block: a few special tokens, and one for each patch
-of a grid, or for each frame of a row."""
+"""What an encoder makes of an image, a recording or a text before its first block: a few special tokens, and one for
+each patch of a grid, or for each frame of a row; of a text, those that it is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ..words import IMAGE, RECORDING, SPECTROGRAM, Called
+from ..words import IMAGE, RECORDING, SPECTROGRAM, WRITTEN, Called
 
 PIXELS = "pixel_values"
 # What a tower is called with: pixels; or such that are cut into patches already; or with the order of patches, which it
 # would make at random.
 Handed = Literal["whole", "packed", "ordered"]
 Reads = Literal["text", "images", "audio"]  # what a model is given, and how options are called
+READS: tuple[Reads, ...] = ("text", "images", "audio")
 SOUND = ("input_features", "input_values")  # as the towers of audio call what they read
+TOKENS = "input_ids"
 
 
 @dataclass(frozen=True)
 class Patching:
     """`shape` of one `input` that it was made for, as the tower is called with it: images are (C, H, W), recordings
-    (samples,), or (frames, bins) in either order.
+    (samples,), or (frames, bins) in either order, texts (tokens,).
 
     `patch` (H, W) and `stride` of each; None where tokens are a row of frames, as long as the recording makes it. Of
     the tokens that an image becomes, the first `special` are no patches, and of these `registers` are, after CLS;
     `register_key` is what the tower's config calls their number. `handed`: what the tower is called with
-    (`tower.given_to`).
+    (`tower.given_to`). `causal`: tokens see only those before them, as in the text tower of CLIP.
     """
 
     input: str
@@ -35,6 +37,7 @@ class Patching:
     registers: int
     register_key: str | None = None
     handed: Handed = "whole"
+    causal: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -44,7 +47,11 @@ class Patching:
 
     @property
     def is_sound(self) -> bool:
-        return self.input != PIXELS
+        return self.input in SOUND
+
+    @property
+    def is_text(self) -> bool:
+        return self.input == TOKENS
 
     @property
     def cls(self) -> int:
@@ -54,7 +61,7 @@ class Patching:
     @property
     def called(self) -> Called:
         if not self.is_sound:
-            return IMAGE
+            return WRITTEN if self.is_text else IMAGE
         return RECORDING if self.patch is None else SPECTROGRAM
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -66,6 +73,6 @@ class Patching:
 
 def read_by(patching: Patching | None) -> Reads:
     """What a model reads, of which this is known."""
-    if patching is None:
+    if patching is None or patching.is_text:
         return "text"
     return "audio" if patching.is_sound else "images"

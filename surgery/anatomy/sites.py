@@ -11,23 +11,21 @@ from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..errors import SourceError, UnsupportedModel, brief
+from ..errors import UnsupportedModel
 from ..runtime.eab_families import ADAPTERS
-from ..words import named
 from .calls import Call
-from .classes import causal_class, reads_of
 from .limits import max_length, max_positions
 from .mixers import Indexer, Mixer, described
-from .patching import PIXELS, SOUND, Patching
+from .parsed import parse_config
+from .patching import Patching, Reads, read_by
 from .structure import MIXED_TOKENS, run_mixers, run_structure
 
 # Arguments that a site may pass on and that leave attention what it is. All others that are not None are refused.
 KNOWN_ARGUMENTS = {
     "dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux",
     "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
-    "return_dict", "layer_idx", "logit_bias", "logits_to_keep", "indices",
+    "return_dict", "layer_idx", "deterministic", "logit_bias", "logits_to_keep", "indices",
 }  # fmt: skip
 
 # Modules that a converted site may hold and an original must not.
@@ -60,7 +58,7 @@ class Anatomy:
     `config` and `blank`. The blank model has modules and shapes and no weights, and nothing is changed on it.
     `max_positions` is how many positions the model has, `max_length` how many the fold is exact on, if that is bounded.
     `vocab_size` is how many token ids the config gives embeddings to, None where it does not say. `patching`: of an
-    encoder of images or sound; its trunk is what is called with them.
+    encoder, of images, sound or text; its trunk is what is called with them.
     """
 
     model_type: str
@@ -78,6 +76,16 @@ class Anatomy:
     config: PreTrainedConfig = field(repr=False, compare=False)
     blank: PreTrainedModel = field(repr=False, compare=False)
     patching: Patching | None = None
+
+    @property
+    def reads(self) -> Reads:
+        """What the model is given."""
+        return read_by(self.patching)
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether tokens see those after them: in encoders, but for the text tower of CLIP and its like."""
+        return self.patching is not None and not self.patching.causal
 
     @property
     def lead(self) -> str:
@@ -99,43 +107,8 @@ class Anatomy:
             },
             **({"whole_mask": True} if adapter is not None and adapter.whole_mask else {}),
             **({} if self.max_length is None else {"max_length": self.max_length}),
-            **({} if self.patching is None else {"sees_all": True}),
+            **({"sees_all": True} if self.sees_all else {}),
         }
-
-
-def read_as_config(config: dict) -> PreTrainedConfig:
-    """The transformers config object of a raw config.json, of whatever kind of model."""
-    model_type: Any = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise UnsupportedModel(
-            f"config.json: model_type '{named(model_type)}' is not an architecture of the installed transformers; "
-            "upgrade transformers, or check the spelling"
-        )
-    kind: Any = CONFIG_MAPPING[model_type]
-    for part in (config, *(config[name] for name in kind.sub_configs if isinstance(config.get(name), dict))):
-        if hidden := next((key for key in part if inspect.isroutine(getattr(PreTrainedConfig, key, None))), None):
-            raise SourceError(f"config.json: '{named(hidden)}' hides a method of {kind.__name__}; remove that key.")
-    try:
-        # What it is given it completes in place, the dicts inside as well.
-        parsed = kind.from_dict(kind._decode_special_floats(copy.deepcopy(config)))
-    except Exception as error:  # each config class validates in its own way, with its own errors
-        raise SourceError(f"config.json: transformers does not accept it as {model_type!r} ({brief(error)})") from error
-    return parsed
-
-
-def parse_config(config: dict) -> PreTrainedConfig:
-    """The same of a causal language model; UnsupportedModel where there is none."""
-    parsed = read_as_config(config)
-    model_type = config["model_type"]
-    if causal_class(type(parsed)) is None:
-        reads = reads_of(type(parsed))
-        encoder = "sound, give --audio" if reads in SOUND else "images, give --images"
-        is_one = reads == PIXELS or reads in SOUND or hasattr(parsed, "vision_config")
-        raise UnsupportedModel(
-            f"config.json: model_type {model_type!r} has no causal language model, so there is no prefix to fold"
-            f"{f'; to survey an encoder of {encoder} to scan, or run encoder-slots' if is_one else ''}"
-        )
-    return parsed
 
 
 def examine(config: dict, blank: PreTrainedModel | None = None, tensors: int | None = None) -> Anatomy:
@@ -146,7 +119,7 @@ def examine(config: dict, blank: PreTrainedModel | None = None, tensors: int | N
     Raises UnsupportedModel, with the reason, for whatever slots would not be exact on.
     """
     parsed = parse_config(config) if blank is None else blank.config
-    _refuse_config(parsed)
+    refuse_config(parsed)
     # Building a model writes its dtype into the config, and may complete the dicts inside.
     model, calls = run_structure(copy.deepcopy(parsed), blank, tensors)
     if type(model.config) is not type(parsed):
@@ -157,7 +130,8 @@ def examine(config: dict, blank: PreTrainedModel | None = None, tensors: int | N
     return _describe(parsed, model, calls)
 
 
-def _refuse_config(config) -> None:
+def refuse_config(config: Any) -> None:
+    """UnsupportedModel for what no prefix is constant in, or for layers of kinds that are not known."""
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModel(
             f"{config.model_type}: attends to an encoder, and a prefix of the decoder is then not constant"
@@ -182,12 +156,8 @@ def _describe(config: PreTrainedConfig, model: PreTrainedModel, calls: list[Call
             raise UnsupportedModel(
                 f"{kind}: {names[module]} attends {count} times in one forward pass, and slots would count twice"
             )
+    require_known(kind, calls, names)
     for call in calls:
-        unknown = sorted(k for k, v in call.arguments.items() if v is not None and k not in KNOWN_ARGUMENTS)
-        if unknown:
-            raise UnsupportedModel(
-                f"{kind}: {names[call.module]} passes {', '.join(unknown)} to its attention, which slots do not know"
-            )
         # Older classes know only whether they are decoders.
         if not getattr(call.module, "is_causal", getattr(call.module, "is_decoder", True)):
             raise UnsupportedModel(
@@ -223,6 +193,16 @@ def _describe(config: PreTrainedConfig, model: PreTrainedModel, calls: list[Call
         max_length=max_length(config), vocab_size=vocab_size if isinstance(vocab_size, int) else None, config=config,
         blank=model,
     )  # fmt: skip
+
+
+def require_known(kind: str, calls: list[Call], names: Mapping[nn.Module, str]) -> None:
+    """UnsupportedModel where a call has arguments that slots do not know, by the `names` of modules."""
+    for call in calls:
+        unknown = sorted(k for k, v in call.arguments.items() if v is not None and k not in KNOWN_ARGUMENTS)
+        if unknown:
+            raise UnsupportedModel(
+                f"{kind}: {names[call.module]} passes {', '.join(unknown)} to its attention, which slots do not know"
+            )
 
 
 def sites_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,41 +25,46 @@ NO_LIMIT = 2**31  # of token ids, where nothing says how many there are
 
 def find_stored(layout: Layout, anatomy: Anatomy, name: str) -> str | None:
     """The name in the checkpoint of the trunk's parameter `name`; None where it does not stand there by itself."""
-    # Checkpoints of a bare trunk (GPT-2's own) leave the lead out.
-    for known in (f"{anatomy.lead}{name}", name):
-        if known in layout.tensors:
-            return known
-        if (stored := _before_renaming(anatomy, known)) in layout.tensors:
-            return stored
-    return None
+    names = (f"{anatomy.lead}{name}", name)  # checkpoints of a bare trunk (GPT-2's own) leave the lead out
+    if (stored := next((known for known in names if known in layout.tensors), None)) is not None:
+        return stored
+    earlier = (_before_renaming(anatomy, known) for known in names)
+    return next((stored for stored in earlier if stored in layout.tensors), None)
 
 
 def _before_renaming(anatomy: Anatomy, name: str) -> str:
     """The name that transformers changes to `name` when it loads; `name` itself where it changes none to it, or joins
     several tensors to one."""
-    model = anatomy.blank
-    renamings, converters = _conversions(model)
-    back = [one.reverse_transform() for one in reversed(renamings)]
-    stored, _ = rename_source_key(name, back, [], reverse=True)
-    there = model.state_dict(keep_vars=True)
-    again, joined = rename_source_key(stored, renamings, converters, model.base_model_prefix, there)
-    whole, _ = rename_source_key(name, [], [], model.base_model_prefix, there)
-    return stored if joined is None and again == whole and whole in there else name
+    known, prefix = _conversions(anatomy.blank), anatomy.blank.base_model_prefix
+    stored, _ = rename_source_key(name, known.back, [], reverse=True)
+    again, joined = rename_source_key(stored, known.renamings, known.converters, prefix, known.there)
+    whole, _ = rename_source_key(name, [], [], prefix, known.there)
+    return stored if joined is None and again == whole and whole in known.there else name
+
+
+class _Conversions(NamedTuple):
+    """What transformers does to the names of a model's tensors when it loads them: renamings, the same backwards, and
+    what joins or splits tensors. `there`: the names that they come to."""
+
+    renamings: list[Any]
+    back: list[Any]
+    converters: list[Any]
+    there: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=1)
-def _conversions(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
-    """Renamings, and what joins or splits tensors."""
+def _conversions(model: PreTrainedModel) -> _Conversions:
     mapping = get_model_conversion_mapping(model)
-    return (
-        [entry for entry in mapping if isinstance(entry, WeightRenaming)],
-        [entry for entry in mapping if isinstance(entry, WeightConverter)],
-    )
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return _Conversions(
+        renamings, [one.reverse_transform() for one in reversed(renamings)],
+        [entry for entry in mapping if isinstance(entry, WeightConverter)], model.state_dict(keep_vars=True),
+    )  # fmt: skip
 
 
 def splits(anatomy: Anatomy) -> bool:
     """Whether transformers may make several tensors of one when it loads the model."""
-    return any(len(one.target_patterns) > 1 for one in _conversions(anatomy.blank)[1])
+    return any(len(one.target_patterns) > 1 for one in _conversions(anatomy.blank).converters)
 
 
 def stored_name(layout: Layout, anatomy: Anatomy, name: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from .mixers import Asking, asking
 TOKENS = 4
 MIXED_TOKENS = 11  # a prime, which counts of heads, groups and states hardly ever are
 SEAM = "surgery_structure_only"
+
+Rule = Callable[..., Any]  # (batch, head, query, key), places -> whether the query sees the key
 
 
 def run_structure(
@@ -98,13 +101,16 @@ def _uncached() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def on_meta(model: PreTrainedModel | None = None, calls: list[Call] | None = None) -> Iterator[None]:
-    """Within the block, modules are made and run on the meta device; attention calls of `model` go into `calls`."""
+def on_meta(
+    model: PreTrainedModel | None = None, calls: list[Call] | None = None, rules: list[Rule] | None = None
+) -> Iterator[None]:  # fmt: skip
+    """Within the block, modules are made and run on the meta device; attention calls of `model` go into `calls`, and
+    what masks are made by, where it asks for some, into `rules`: without these it gets none."""
     with contextlib.ExitStack() as stack:
         for context in _without_values():
             stack.enter_context(context)
         if model is not None and calls is not None:
-            stack.enter_context(_registered(with_mask=False))
+            stack.enter_context(_registered(rules is not None, rules))
             stack.enter_context(_asking(model, None))
             stack.enter_context(observing(calls.append, compute=False))
         yield
@@ -151,11 +157,11 @@ def off_the_seam(model_type: str) -> UnsupportedModel:
 
 
 @contextlib.contextmanager
-def _registered(with_mask: bool) -> Iterator[None]:
+def _registered(with_mask: bool, rules: list[Rule] | None = None) -> Iterator[None]:
     """An attention name of our own. Without a mask function, transformers builds no mask; adapters may need one."""
     AttentionInterface.register(SEAM, _no_attention)
     if with_mask:
-        AttentionMaskInterface.register(SEAM, _any_mask)
+        AttentionMaskInterface.register(SEAM, functools.partial(_any_mask, [] if rules is None else rules))
     try:
         yield
     finally:
@@ -167,7 +173,9 @@ def _no_attention(module, query, key, value, attention_mask=None, **kwargs):
     raise RuntimeError(SEAM)  # asked for in another way than the one that `observing` stands at
 
 
-def _any_mask(batch_size, q_length, kv_length, **kwargs) -> torch.Tensor:
+def _any_mask(rules: list[Rule], batch_size, q_length, kv_length, mask_function=None, **kwargs) -> torch.Tensor:
+    if mask_function is not None:
+        rules.append(mask_function)
     return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
 
 

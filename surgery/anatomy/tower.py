@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModel, brief
 from .calls import Call
-from .patching import Handed
-from .structure import SEAM, on_meta
+from .patching import TOKENS, Handed
+from .structure import SEAM, Rule, on_meta
 
 OFF_THE_SEAM = "its attention does not go through transformers' AttentionInterface, where it could be seen"
 
@@ -57,14 +57,19 @@ def dropping_none(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def calls_of(
-    tower: PreTrainedModel, shape: tuple[int, ...], handed: Handed = "whole", patch: tuple[int, int] | None = None
+    tower: PreTrainedModel, shape: tuple[int, ...], handed: Handed = "whole", patch: tuple[int, int] | None = None,
+    rules: list[Rule] | None = None,
 ) -> list[Call]:  # fmt: skip
-    """The attention calls of the tower, given one input of this shape."""
+    """The attention calls of the tower, given one input of this shape; with `rules`, given an attention mask too, and
+    what the tower then makes its masks by goes into them."""
     kind = tower.config.model_type
     calls: list[Call] = []
     try:
-        with on_meta(tower, calls):
-            tower(**given_to(tower.main_input_name, torch.zeros(1, *shape, device="meta"), handed, patch))
+        with on_meta(tower, calls, rules):
+            kind_of = torch.long if tower.main_input_name == TOKENS else torch.float32
+            given = torch.zeros(1, *shape, device="meta", dtype=kind_of)
+            masked = {} if rules is None else {"attention_mask": torch.ones(1, *shape, device="meta", dtype=kind_of)}
+            tower(**given_to(tower.main_input_name, given, handed, patch), **masked)
     except Exception as error:  # whatever model code raises here, the answer is the same: we cannot read it
         if SEAM in str(error):
             raise UnsupportedModel(f"{kind}: {OFF_THE_SEAM}") from error

@@ -7,11 +7,18 @@ word of a text (prepend_scheme "first") mark that of a chat too, which stood unm
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..endings.temporary import temporary
 from ..live.templates import equals_less
+from ..live.text import around
+
+GENERIC = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is
 
 # ---- chat templates
 
@@ -87,3 +94,44 @@ def _separators_only(processor: dict) -> dict:
         "pair": [first, separator, *doubled, second, separator],
         "special_tokens": {text: {"id": text, "ids": [number], "tokens": [text]}},
     }
+
+
+# ---- classes that write their own
+
+
+def puts_back(
+    tokenizer: PreTrainedTokenizerBase, directory: Path, files: Sequence[str], changed: Mapping[str, str]
+) -> bool:  # fmt: skip
+    """Whether the tokenizer's class, loaded from the `files` of `directory` with some `changed`, puts BOS before a text
+    all the same: those of CLIP and RoBERTa write their post-processor themselves, whatever tokenizer.json says."""
+    kind: Any = type(tokenizer)
+    if "post_processor" not in kind.__init__.__code__.co_names:
+        return False
+    with temporary() as folder:
+        for name in files:
+            if "/" not in name and (directory / name).is_file():
+                shutil.copyfile(directory / name, folder / name)
+        for name, text in changed.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        before, _ = around(kind.from_pretrained(folder, local_files_only=True))
+    return before[:1] == (tokenizer.bos_token_id,)
+
+
+def generic_files(tokenizer: Any, settings: str) -> dict[str, str]:
+    """tokenizer.json with all that the class of `tokenizer` does but add BOS, and tokenizer_config.json (`settings`)
+    with the class that does what is written there."""
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    data["post_processor"] = silent_processor(data["post_processor"], tokenizer.bos_token_id)
+    if suffix := data["model"].get("end_of_word_suffix"):  # of which CLIP's class makes spaces itself
+        data["decoder"] = _spaced(data["decoder"], suffix)
+    told = {**json.loads(settings), "tokenizer_class": GENERIC}
+    return {
+        "tokenizer.json": json.dumps(data, ensure_ascii=False, indent=2),
+        "tokenizer_config.json": json.dumps(told, ensure_ascii=False, indent=2) + "\n",
+    }
+
+
+def _spaced(decoder: dict, suffix: str) -> dict:
+    """A decoder of tokenizer.json that writes what `decoder` does, with spaces for the ends of words."""
+    spaces = {"type": "Replace", "pattern": {"String": suffix}, "content": " "}
+    return {"type": "Sequence", "decoders": [decoder, spaces]}

@@ -11,7 +11,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..anatomy.classes import CAUSAL, auto_of
-from ..anatomy.patching import read_by
 from ..anatomy.sites import Anatomy
 from ..checkpoint.provenance import Provenance
 from ..checkpoint.source import Source
@@ -83,6 +82,9 @@ _READS = {
 _TASKS = {  # of Auto classes, as the hub calls them
     "AutoModelForImageClassification": "image-classification",
     "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForCTC": "automatic-speech-recognition",
     "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
 }
@@ -148,7 +150,7 @@ def model_card(
         limits="\n".join(wrapped(line).replace("\n", "\n  ") for line in limits),
         licence=wrapped(_licence(known)), made=shown.made,
         recipe=json.dumps(recipe, indent=2, ensure_ascii=False), auto=_auto(anatomy),
-        **_READS[read_by(anatomy.patching)],
+        **_READS[anatomy.reads],
     )  # fmt: skip
 
 
@@ -160,7 +162,7 @@ def _task(anatomy: Anatomy) -> str:
     """What the hub calls what the model is for."""
     if anatomy.patching is None:
         return "text-generation"
-    otherwise = "feature-extraction" if anatomy.patching.is_sound else "image-feature-extraction"
+    otherwise = "image-feature-extraction" if anatomy.reads == "images" else "feature-extraction"
     return _TASKS.get(_auto(anatomy), otherwise)
 
 

@@ -9,31 +9,29 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from ..anatomy.classes import CAUSAL
 from ..anatomy.encoders import examine_encoder
 from ..anatomy.fit import fit, original_tensors
 from ..anatomy.linears import widths
+from ..anatomy.patching import READS
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy, examine
 from ..anatomy.stored import NO_LIMIT
 from ..checkpoint.config import CONFIG, code_choices, read_config, require_countable
 from ..checkpoint.layout import read_layout
 from ..checkpoint.quantised import Quantised, quantised
-from ..errors import DamagedCheckpoint, SourceError
+from ..errors import DamagedCheckpoint, SourceError, UnsupportedModel
 from ..live.model import Live
 from ..live.places import down_projections, name_in
 from ..words import named
+from .derived import derive
 from .entries import FORMAT, EabEntry, Entry, HeadNormEntry, RegistersEntry
 from .files import lowered_limits
 from .parts import NORMS, REGISTERS, Converted, class_prefix, converted_from
 
 AGAIN = "convert the source again"
-OURS = (
-    "eab",
-    "head_norm",
-    "test_time_registers",
-    "auto_map",
-    "architectures",
-)  # keys of config.json that a run writes anew
+# Keys of config.json that a run writes anew.
+OURS = ("eab", "head_norm", "test_time_registers", "auto_map", "architectures")
 # What is wrong with an entry's value, in words; of the others: "is not as a run writes it".
 _WRONG = {
     "n_slots": "is {value}, not a count",
@@ -71,6 +69,11 @@ class Described:
         return self._original[1]
 
     @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder: then nothing in it predicts tokens."""
+        return self.eab.sees_all or CAUSAL not in derive(*self.converted).classes
+
+    @property
     def original_config(self) -> dict:
         """config.json of that model, but what a run writes anew (`OURS`): its type, and its limit of positions."""
         return self._original[0]
@@ -81,12 +84,12 @@ class Described:
         base["model_type"] = self.converted.base
         tensors = original_tensors(read_layout(self.root))
         require_countable(base, tensors.tensors, self.root / CONFIG)
-        if self.eab.sees_all:
+        if self.encodes:
             base["architectures"] = self._native_names()
-            if self.eab.prefix_ids or self.eab.n_slots and self.eab.slots_visible != "always":
+            if self.eab.sees_all and (self.eab.prefix_ids or self.eab.n_slots and self.eab.slots_visible != "always"):
                 raise damaged(self.root, "eab.slots_visible is not as a run writes it for an encoder")
             with quiet():
-                anatomy = examine_encoder(base)
+                anatomy = self._encoder(base)
                 fit(anatomy, tensors)
             self._checked(anatomy)
             return base, anatomy if self.registers is None else self._with_register(anatomy, self.registers)
@@ -98,6 +101,19 @@ class Described:
                 found, anatomy = base, examine(base, tensors=len(tensors.tensors))
             fit(anatomy, tensors)
         return found, self._checked(anatomy)
+
+    def _encoder(self, base: dict) -> Anatomy:
+        """That of the encoder whose trunk is named, of those that there are."""
+        found: Anatomy | None = None
+        for reads in READS:
+            try:
+                one = examine_encoder(base, reads)
+            except UnsupportedModel:
+                continue
+            if one.trunk_class == self.eab.trunk:
+                return one
+            found = found or one
+        return found or examine_encoder(base)
 
     def _with_register(self, anatomy: Anatomy, entry: RegistersEntry) -> Anatomy:
         """That of the encoder with one register more. DamagedCheckpoint where the entry is not of this model."""

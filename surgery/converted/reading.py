@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from ..anatomy.classes import ANY
+from ..anatomy.classes import ANY, CAUSAL
 from ..anatomy.packed import loadable
 from ..anatomy.quiet import quiet
 from ..anatomy.sites import Anatomy
@@ -65,9 +65,8 @@ def load_converted(
     register()
     try:
         with quiet(), loading_by(by_layers, root) as finish:
-            config = loadable(AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False))
-            if getattr(config, "eab", {}).get("sees_all"):
-                config = dropping_none(config)
+            config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+            config = loadable(dropping_none(config))
             model, report = from_files(_auto_of(config), root, config, dtype, device)
     except Exception as error:  # of any class: transformers trusts the types of what is in JSON files
         require_memory(root, error)
@@ -79,9 +78,9 @@ def load_converted(
 
 def _auto_of(config: PreTrainedConfig) -> Any:
     """The Auto class that loads the class which a converted checkpoint says it is of."""
-    if not getattr(config, "eab", {}).get("sees_all"):
-        return AutoModelForCausalLM
     wanted, found = (config.architectures or [""])[0], converted_from(config.model_type)
     assert found is not None  # `register` knows no other
     classes = derive(*found).classes
+    if CAUSAL in classes and not getattr(config, "eab", {}).get("sees_all"):
+        return AutoModelForCausalLM
     return getattr(modeling_auto, next((auto for auto, name in classes.items() if name == wanted), ANY))

@@ -51,7 +51,7 @@ class Finished:
     def slots(self) -> Slots:
         """Keys and values of every site, in the order of the layers. UnsupportedModel where there are none."""
         anatomy = self.described.anatomy
-        if self.described.eab.sees_all:
+        if self.described.encodes:
             raise UnsupportedModel(
                 f"{self.root} is an encoder, and exports are for language models; use it in transformers."
             )

@@ -75,7 +75,7 @@ def hidden(live: Live, hides: Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     `hides` gets positions of queries (T, 1) and of keys (1, S), counted from the first token that is fed. It is asked
     at each site, not where masks are made: from these, sites with ALiBi tell how much of a row is padding.
     """
-    n = 0 if not live.port.predicts else slot_count(live)  # of an encoder masks have no columns for slots
+    n = 0 if live.anatomy.sees_all else slot_count(live)  # of an encoder masks have no columns for slots
     with intervention(what) as (touched, undo):
 
         def change(call: Call) -> Call:

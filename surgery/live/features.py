@@ -1,6 +1,6 @@
-"""What an encoder makes of images or sound, in the end: features, and how alike those of two models are.
+"""What an encoder makes of images, sound or text, in the end: features, and how alike those of two models are.
 
-What is said of images and patches here holds for recordings and frames.
+What is said of images and patches here holds for recordings and frames, and for texts and tokens.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from .port import Batch, Images
 from .stream import Observer
 
 
-def parts_of(port: Images) -> tuple[int, int]:
-    """How many of an image's first tokens are CLS, 0 or 1, and how many of its last are patches: what stands between is
-    no feature, and may have been left out."""
-    return port.cls, port.grid[0] * port.grid[1]
+def features_of(port: Images, states: torch.Tensor) -> list[torch.Tensor]:
+    """What of `states` (B, T, d) is features: what stands for the whole image, (B, 1, d), if anything does
+    (`Images.whole`), and the patches, (B, P, d).
+
+    Registers, and what else is in front of the patches, may have been left out.
+    """
+    patches = states[:, -port.grid[0] * port.grid[1] :]
+    if port.whole == "last":
+        return [patches[:, -1:], patches[:, :-1]]
+    return [states[:, :1], patches] if port.whole else [patches]
 
 
 class Features(Observer):
-    """Of each image, after the last norm: CLS, if there is one, and the patches, (1 + P, d) or (P, d), on the CPU.
+    """Of each image, after the last norm: what stands for all of it, if anything does, and the patches, (1 + P, d) or
+    (P, d), on the CPU.
 
     Registers and other special tokens are left out: models are compared that differ in them.
     """
@@ -33,12 +40,12 @@ class Features(Observer):
         assert isinstance(live.port, Images)
         self.last, self.called = len(live.anatomy.blocks), live.port.called
         self.norm: Callable[[torch.Tensor], torch.Tensor] | None = final_norm(live)
-        self.cls, self.patches = parts_of(live.port)
+        self.port, self.whole = live.port, live.port.whole
         self.found: list[torch.Tensor] = []
 
     def hidden(self, layer: int, states: torch.Tensor, batch: Batch) -> None:
         if layer == self.last:
-            kept = torch.cat([states[:, : self.cls], states[:, -self.patches :]], dim=1)
+            kept = torch.cat(features_of(self.port, states), dim=1)
             self.found.extend((kept if self.norm is None else self.norm(kept)).float().cpu())
 
     def __getstate__(self) -> dict:  # without the model
@@ -50,23 +57,24 @@ class Features(Observer):
 
     @property
     def of_image(self) -> torch.Tensor:
-        """(N, d): what stands for the whole image, CLS, or the mean patch where there is none."""
-        return torch.stack([image[0] if self.cls else image.mean(dim=0) for image in self.found])
+        """(N, d): what stands for the whole image, or the mean patch where nothing does."""
+        return torch.stack([image[0] if self.whole else image.mean(dim=0) for image in self.found])
 
     def alike(self, other: Features) -> tuple[list[float] | None, list[float]]:
-        """The cosine of each image's CLS to that of `other` (None without one), and the mean cosine of its patches.
+        """The cosine of what stands for each image to that of `other` (None without), and the mean one of its patches.
 
         ValueError unless both are of the same images.
         """
-        if len(self.found) != len(other.found) or self.cls != other.cls:
+        if len(self.found) != len(other.found) or self.whole != other.whole:
             raise ValueError("features can be compared of the same images only")
         pairs = zip(self.found, other.found, strict=True)
         rows = [F.cosine_similarity(a.double(), b.double(), dim=-1) for a, b in pairs]
-        return [row[0].item() for row in rows] if self.cls else None, [row[self.cls :].mean().item() for row in rows]
+        first = int(self.whole is not None)
+        return [row[0].item() for row in rows] if first else None, [row[first:].mean().item() for row in rows]
 
     def distance(self, other: Features) -> float:
-        """1 less the mean cosine to `other` of the same images, of which CLS, where there is one, and the patches are
-        half each. Not a number where a feature is none."""
+        """1 less the mean cosine to `other` of the same images, of which what stands for all of one, where anything
+        does, and the patches are half each. Not a number where a feature is none."""
         parts = [statistics.fmean(part) for part in self.alike(other) if part is not None]
         return 1.0 - statistics.fmean(parts)
 

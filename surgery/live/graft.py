@@ -85,7 +85,11 @@ def folds(live: Live, prefixes: Sequence[Sequence[int]], visible: str) -> list[F
         if prefix:
             now.set(parts)
             tokens = torch.tensor([list(prefix)], device=live.device)
-            live.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+            mask = torch.ones_like(tokens)
+            if live.port.predicts:
+                live.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            else:
+                live.trunk(input_ids=tokens, attention_mask=mask)
         return parts
 
     with on_the_seam(live), contextlib.ExitStack() as reading:

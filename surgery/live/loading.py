@@ -22,8 +22,9 @@ from ..anatomy.classes import causal_class
 from ..anatomy.encoders import parse_encoder
 from ..anatomy.fit import POOLER, belonging
 from ..anatomy.packed import loadable
+from ..anatomy.parsed import parse_config
 from ..anatomy.quiet import quiet
-from ..anatomy.sites import Anatomy, parse_config
+from ..anatomy.sites import Anatomy
 from ..bounded import GIB, Unbounded, bounded
 from ..checkpoint.config import CONFIG, read_config, without_choices
 from ..checkpoint.layout import read_layout

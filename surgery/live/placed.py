@@ -7,7 +7,7 @@ import torch
 from ..errors import UnsupportedModel, brief
 from .model import Live
 from .places import on_layer
-from .port import Images, Sound
+from .port import Images, Sound, Words
 
 
 class _Enough(Exception):
@@ -16,7 +16,7 @@ class _Enough(Exception):
 
 def require_places(live: Live, given: torch.Tensor) -> None:
     """UnsupportedModel unless what is `given` (N, ...) becomes the tokens that `live.port` says."""
-    (_frames if isinstance(live.port, Sound) else _patches)(live, given)
+    (_row if isinstance(live.port, (Sound, Words)) else _patches)(live, given)
 
 
 def _patches(live: Live, pixels: torch.Tensor) -> None:
@@ -48,7 +48,7 @@ def _patches(live: Live, pixels: torch.Tensor) -> None:
         )
 
 
-def _frames(live: Live, given: torch.Tensor) -> None:
+def _row(live: Live, given: torch.Tensor) -> None:
     """As many tokens as were counted without weights. Frames overlap, and norms may run over all of a recording: which
     of them a change reaches is no test."""
     port, kind = live.port, live.anatomy.model_type
@@ -56,12 +56,12 @@ def _frames(live: Live, given: torch.Tensor) -> None:
     try:
         states = _entered(live, given[:2])
     except Exception as error:  # of any class: model code
-        raise UnsupportedModel(f"{kind}: it does not take such recordings ({brief(error)})") from error
+        raise UnsupportedModel(f"{kind}: it does not take such {port.called.many} ({brief(error)})") from error
     count = len(given[:2])
     if states.shape[:2] != (count, port.tokens):
         raise UnsupportedModel(
-            f"{kind}: {count} recordings of {port.tokens} {port.called.parts} become {tuple(states.shape)}, so what "
-            "stands where is not known"
+            f"{kind}: {count} {port.called.many} of {port.tokens} {port.called.parts} become {tuple(states.shape)}, so "
+            "what stands where is not known"
         )
 
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..anatomy.patching import PIXELS, SOUND, Handed
+from ..anatomy.patching import PIXELS, SOUND, TOKENS, Handed, Patching
 from ..anatomy.sound import grid_of
 from ..anatomy.tower import given_to
-from ..words import IMAGE, RECORDING, SPECTROGRAM, Called
+from ..words import IMAGE, RECORDING, SPECTROGRAM, WRITTEN, Called
 from .text import token_texts
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Batch:
 class Text:
     """Token ids (N, T), each row a text of its own."""
 
-    predicts = True
+    predicts = of_text = True
 
     def batches(self, live: Live, chunks: torch.Tensor, prefix: Sequence[int]) -> Iterator[Batch]:
         vocabulary = live.model.config.get_text_config().vocab_size
@@ -85,7 +85,7 @@ class Images:
     handed: Handed = "whole"  # see `anatomy.patching.Patching`, as `patch`
     patch: tuple[int, int] | None = None
 
-    predicts = False
+    predicts = of_text = False
     input = PIXELS  # the name of what the model is called with
 
     @property
@@ -97,6 +97,16 @@ class Images:
     def cls(self) -> int:
         """How many CLS there are."""
         return int(self.special > self.registers)
+
+    @property
+    def whole(self) -> Literal["cls", "last"] | None:
+        """Which token stands for the whole of what is read; None: the mean of all."""
+        return "cls" if self.cls else None
+
+    @property
+    def begins(self) -> bool:
+        """Whether the first token is another than those that follow it."""
+        return self.cls > 0
 
     @property
     def tokens(self) -> int:
@@ -156,19 +166,59 @@ class Sound(Images):
         return super()._of_grid(row, column) if self.cut else f"frame {column + 1}"
 
 
+@dataclass(frozen=True)
+class Words(Images):
+    """Token ids (N, T) of texts, which an encoder makes a row of, behind `registers`: tokens that stand before each
+    text, and that a converted encoder has in its slots. What stands for a text is its last token, where tokens see only
+    those before them (`causal`), or else the first, if that is `special` and no register."""
+
+    input: str = TOKENS
+    causal: bool = False
+
+    of_text = True
+
+    @property
+    def called(self) -> Called:
+        return WRITTEN
+
+    @property
+    def whole(self) -> Literal["cls", "last"] | None:
+        return "last" if self.causal else super().whole
+
+    @property
+    def begins(self) -> bool:
+        return self.causal or self.special > 0
+
+    def batches(self, live: Live, pixels: torch.Tensor, prefix: Sequence[int]) -> Iterator[Batch]:
+        """pixels: token ids (N, T)."""
+        lead = torch.tensor(list(prefix), dtype=torch.long).expand(len(pixels), -1)
+        for batch in super().batches(live, torch.cat([lead, pixels], dim=1), ()):
+            assert batch.given is not None
+            yield replace(batch, tokens=batch.given[self.input], lead=len(prefix))
+
+    def given(self, live: Live, part: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {self.input: part.to(live.device)}
+
+    def names(self, tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+        return token_texts(tokenizer, tokens)
+
+
 Port = Text | Images
 TEXT = Text()
 
 
-def port_of(anatomy: Anatomy, chunks: torch.Tensor | None = None) -> Port:
-    """What a model reads, given what it is to read: a language model token ids (N, T), an encoder pixels (N, C, H, W),
-    or recordings (N, ...); of the size that it was made for, where there are none.
+def port_of(anatomy: Anatomy, chunks: torch.Tensor | None = None, lead: int = 0) -> Port:
+    """What a model reads, given what it is to read: token ids (N, T), pixels (N, C, H, W), or recordings (N, ...); of
+    the size that it was made for, where there are none. `lead`: how many tokens stand before each text
+    besides, of which a converted encoder has slots.
 
     UnsupportedModel for recordings that it does not take.
     """
     if anatomy.patching is None:
         return TEXT
     patching = anatomy.patching
+    if patching.is_text:
+        return _words(patching, lead, chunks)
     grid = grid_of(anatomy, patching.shape if chunks is None else tuple(chunks.shape[1:]))
     if patching.is_sound:
         cut = patching.patch is not None
@@ -176,17 +226,33 @@ def port_of(anatomy: Anatomy, chunks: torch.Tensor | None = None) -> Port:
     return Images(grid, patching.special, patching.registers, patching.handed, patching.patch)
 
 
+def _words(patching: Patching, lead: int, ids: torch.Tensor | None) -> Words:
+    count = patching.shape[0] if ids is None else ids.shape[1]
+    # A token that stands first in every text is CLS, where it can be.
+    first = not patching.causal and ids is not None and bool((ids[:, 0] == ids[0, 0]).all())
+    return Words((1, count - first), lead + first, lead, causal=patching.causal)
+
+
 @torch.no_grad()
 def answer(live: Live) -> torch.Tensor:
     """What the model makes of a few random tokens, the same each time: logits; of an encoder, its last hidden states of
     random images or recordings."""
-    generator, patching = torch.Generator().manual_seed(0), live.anatomy.patching
-    if patching is not None:
-        port, given = port_of(live.anatomy), torch.randn(TRIED[0], *patching.shape, generator=generator)
+    if live.anatomy.patching is not None:
+        port = port_of(live.anatomy)
         assert isinstance(port, Images)
-        states: torch.Tensor = live.trunk(**port.given(live, given))[0]
+        states: torch.Tensor = live.trunk(**port.given(live, random_inputs(live.anatomy, TRIED[0])))[0]
         return states
-    vocabulary = live.model.config.get_text_config().vocab_size
+    vocabulary, generator = live.model.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, TRIED, generator=generator).to(live.device)
     logits: torch.Tensor = live.model(input_ids=tokens, use_cache=False).logits
     return logits
+
+
+def random_inputs(anatomy: Anatomy, count: int) -> torch.Tensor:
+    """So many random inputs of an encoder, of the shape that it was made for, the same each time."""
+    generator, patching = torch.Generator().manual_seed(0), anatomy.patching
+    assert patching is not None
+    if patching.is_text:
+        assert anatomy.vocab_size is not None
+        return torch.randint(anatomy.vocab_size, (count, *patching.shape), generator=generator)
+    return torch.randn(count, *patching.shape, generator=generator)

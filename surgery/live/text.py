@@ -90,6 +90,25 @@ def _encode(tokenizer, text: str, special: bool) -> list[int]:
     return [int(token) for token in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
 
 
+SAMPLE = "The quick brown fox jumps over the lazy dog."
+
+
+def around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids that a tokenizer puts before a text, and behind it."""
+    plain, whole = tokenize(tokenizer, SAMPLE), tokenize(tokenizer, SAMPLE, special=True)
+    at = next((i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain), None)
+    if at is None:
+        raise SourceError("the tokenizer puts special tokens inside of a text, which are not told from its own.")
+    return tuple(whole[:at]), tuple(whole[at + len(plain) :])
+
+
+def no_longer_added(tokenizer, prefix: Sequence[int]) -> tuple[int, ...]:
+    """The token that a tokenizer puts before each text and that is in the slots of a model in which `prefix` is folded:
+    BOS, or none."""
+    bos = None if tokenizer is None else tokenizer.bos_token_id
+    return () if bos is None or bos not in prefix or around(tokenizer)[0][:1] != (bos,) else (bos,)
+
+
 def in_turn(texts: Sequence[Sequence[int]], piece: int) -> list[int]:
     """Token ids of several texts, `piece` of each in turn, so that any beginning of them holds as much of each.
 

@@ -8,6 +8,7 @@ slots. Exact.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,16 +22,16 @@ from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import Stored
 from ..converted.card import Section
 from ..converted.described import Described, damaged
-from ..errors import SourceError
+from ..errors import SourceError, UnsupportedModel
 from ..live.graft import Fold, eab_config, fold, grafted, held_parts
 from ..live.model import Live
-from ..live.text import token_texts, tokenize
+from ..live.text import token_texts
 from ..parts import every_shape
 from ..parts import shapes as declared
 from ..recipe.fields import Prefix
 from ..words import count_of, listing, quoted
-from .base import Changes, Exact, Fitting, NothingToDo, Operation, Port, Stand, Target, Trained
-from .prefix_search import PrefixSearch
+from .base import Changes, Exact, Fitting, NothingToDo, Operation, Stand, Target, Trained
+from .prefix_search import PrefixSearch, one_token
 
 VISIBLE = {
     "as_prefix": "In exact arithmetic the model computes what the original computes after that prefix. It carried "
@@ -59,8 +60,6 @@ class AttentionBias(Operation):
     name: ClassVar[str] = "attention_bias"
     example: ClassVar[str] = "{prefix: auto}"
     adds: ClassVar[bool] = True
-    reading: ClassVar[Port | None] = "text"
-
     prefix: Annotated[Prefix, Field(description="the tokens to fold, each a text or an id; auto searches for them")] = (
         "auto"
     )
@@ -118,6 +117,7 @@ class AttentionBias(Operation):
         return self.model_copy(update={"prefix": found})
 
     def plan(self, target: Target, parts: Folded | None = None) -> Changes:
+        self._require_constant(target.anatomy)
         prefix = self._prefix(target) if parts is None else parts.fold.prefix
         n = self.max_slots if prefix is None else len(prefix)
         told, few = (n, "") if prefix is not None else ({"max": n}, "up to ")
@@ -155,6 +155,26 @@ class AttentionBias(Operation):
                 ),
             ),
         )
+
+    def _require_constant(self, anatomy: Anatomy) -> None:
+        """UnsupportedModel for an encoder in which no prefix is constant, or whose text cannot be moved."""
+        if anatomy.patching is None:
+            return
+        if anatomy.sees_all:
+            raise UnsupportedModel(
+                f"{anatomy.model_type}: each of its tokens sees all others, so that no prefix is constant; give 'from' "
+                "in place of 'prefix'"
+            )
+        if self.searches:
+            raise UnsupportedModel(
+                f"{anatomy.model_type}: is an encoder, and a prefix is searched by what a language model predicts; "
+                "list the tokens, as that which its tokenizer puts first"
+            )
+        if "position_ids" not in inspect.signature(anatomy.blank.get_submodule(anatomy.trunk).forward).parameters:
+            raise UnsupportedModel(
+                f"{anatomy.model_type}: {anatomy.trunk_class} takes no position_ids, so its text cannot be shifted to "
+                "after the prefix"
+            )
 
     def _prefix(self, target: Target) -> tuple[int, ...] | None:
         """Token ids of the recipe's prefix; None where they are to be searched."""
@@ -263,22 +283,3 @@ def _of_others(anatomy: Anatomy) -> str:
         indexers = count_of(len(anatomy.indexers), "indexer")
         said += f"So are its keys in {indexers}, which choose what sparse attention sees. "
     return said
-
-
-def one_token(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """The id of a text that is exactly one token; SourceError for any other."""
-    assert tokenizer is not None  # `needs_tokenizer`
-    vocabulary = tokenizer.get_vocab()
-    if text in vocabulary:
-        return vocabulary[text]
-    ids = tokenize(tokenizer, text)
-    if ids == [tokenizer.unk_token_id]:
-        raise SourceError(
-            f"attention_bias.prefix: {text!r} is not in the vocabulary; give another token, or a token id."
-        )
-    if len(ids) != 1:
-        raise SourceError(
-            f"attention_bias.prefix: {text!r} is not one token of the vocabulary but {len(ids)} ({ids[:8]}); "
-            "list its tokens one by one, or give token ids."
-        )
-    return ids[0]

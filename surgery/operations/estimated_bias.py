@@ -228,6 +228,11 @@ def _patching(anatomy: Anatomy) -> Patching:
         raise UnsupportedModel(
             f"{anatomy.model_type}: is no encoder, and of a language model's prefix slots are exact; give 'prefix'"
         )
+    if not anatomy.sees_all:
+        raise UnsupportedModel(
+            f"{anatomy.model_type}: its tokens see only those before them, and of a prefix slots are exact; give "
+            "'prefix'"
+        )
     return anatomy.patching
 
 

@@ -101,6 +101,8 @@ class Registers(Operation):
         anatomy = target.anatomy
         if anatomy.patching is None:
             raise UnsupportedModel(f"{anatomy.model_type}: is no encoder; leave 'registers' out")
+        if anatomy.patching.is_text:
+            raise UnsupportedModel(f"{anatomy.model_type}: reads text, in which no place is a register's; leave it out")
         if anatomy.patching.registers:
             raise UnsupportedModel(
                 f"{anatomy.model_type}: has {anatomy.patching.registers} registers already; leave 'registers' out"

@@ -49,9 +49,9 @@ SECTIONS = (
         tokens.norm_maps,
     ),
     Section(
-        "kinds", "CLS, registers, patches or frames",
-        "What the tokens of an image or a recording are in each layer, and where patches or frames look. A high norm "
-        "is three times that of the median one of the same.",
+        "kinds", "CLS, registers, patches, frames or tokens",
+        "What the tokens of an image, a recording or a text are in each layer, and where most of them look. A high "
+        "norm is three times that of the median one of the same.",
         tokens.kinds,
     ),
     Section(
@@ -106,8 +106,8 @@ SECTIONS = (
     ),
     Section(
         "interventions", "Interventions",
-        "What happens to the text's likelihood when the live model is changed. Bars are paired 95% intervals; grey "
-        "ones contain zero.",
+        "What happens to likelihood, or to an encoder's features, when the live model is changed. Bars are paired 95% "
+        "intervals; grey ones contain zero.",
         plots.interventions,
     ),
 )  # fmt: skip

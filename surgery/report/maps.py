@@ -119,7 +119,7 @@ def attention_maps(survey: dict) -> list[tuple[str, str, Figure]]:
         if not weights.size or not np.isfinite(weights).any():
             continue
         title = f"Block {shown['block']}, head {shown['head']}"
-        drawn = _attention_map(shown, weights, causal=not encoded(survey))
+        drawn = _attention_map(shown, weights, causal=(encoded(survey) or {"causal": True}).get("causal", False))
         found.append((f"attention-block{shown['block']}-head{shown['head']}", title, drawn))
     return found
 

@@ -154,7 +154,7 @@ def _sinks(survey: dict) -> str | None:
     rate = best(survey, "sink_rate")
     if rate is None:
         return None
-    first = "CLS" if encoded(survey) else "the first token"
+    first = "CLS" if encoded(survey) and not survey.get("text") else "the first token"
     to = f"{first} or a slot" if survey.get("n_slots") else first
     if rate[1] == 0:
         return f"No head is an attention sink: none gives {to} 30% of its attention on average."

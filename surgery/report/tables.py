@@ -21,6 +21,7 @@ from ..words import (
     score,
     visible,
     visible_name,
+    whole_of,
 )
 from .summary import best, early_sinks, effect, intervention_name, place, untouched
 
@@ -144,9 +145,9 @@ def fidelity(survey: dict) -> Table | None:
     rows, read = [], called(survey)
     for row in survey.get("interventions") or []:
         found = row.get("fidelity") or {}
-        cells = [_cosine(found.get(kind)) for kind in ("cls", read.parts)]
+        cells = [_cosine(found.get("last") or found.get("cls")), _cosine(found.get(read.parts))]
         rows.append((intervention_name(row), number(row.get("touched")), *cells))
-    head = ("intervention", "touched", "CLS", read.parts)
+    head = ("intervention", "touched", whole_of(survey.get("interventions") or []), read.parts)
     note = f"Cosine of features with those of the untouched encoder, mean over {read.many} and its 95% interval."
     return Table("Interventions", head, rows, note) if rows else None
 

@@ -25,7 +25,7 @@ def kinds(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     norms, high, looks = drawn.subplots(3, sharex=True)
     for key, colour, name, style in (
         ("patch_norm", "blue", read.parts, "-"), ("patch_norm_max", "blue", f"longest {read.part}", ":"),
-        ("cls_norm", "orange", "CLS", "-"), ("register_norm", "green", "registers", "-"),
+        ("cls_norm", "orange", "CLS", "-"), ("register_norm", "green", read.registers, "-"),
         ("special_norm", "violet", "other tokens", "-"),
     ):  # fmt: skip
         draw_line(norms, survey, values(survey, key), colour, name, linestyle=style)
@@ -37,7 +37,7 @@ def kinds(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     for key, colour in (("to_cls", "orange"), ("to_registers", "green"), ("to_high", "pink")):
         draw_line(looks, survey, values(survey, key), colour)
     share_axis(looks)
-    looks.set_title(f"Attention of {read.parts} to CLS, to registers, to {read.parts} of high norm")
+    looks.set_title(f"Attention of {read.parts} to CLS, to {read.registers}, to {read.parts} of high norm")
     depth_axis(looks, survey)
     pairs = [pair for axes in (norms, high) for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     legend(drawn, [pair[0] for pair in pairs], [pair[1] for pair in pairs])

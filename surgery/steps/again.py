@@ -102,7 +102,8 @@ def fit_again(
 ) -> Again:  # fmt: skip
     """Plan `recipe` on the source, and fit its operations, up to the first that text or training decides."""
     operations = tuple(operation.as_found(described) for operation in recipe.operations)
-    plan = plan_on(source, recipe.model_copy(update={"operations": operations}), None, needs_tokenizer=False)
+    recipe = recipe.model_copy(update={"operations": operations})
+    plan = plan_on(source, recipe, None, needs_tokenizer=False, reads=described.anatomy.reads)
     if source.kind == "gguf" and plan.target.tokenizer is not None:
         plan = replace(plan, target=replace(plan.target, tokenizer=load_tokenizer(directory)))
     changes = plan.recipe.changes
@@ -114,9 +115,8 @@ def fit_again(
     if asked or repeated and (recipe.tune is None or recipe.changes_weights):
         reporter.step("fit the operations again, from the source")
         live = live_original(directory, plan.anatomy, place, plan.fitting_dtype, port_of(plan.anatomy))
-        asked = (
-            asked and live.port.predicts and not rounds_values(live.model)
-        )  # slots as they are stored are not exact enough to tell
+        # Slots as they are stored are not exact enough to tell where values are rounded.
+        asked = asked and live.port.predicts and not rounds_values(live.model)
         if asked:
             control = take_control(live, described.eab.prefix_ids, comparable(live, changes))
         with contextlib.ExitStack() as grafts:
@@ -174,7 +174,7 @@ def _same_tensors(root: Path, manifest: Manifest, again: Again, directory: Path)
     if not again.left:
         return True, told
     names = listing([operation.name for operation in again.left], 8)
-    of = "text" if again.plan.anatomy.patching is None else "images"
+    of = again.plan.anatomy.reads
     note = f"what {names} made of {of} cannot be computed again: the manifest alone holds it, if it is sealed"
     return True, f"{told}; {note}", (note,)
 

@@ -22,6 +22,7 @@ from ..checkpoint.regular import parse_any
 from ..checkpoint.stage import Stage
 from ..checkpoint.values import as_stored, differs
 from ..checkpoint.writing import index_json
+from ..converted.bos import generic_files, puts_back
 from ..converted.described import read_described
 from ..converted.files import (
     added_layout,
@@ -95,12 +96,11 @@ def emitted_config(plan: Plan, changes: Changes) -> dict[str, Any]:
 
 def emitted(directory: Path, anatomy: Anatomy, place: Place, chunks: torch.Tensor) -> tuple[Live, Any]:
     """The converted model in `directory`, which is to read `chunks`, and its tokenizer, which is tried in a fork:
-    before this process is large. An encoder has none."""
+    before this process is large. An encoder of images or sound has none."""
+    tokenizer = load_tokenizer(directory) if anatomy.reads == "text" else None
     if anatomy.patching is not None:  # registers may have been left out
         anatomy = read_described(directory).anatomy
-        return live_converted(directory, anatomy, place, port_of(anatomy, chunks)), None
-    tokenizer = load_tokenizer(directory)
-    return live_converted(directory, anatomy, place), tokenizer
+    return live_converted(directory, anatomy, place, port_of(anatomy, chunks)), tokenizer
 
 
 class _Weights(Mapping[str, torch.Tensor]):
@@ -235,6 +235,8 @@ def _emit_companions(plan: Plan, stage: Stage, directory: Path, changes: Changes
     if tokenizer is not None:
         folded_bos = tokenizer.bos_token if tokenizer.bos_token_id in (changes.prefix or ()) else None
         changed = converted_tokenizer(directory, files, tokenizer, changes.positions, folded_bos)
+        if folded_bos is not None and puts_back(tokenizer, directory, files, changed):
+            changed |= generic_files(tokenizer, changed["tokenizer_config.json"])
     for name in files:
         text = changed.get(name) or (directory / name).read_bytes() if name.endswith(".json") else ""
         if (settings := _naming_code(text, name)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from ..anatomy.sites import Anatomy
 from ..checkpoint.provenance import TextFiles, described
 from ..errors import SourceError
-from ..live.text import Chunking, chunk, in_turn, read_each, read_texts, split_text, tokenize
+from ..live.port import Port, port_of
+from ..live.text import Chunking, around, chunk, in_turn, read_each, read_texts, split_text, tokenize
 from ..progress import Reporter
 from ..verification.gates import GATES, Gate
 from ..verification.gates.base import Inputs
@@ -56,10 +58,16 @@ def room_after(anatomy: Anatomy, tokens: int) -> int | None:
     return None if anatomy.max_positions is None else anatomy.max_positions - tokens
 
 
+def taken_by(anatomy: Anatomy, slots: int) -> int:
+    """How many positions a text leaves free where both models are measured: the original of a language model is
+    measured after BOS as well, and to an encoder texts are given whole."""
+    return max(slots, int(anatomy.patching is None))
+
+
 def fit_chunks(chunking: Chunking, anatomy: Anatomy, tokens: int) -> Chunking:
     """Chunks no longer than the model's positions after so many tokens.
 
-    Those are the slots, and where the original is measured too at least one: it is measured after BOS as well.
+    Those are the slots, and where the original is measured too, what else stands before a text (`taken_by`).
     """
     room = room_after(anatomy, tokens)
     return chunking if room is None else replace(chunking, length=min(chunking.length, room))
@@ -122,6 +130,12 @@ class Reader:
         self.require_known(chunks.flatten().tolist())
         return chunks
 
+    def every(self, texts: Sequence[str], length: int) -> list[int]:
+        """All of several texts as token ids, which take turns of so many tokens."""
+        ids = in_turn([tokenize(self.tokenizer, text) for text in texts], length)
+        self.require_known(ids)
+        return ids
+
     def require_known(self, ids: Sequence[int]) -> None:
         """SourceError unless the model has embeddings for all of `ids`, and for BOS, after which a baseline is
         measured."""
@@ -130,3 +144,59 @@ class Reader:
                 f"the tokenizer gives the token id {largest}, and the model's vocabulary has {self.vocab_size}: they "
                 "do not belong together; put the model's own tokenizer files beside it."
             )
+
+
+@dataclass(frozen=True)
+class WholeReader(Reader):
+    """How text becomes the token ids of an encoder: chunks as its tokenizer gives whole texts, with the tokens that it
+    puts around them, less one that slots hold (`without`)."""
+
+    without: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids before each text, and behind it."""
+        before, behind = around(self.tokenizer)
+        return before[len(self.without) :] if self.without == before[: len(self.without)] else before, behind
+
+    def cut(self, text: str, chunking: Chunking, name: str) -> torch.Tensor:
+        return self._whole(super().cut(text, self._inside(chunking, name), name))
+
+    def cut_calibration(self, texts: Sequence[str], chunking: Chunking, sets: int = 1) -> torch.Tensor:
+        inside = self._inside(chunking, "the calibration text")
+        return self._whole(super().cut_calibration(texts, inside, sets))
+
+    def rows(self, texts: Sequence[str], chunking: Chunking) -> torch.Tensor:
+        """All chunks that there are, (N, T)."""
+        length = self._inside(chunking, "the calibration text").length
+        ids = self.every(texts, length)
+        return self._whole(torch.tensor(ids[: len(ids) // length * length], dtype=torch.long).view(-1, length))
+
+    def _inside(self, chunking: Chunking, name: str) -> Chunking:
+        """What is left for the text in a chunk."""
+        before, behind = self.around
+        if (length := chunking.length - len(before) - len(behind)) < 2:
+            raise SourceError(
+                f"{name}: chunks of {chunking.length} tokens leave too few between those that the tokenizer adds; make "
+                "them longer (--chunk-length)."
+            )
+        return replace(chunking, length=length)
+
+    def _whole(self, rows: torch.Tensor) -> torch.Tensor:
+        ends = (torch.tensor(part, dtype=torch.long).expand(len(rows), -1) for part in self.around)
+        before, behind = ends
+        return torch.cat([before, rows, behind], dim=1)
+
+
+def text_reader(anatomy: Anatomy, tokenizer: Any, vocab_size: int, without: tuple[int, ...] = ()) -> Reader:
+    """How text becomes the token ids of a language model, or of an encoder."""
+    if anatomy.patching is None:
+        return Reader(tokenizer, vocab_size)
+    return WholeReader(tokenizer, vocab_size, without)
+
+
+def words_of(anatomy: Anatomy, reader: WholeReader, rows: torch.Tensor) -> Port:
+    """What an encoder reads, of which `rows` are given as they are: of a causal one, what stands before a text is told
+    from it, as it may become slots."""
+    lead = 0 if anatomy.sees_all else len(reader.around[0])
+    return port_of(anatomy, rows[:, lead:], lead)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,13 +46,15 @@ def few_of(chunks: torch.Tensor) -> int:
 @dataclass(frozen=True)
 class Measuring:
     """Text (N, T) to evaluate on, other text (M, T) to calibrate on, the gates, and what they made ready, by name. Of
-    an encoder both are what it reads."""
+    an encoder both are what it reads; `before` are tokens that its tokenizer put before each text, until they became
+    slots."""
 
     evaluation: torch.Tensor
     calibrating: torch.Tensor | None
     gates: Sequence[Gate]
     reporter: Reporter
     ready: Mapping[str, Any] = field(default_factory=dict)
+    before: tuple[int, ...] = ()
 
     def original(self, live: Live, prefix: Sequence[int], tokenizer, survey: FullSurvey | None) -> Measured:
         """The unchanged model: bare, after BOS where it has one, and after the folded prefix, if any."""
@@ -61,6 +63,10 @@ class Measuring:
             leads["control"] = tuple(prefix)
             if (bos := tokenizer.bos_token_id) is not None:
                 leads["bos"] = (bos,)
+        if self.before:
+            given = None if self.calibrating is None else self._whole(self.calibrating)
+            measuring = replace(self, evaluation=self._whole(self.evaluation), calibrating=given)
+            return measuring._measured(live, tokenizer, leads, survey, original=True)
         return self._measured(live, tokenizer, leads, survey, original=True)
 
     def converted(self, live: Live, tokenizer, survey: FullSurvey | None) -> Measured:
@@ -92,6 +98,10 @@ class Measuring:
             {variant: one for variant, one in scoring.items() if isinstance(one, Features)}, live.port,
         )  # fmt: skip
 
+    def _whole(self, rows: torch.Tensor) -> torch.Tensor:
+        """`rows` (N, T) behind what stood before each text."""
+        return torch.cat([torch.tensor(self.before).expand(len(rows), -1), rows], dim=1)
+
     def _observers(self, variants: Sequence[Variant]) -> dict[tuple[str, Variant], Observer]:
         """(Gate, variant) -> its observer, of gates that have one."""
         wanted = {(gate.name, variant): gate.watch(variant) for gate in self.gates for variant in variants}
@@ -118,6 +128,7 @@ class Pair:
 
     `prefix` stands in front of the original's text as control; `recipe` says how near the two are to be. `names`, of
     original and converted: where given, some of the text is surveyed too. `pictures`: of images, what each is called.
+    `before`: see `Measuring`.
     """
 
     prefix: tuple[int, ...]
@@ -128,6 +139,7 @@ class Pair:
     ready: Mapping[str, Any]
     names: tuple[str, str] | None = None
     pictures: Sequence[str] = ()
+    before: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ def measure_pair(
     pair: Pair, original: Load | None, converted: Load, reporter: Reporter, steps: Steps = ALWAYS
 ) -> Found:  # fmt: skip
     """Load and measure one model after the other, so that only one is in memory; `original` None: it is not at hand."""
-    measuring = Measuring(pair.evaluation, pair.calibrating, pair.gates, reporter, pair.ready)
+    measuring = Measuring(pair.evaluation, pair.calibrating, pair.gates, reporter, pair.ready, pair.before)
     names, heads = pair.names or (None, None), []
     before, surveyed = None, None
 

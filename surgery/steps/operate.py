@@ -85,7 +85,8 @@ def operate(
             fitting = Fitting(plan.target, planned, chunks, reporter, {**parts}, training, gate, directory, once)
             part = parts[change.name] = change.fit(live, fitting)
             if not port.predicts:
-                grafts.enter_context(_grafted_alike(live, change, part, reporter))
+                prefix = change.plan(plan.target, part).prefix or ()
+                grafts.enter_context(_grafted_alike(live, change, part, prefix, reporter))
                 continue
             if change is changes[0]:  # the model is still as it came; only the first can stand for a prefix
                 prefix = change.plan(plan.target, part).prefix or ()
@@ -113,10 +114,13 @@ def _in_float32(live: Live, changes: Sequence[Operation], parts: Mapping[str, Pa
 
 
 @contextlib.contextmanager
-def _grafted_alike(live: Live, change: Operation, part: Parts, reporter: Reporter) -> Iterator[None]:
-    """An encoder with `change` in place, which is compared with what it was before, where that is to be the same."""
+def _grafted_alike(
+    live: Live, change: Operation, part: Parts, prefix: Sequence[int], reporter: Reporter
+) -> Iterator[None]:  # fmt: skip
+    """An encoder with `change` in place, which is compared with what it was before, where that is to be the same; after
+    the `prefix` that is folded."""
     same = change.exact != "no" or change.rests
-    before = random_features(live) if same else None
+    before = random_features(live, prefix) if same else None
     with change.graft(live, part):
         if before is not None:
             assert isinstance(live.port, Images)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from ..anatomy.encoders import Encoded
+from ..anatomy.patching import Reads
 from ..anatomy.sites import Anatomy
 from ..checkpoint.provenance import TextFiles, described
 from ..errors import SourceError
@@ -27,7 +27,7 @@ class Pictures:
     calibration: tuple[Path, ...] | None
     evaluation: tuple[Path, ...] | None
     split: bool = False
-    kind: ClassVar[Encoded] = "images"
+    kind: ClassVar[Reads] = "images"
     called: ClassVar[str] = "images"
 
     @property

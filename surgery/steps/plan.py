@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import operator
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +11,22 @@ from typing import Any
 
 import torch
 
-from ..anatomy.classes import is_text
-from ..anatomy.fit import Fit, encoder_stored, examine_stored
+from ..anatomy.fit import Fit
 from ..anatomy.linears import linears
-from ..anatomy.sites import Anatomy, examine, read_as_config
+from ..anatomy.patching import Reads
+from ..anatomy.sites import Anatomy
 from ..checkpoint.disk import free_space, require_space, require_target, same_disk
-from ..checkpoint.gguf_tokenizer import write_tokenizer
-from ..checkpoint.source import Source, has_tokenizer, open_source, without_tokenizer
+from ..checkpoint.source import Source, open_source
 from ..converted.derived import Derived, derive
 from ..converted.files import added_layout, lowered_limits, shard_names
-from ..endings.temporary import temporary
 from ..errors import SourceError, UnsupportedModel
 from ..live.graft import eab_config
-from ..live.loading import load_tokenizer, require_generation
+from ..live.loading import require_generation
 from ..live.memory import HERE, Needs, Place
-from ..operations.base import Changes, Parts, Port, Target
-from .inputs import Cutter, Reader
+from ..live.text import no_longer_added
+from ..operations.base import Changes, Parts, Target
+from .inputs import Cutter, text_reader
+from .nature import examine_source, port_of, with_tokenizer
 from .planned_files import FilePlan, files_of, room
 from .recipe import Recipe
 from .recordings import file_reader
@@ -64,9 +62,10 @@ class Plan:
     @property
     def reader(self) -> Cutter:
         """How text becomes token ids of this model, or files what an encoder reads."""
-        if self.anatomy.patching is None:
-            return Reader(self.target.tokenizer, self.target.vocab_size)
-        return file_reader(self.source.root, self.anatomy)
+        if self.anatomy.reads != "text":
+            return file_reader(self.source.root, self.anatomy)
+        without = no_longer_added(self.target.tokenizer, self.changes.prefix or ())
+        return text_reader(self.anatomy, self.target.tokenizer, self.target.vocab_size, without)
 
     @property
     def lowered(self) -> dict[str, int]:
@@ -157,30 +156,31 @@ class Plan:
 
 def prepare(
     recipe: Recipe, spec: str, out: Path | None, *, needs_tokenizer: bool, link: bool = False,
-    dtype: str | None = None, revision: str | None = None, place: Place = HERE,
+    dtype: str | None = None, revision: str | None = None, place: Place = HERE, reads: Reads | None = None,
 ) -> Plan:  # fmt: skip
-    """Open the source `spec` and plan `recipe` on it.
+    """Open the source `spec` and plan `recipe` on it. `reads`: what it is to be given, where that is known.
 
     Without `out`, disk space is that of the working directory and is not insisted on. Raises whatever a later step
     would refuse: SourceError, DamagedCheckpoint, UnsupportedModel, OutputError, NoSpace.
     """
     source = open_source(spec, revision=revision, dtype=dtype)
-    return plan_on(source, recipe, out, needs_tokenizer=needs_tokenizer, link=link, place=place)
+    return plan_on(source, recipe, out, needs_tokenizer=needs_tokenizer, link=link, place=place, reads=reads)
 
 
 def plan_on(
-    source: Source, recipe: Recipe, out: Path | None, *, needs_tokenizer: bool, link: bool = False, place: Place = HERE
+    source: Source, recipe: Recipe, out: Path | None, *, needs_tokenizer: bool, link: bool = False, place: Place = HERE,
+    reads: Reads | None = None,
 ) -> Plan:  # fmt: skip
     """The same for a source that is open."""
     # Before the tokenizer, which would complain in its own words.
     _require_plain(source, recipe)
-    port = recipe.reading or reading_of(source)
+    port, reads = port_of(source, recipe, reads)
     recipe = recipe.of(port)
-    anatomy, fits = examine_source(source, port)
+    anatomy, fits = examine_source(source, port, reads)
     if source.kind != "gguf":
         require_generation(source.root)
     wanted = needs_tokenizer or any(change.needs_tokenizer for change in recipe.changes)
-    source, tokenizer = _with_tokenizer(source, recipe, wanted, port)
+    source, tokenizer = with_tokenizer(source, recipe, wanted, anatomy.reads)
     target = Target(anatomy, source.layout, tokenizer)
     by_operation = {change.name: change.plan(target) for change in recipe.changes}
     changes = _together(anatomy, by_operation)
@@ -237,62 +237,10 @@ def _require_plain(source: Source, recipe: Recipe) -> None:
         )
 
 
-def reading_of(source: Source) -> Port:
-    """What the source reads, where nothing else says it: text, if there is a causal language model of it."""
-    return "text" if source.kind == "gguf" or is_text(type(read_as_config(source.config))) else "images"
-
-
-def examine_source(source: Source, port: Port = "text") -> tuple[Anatomy, Fit]:
-    """What the source is, as a model that reads text, or an encoder, and how its tensors fit that; those of a GGUF were
-    named after its model.
-
-    SourceError where a package is missing that reads its format.
-    """
-    if source.quantised is not None:
-        source.quantised.require_loader(source.root)
-    if source.blank is not None:
-        return examine(source.config, source.blank), Fit()
-    return (examine_stored if port == "text" else encoder_stored)(source.config, source.layout)
-
-
 def _together(anatomy: Anatomy, by_operation: Mapping[str, Changes]) -> Changes:
     """All changes as one. config.json always describes the sites, also where no operation puts slots there."""
     sites = Changes(config={"eab": eab_config(anatomy, (), "as_prefix")})
     return functools.reduce(operator.add, (*by_operation.values(), sites))
-
-
-def _with_tokenizer(source: Source, recipe: Recipe, wanted: bool, port: Port) -> tuple[Source, Any]:
-    """The source and its tokenizer. One that does not load, and is not `wanted`, is left out of the source. An encoder
-    has none, or that of a text tower beside it."""
-    wanted, reads = wanted and port == "text", recipe.reads_text and port == "text"
-    if not wanted and not has_tokenizer(source.companions):
-        return source, None
-    folder = source.root / "additional_chat_templates"
-    if folder.is_dir():
-        warnings.warn(
-            f"{folder} is not carried along; put its templates into the chat_template of tokenizer_config.json.",
-            stacklevel=3,
-        )
-    try:
-        return source, source_tokenizer(source)
-    except (SourceError, UnsupportedModel) as error:
-        if wanted or reads:
-            way_out = "" if reads else ", or list the prefix as ids and run --no-verify"
-            raise type(error)(f"{str(error).removesuffix('.')}{way_out}.") from error
-        warnings.warn(f"{str(error).rpartition('; ')[0]}; its files are left out.", stacklevel=3)
-        return without_tokenizer(source), None
-
-
-def source_tokenizer(source: Source):
-    """The source's tokenizer; SourceError (UnsupportedModel for some of GGUF files) if it has none that loads."""
-    if source.kind != "gguf":
-        return load_tokenizer(source.root)
-    if not has_tokenizer(source.companions):
-        raise SourceError(f"{source.spec} holds no tokenizer; give a file that has one.")
-    with temporary() as folder:  # as `run` will write it
-        (folder / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
-        write_tokenizer(source.plan.header, folder)
-        return load_tokenizer(folder, source.spec)
 
 
 def _entry(status: str, shard: str, dtype: str, shape) -> dict[str, Any]:

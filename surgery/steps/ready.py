@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..anatomy.classes import auto_of
-from ..anatomy.patching import read_by
 from ..anatomy.sites import Anatomy
 from ..checkpoint.provenance import TextFiles
 from ..errors import SourceError
@@ -19,7 +18,7 @@ from ..progress import Reporter
 from ..tuning.corpus import require_images
 from ..verification.gates.base import Inputs
 from ..words import human
-from .inputs import Texts, calibrated, fit_chunks, gather_texts, require_inputs, room_after
+from .inputs import Cutter, Texts, calibrated, fit_chunks, gather_texts, require_inputs, room_after, taken_by
 from .options import RunOptions, VerifyOptions
 from .pictures import FileReader, Pictures, gather_images
 from .plan import Plan
@@ -29,13 +28,15 @@ from .recordings import Recordings, gather_audio
 @dataclass(frozen=True)
 class Ready:
     """Chunks of evaluation text (N, T) and of calibration text (M, T), or what an encoder reads, where they are read;
-    what gates have ready. `files`: that were read. `pictures`: of images to evaluate on, what each is called."""
+    what gates have ready. `files`: that were read, and the `reader` that did. `pictures`: of images to evaluate on,
+    what each is called."""
 
     chunking: Chunking
     evaluation: torch.Tensor | None
     calibrating: torch.Tensor | None
     gates: Mapping[str, Any]
     files: TextFiles
+    reader: Cutter
     pictures: tuple[str, ...] = ()
 
 
@@ -68,21 +69,23 @@ def make_ready(plan: Plan, texts: Texts | Pictures, options: RunOptions, reporte
     """Gates and texts made ready. SourceError where something is missing, or text too short."""
     texts = require_port(plan.anatomy, texts)
     recipe, reader, taken = plan.recipe, plan.reader, plan.changes.positions
-    given = f"--{read_by(plan.anatomy.patching)}"
+    given = f"--{plan.anatomy.reads}"
     gates = recipe.verify.gates() if options.verify else ()
     for gate in gates:
         gate.require_tools(options.device)
-    chunking = fit_chunks(options.chunking, plan.anatomy, max(taken, 1))
+    chunking = fit_chunks(options.chunking, plan.anatomy, taken_by(plan.anatomy, taken))
     if chunking != options.chunking:
-        reporter.note(f"chunks of {chunking.length} tokens: the model has no more positions after a prefix or BOS")
+        after = " after a prefix or BOS" if taken_by(plan.anatomy, taken) else ""
+        reporter.note(f"chunks of {chunking.length} tokens: the model has no more positions{after}")
     room = room_after(plan.anatomy, taken)
     inputs = Inputs(chunking, options.device, room, options.tasks, classifies(plan.anatomy))
     ready = require_inputs(gates, inputs) if options.verify else {}
     evaluation = calibrating = None
     sets = max((gate.calibration_sets for gate in gates), default=1)
     if isinstance(texts, Pictures) and isinstance(reader, FileReader):
-        read = texts.first(chunking.count if options.verify else 0, calibrated(chunking, sets))
-        reader = reader.over(read, reporter)
+        # Tuning reads all that there are to calibrate on.
+        fitted = calibrated(chunking, sets) if recipe.tune is None else len(texts.calibration or ())
+        reader = reader.over(texts.first(chunking.count if options.verify else 0, fitted), reporter)
     if options.verify:
         if texts.evaluation is None:
             raise SourceError(f"verification needs {_NEEDS[given]}, or --no-verify to write without proof.")
@@ -103,36 +106,38 @@ def make_ready(plan: Plan, texts: Texts | Pictures, options: RunOptions, reporte
         if recipe.tune is not None:  # which reads all that there are
             files = texts.read(0 if evaluation is None else len(evaluation), len(texts.calibration or ()))
         pictures = tuple(path.name for path in texts.evaluation or ())
-    return Ready(chunking, evaluation, calibrating, ready, files, pictures)
+    return Ready(chunking, evaluation, calibrating, ready, files, reader, pictures)
 
 
 def require_port(anatomy: Anatomy, texts: Texts | Pictures) -> Any:
     """`texts`. SourceError where they are not what the model reads, as images for a language model."""
-    reads = read_by(anatomy.patching)
+    reads = anatomy.reads
     option = texts.option if isinstance(texts, Pictures) else "--text"
     if option == f"--{reads}":
         return texts
     if reads != "text" and isinstance(texts, Texts) and texts.evaluation is None and texts.calibration is None:
         return Pictures(None, None) if reads == "images" else Recordings(None, None)
     of = {"text": "a language model", "images": "an encoder of images", "audio": "an encoder of sound"}[reads]
+    of = of if anatomy.patching is None or reads != "text" else "an encoder of text"
     given = "text" if option == "--text" else option
     raise SourceError(f"{anatomy.model_type} is {of}, which reads no {given}; give --{reads}.")
 
 
 def classifies(anatomy: Anatomy) -> bool:
-    """Whether the model says what is in an image, or in a recording."""
+    """Whether the model says what is in an image, in a recording or in a text."""
     return anatomy.patching is not None and auto_of(anatomy.model_class, anatomy.config_class) in (
-        "AutoModelForImageClassification", "AutoModelForAudioClassification"
+        "AutoModelForImageClassification", "AutoModelForAudioClassification", "AutoModelForSequenceClassification"
     )  # fmt: skip
 
 
 def _require_calibration(plan: Plan, texts: Texts | Pictures) -> None:
     """SourceError where operations read text, and there is none that they could read."""
     recipe, patching = plan.recipe, plan.anatomy.patching
-    if texts.calibration is not None and (patching is not None or plan.target.tokenizer is not None):
+    of_text = plan.anatomy.reads == "text"
+    if texts.calibration is not None and (not of_text or plan.target.tokenizer is not None):
         return
-    if patching is not None and (reads := recipe.reads) is not None:
-        option = f"--{read_by(patching)}"
+    if patching is not None and not of_text and (reads := recipe.reads) is not None:
+        option = f"--{plan.anatomy.reads}"
         raise SourceError(f"{reads} over {patching.called.many}: give {option} DIR, and others with --calibration.")
     if recipe.searches:
         raise SourceError(

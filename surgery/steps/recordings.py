@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..anatomy.encoders import Encoded
+from ..anatomy.patching import Reads
 from ..anatomy.sites import Anatomy
 from ..live.audio import (
     LONGEST,
@@ -73,7 +73,7 @@ def file_reader(root: Path, anatomy: Anatomy) -> FileReader:
     return PixelReader(load_processor(root), anatomy)
 
 
-def whole_files(kind: Encoded, given: Sequence[Path]) -> Pictures:
+def whole_files(kind: Reads, given: Sequence[Path]) -> Pictures:
     """The files among files and directories, all of them to evaluate on."""
     if kind == "images":
         return Pictures(None, tuple(every_image(given)))

@@ -6,8 +6,9 @@ import contextlib
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -18,27 +19,25 @@ from ..checkpoint.results import require_apart, require_result_folder
 from ..errors import SourceError
 from ..live.loading import load_original
 from ..live.model import Live
-from ..live.text import Chunking, in_turn, tokenize
+from ..live.text import Chunking
 from ..operations.registers import Registers
-from ..tuning.corpus import Corpus, make_corpus, make_image_corpus
+from ..tuning.corpus import Corpus, make_corpus, make_image_corpus, require_images
 from ..tuning.dataset import dataset_text
 from ..tuning.operation import Tune
 from ..tuning.store import Store
 from ..tuning.tune import Training, make_accelerator, moved, require_shares, tune
-from .inputs import Reader, Texts
+from .inputs import Reader, Texts, WholeReader
 from .options import RunOptions
-from .pictures import Pictures, PixelReader
+from .pictures import Pictures
 from .plan import Plan
+from .ready import Ready
 
 
 def prepare_training(
-    plan: Plan, texts: Texts | Pictures, calibrating: torch.Tensor | None, chunking: Chunking, options: RunOptions,
-    out: Path,
+    plan: Plan, texts: Texts | Pictures, ready: Ready, options: RunOptions, out: Path
 ) -> Training | None:  # fmt: skip
-    """All that can be refused before weights are read; None for a recipe that does not tune.
-
-    `chunking`: of what is evaluated; `calibrating`: chunks, or pixels, that the rest of the recipe fits on.
-    """
+    """All that can be refused before weights are read; None for a recipe that does not tune. `ready`: what the rest of
+    the recipe reads."""
     settings, processes = plan.recipe.tune, int(os.environ.get("WORLD_SIZE", "1"))
     if settings is None:
         _require_no_tuning(options, processes)
@@ -51,17 +50,18 @@ def prepare_training(
     if processes > 1 and options.device == "auto":
         raise SourceError("each of several processes holds the whole model, on its device; give --device cuda or cpu.")
     _require_trainable(plan, settings)
-    if isinstance(texts, Pictures):
-        if processes > 1:
-            raise SourceError(f"{processes} processes were started, and an encoder is tuned by one alone; start one.")
-        corpus = _of_images(plan, texts, settings)
+    if plan.anatomy.patching is None:
+        assert isinstance(texts, Texts)
+        corpus = _of_text(plan, texts, settings, ready.chunking)
+    elif processes > 1:
+        raise SourceError(f"{processes} processes were started, and an encoder is tuned by one alone; start one.")
     else:
-        corpus = _of_text(plan, texts, settings, chunking)
+        corpus = _of_encoder(texts, ready, settings)
     accelerator = make_accelerator(options.device)
     require_shares(settings, accelerator.num_processes)
     store = None
     if options.tuning is not None:
-        store = Store(options.tuning, _identity(plan, corpus, calibrating))
+        store = Store(options.tuning, _identity(plan, corpus, ready.calibrating))
         if accelerator.is_main_process:  # the only one to write there
             require_result_folder(
                 options.tuning, "--tuning", [source, *outputs, *([] if adapter is None else [adapter])]
@@ -89,19 +89,21 @@ def _of_text(plan: Plan, texts: Texts, settings: Tune, chunking: Chunking) -> Co
     _require_room(plan, settings)
     read = texts.calibration if settings.dataset is None else (dataset_text(settings.dataset),)
     assert read is not None  # where it is not given, calibration text has been refused
-    pieces = max(settings.length, chunking.length)
-    ids = in_turn([tokenize(plan.target.tokenizer, text) for text in read], pieces)
     reader = plan.reader
     assert isinstance(reader, Reader)
-    reader.require_known(ids)
-    return make_corpus(ids, settings, chunking.length)
+    return make_corpus(reader.every(read, max(settings.length, chunking.length)), settings, chunking.length)
 
 
-def _of_images(plan: Plan, pictures: Pictures, settings: Tune) -> Corpus:
-    """All images that were given to calibrate on, in memory as pixels."""
-    files, reader = pictures.calibration, plan.reader
-    assert files is not None and isinstance(reader, PixelReader)  # or it has been refused
-    return make_image_corpus(reader.cut(files, Chunking(len(files)), "--calibration"), settings)
+def _of_encoder(texts: Texts | Pictures, ready: Ready, settings: Tune) -> Corpus:
+    """All that was given to calibrate on, in memory: files as the encoder reads them, or whole texts."""
+    given, reader = texts.calibration, ready.reader
+    assert given is not None  # or it has been refused
+    if isinstance(reader, WholeReader):
+        rows = reader.rows(cast(Sequence[str], given), ready.chunking)
+        fitted = 0 if ready.calibrating is None else len(ready.calibrating)
+        require_images(len(rows), settings, "the calibration text", "chunks", fitted)
+        return make_image_corpus(rows, settings)
+    return make_image_corpus(reader.cut(given, Chunking(len(given)), "--calibration"), settings)
 
 
 def _require_no_tuning(options: RunOptions, processes: int) -> None:

@@ -81,10 +81,10 @@ def passes_on_images(live: Live) -> int:
 
 
 def fidelity(after: Features, before: Features) -> dict[str, Any]:
-    """Features of each image, twice: how alike CLS and patches are."""
-    cls, patches = after.alike(before)
+    """Features of each image, twice: how alike what stands for it and its patches are."""
+    whole, patches = after.alike(before)
     return {
-        "cls": None if cls is None else mean_interval(cls).to_dict(),
+        after.whole or "cls": None if whole is None else mean_interval(whole).to_dict(),
         after.called.parts: mean_interval(patches).to_dict(),
     }
 
@@ -130,7 +130,8 @@ def _planned(live: Live, layer: int, largest: Largest) -> list[_Planned]:
     if port.registers:
         start = port.cls
         stop = start + port.registers
-        planned.append(_Planned("registers hidden from all others", "all layers", partial(_hide, live, start, stop)))
+        name = f"{port.called.registers} hidden from all others"
+        planned.append(_Planned(name, "all layers", partial(_hide, live, start, stop)))
     if port.cls:
         planned.append(_Planned("CLS hidden from all others", "all layers", partial(_hide, live, 0, 1)))
     return planned

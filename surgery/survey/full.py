@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..live.likelihood import Likelihood
 from ..live.model import Live
 from ..live.places import normed_sites, slot_count
-from ..live.port import Images, Sound
+from ..live.port import Images, Sound, Words
 from ..live.stream import Observer, stream
 from ..progress import Advance, unseen
 from .across import AutoMassive, across
@@ -53,7 +53,7 @@ class FullSurvey:
         self.norms: NormMaps | None = None
         if isinstance(live.port, Images):
             self._per_layer.append(Kinds(live.port))
-            self.norms = None if isinstance(live.port, Sound) else NormMaps(live.port)
+            self.norms = None if isinstance(live.port, (Sound, Words)) else NormMaps(live.port)
         else:
             self._per_layer.append(LogitLens(live, positions))
         self._neurons, self._landscape, self._maps = SuperNeurons(live), Landscape(), AttentionMaps(heads)
@@ -76,7 +76,7 @@ class FullSurvey:
         """
         names = functools.partial(self._port.names, tokenizer)
         layers = _merged(self._per_layer, names)
-        if isinstance(self._port, Images) and not self._port.cls:  # the first token is a patch like others
+        if isinstance(self._port, Images) and not self._port.begins:  # the first token is a patch like others
             layers = [{key: value for key, value in row.items() if key not in OF_FIRST} for row in layers]
         return {
             **self._about,
@@ -95,14 +95,16 @@ class FullSurvey:
             score = self._likelihood.score
             return {"chunks": len(score.chunks), "chunk_length": score.targets + 1, "perplexity": score.to_dict()}
         assert isinstance(self._port, Images)
-        port, sound = self._port, isinstance(self._port, Sound)
+        port, read = self._port, "audio" if isinstance(self._port, Sound) else "images"
         grid: dict[str, Any] = {"grid": list(port.grid)}
         if isinstance(port, Sound) and not port.cut:
             grid = {"frames": port.grid[1]}
+        if isinstance(port, Words):
+            read, grid = "text", {"tokens": port.grid[1], "causal": port.causal}
         return {
             "chunks": self._massive.layers[0].sequences,
             "chunk_length": port.tokens,
-            "audio" if sound else "images": {**grid, "special": port.special, "registers": port.registers},
+            read: {**grid, "special": port.special, "registers": port.registers},
         }
 
 

@@ -76,6 +76,8 @@ class Softmax:
         learned = arguments.get("s_aux")
         self.learned = None if learned is None else learned.detach().to(dtype)  # (Hq,)
         self.n = self.slot_key.shape[1]
+        if self.mask is not None and self.n and self.mask.shape[-1] == self.key.shape[2]:  # an encoder's: all see them
+            self.mask = F.pad(self.mask, (self.n, 0), value=self.mask.dtype == torch.bool)
         # A model that has dropped all queries but the last keeps every key: query i stands at key `offset` + i.
         self.offset = self.key.shape[2] - self.query.shape[2]
 

@@ -78,7 +78,7 @@ class Adapted:
     def teaching(self) -> Iterator[None]:
         """The model as the teacher."""
         with self.peft.disable_adapter(), contextlib.ExitStack() as undo:
-            if not self.live.port.predicts:
+            if self.live.anatomy.sees_all:  # of others slots are the prefix that the original is after
                 undo.enter_context(as_it_came(self.live))
             yield
 

@@ -72,14 +72,14 @@ def make_corpus(
     return Corpus(training, held_out, scaling, settings.seed)
 
 
-def require_images(count: int, settings: Training, name: str) -> None:
-    """SourceError where so many images are too few to hold some out, and for one batch besides; `name` says where they
-    come from."""
-    needed = settings.held_out + settings.batch
+def require_images(count: int, settings: Training, name: str, called: str = "images", fitted: int = 0) -> None:
+    """SourceError where so many images, or what they are `called`, are too few to hold some out, and for one batch
+    besides, or for those that the rest of the recipe is `fitted` on; `name` says where they come from."""
+    needed = settings.held_out + max(settings.batch, fitted)
     if count < needed:
         raise SourceError(
-            f"{name} gives {count} images, and tune needs {needed} ({settings.held_out} that are held out, and a batch "
-            f"of {settings.batch}); give more of them, or lower tune.held_out."
+            f"{name} gives {count} {called}, and tune needs {needed} ({settings.held_out} that are held out, and "
+            f"{needed - settings.held_out} to learn from); give more of them, or lower tune.held_out."
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..live.features import Features, parts_of
+from ..live.features import Features, features_of
 from ..live.model import Live
 from ..live.places import final_norm, on_layer
 from ..live.port import Images
@@ -80,7 +80,7 @@ class Loop:
         optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
         self.trained, self.optimiser = accelerator.prepare(adapted.peft, optimiser)
         self.record, self.best = Record(), adapted.state()
-        self.on = "text" if live.port.predicts else "images"
+        self.on = "text" if live.port.predicts else "inputs"
         self.norm = (None if live.port.predicts else final_norm(live)) or torch.nn.Identity()
         self.original: Features | None = None  # what an encoder's features of the held-out images are to be
 
@@ -153,10 +153,8 @@ class Loop:
         with self._layers() as hidden, torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
             if not isinstance(port, Images):
                 return Pass(tokens, model(input_ids=tokens, use_cache=False).logits, hidden)
-            self.live.trunk(pixel_values=tokens.to(self.live.model.dtype))
-            last, (cls, patches) = hidden[-1], parts_of(port)
-            parts = [last[:, :cls], last[:, -patches:]] if cls else [last[:, -patches:]]
-            return Pass(tokens, None, hidden, [self.norm(part) for part in parts])
+            self.live.trunk(**port.given(self.live, tokens))
+            return Pass(tokens, None, hidden, [self.norm(part) for part in features_of(port, hidden[-1])])
 
     @contextlib.contextmanager
     def _layers(self) -> Iterator[list[torch.Tensor]]:

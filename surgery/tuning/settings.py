@@ -144,8 +144,8 @@ class Settings(Training):
         """The same for a model that reads text, or images. RecipeError where it asks for something of the other."""
         if port == "images" and self.dataset is not None:
             raise RecipeError(
-                "the recipe asks for tune.dataset, which is text, and an encoder reads images; remove it, and give "
-                "--calibration DIR."
+                "the recipe asks for tune.dataset, which is text for a language model; remove it, and give an encoder "
+                "what it reads with --calibration."
             )
         return self.model_copy(update={"objectives": self.objectives.of(port)})
 

@@ -94,7 +94,7 @@ def train(live: Live, settings: Settings, text: Fitting) -> Tuned:
     if tuned.record.stopped:
         text.reporter.note(f"tuning stopped: {tuned.record.stopped}")
     if tuned.record.best["step"] == 0:
-        on = "text" if live.port.predicts else "images"
+        on = "text" if live.port.predicts else "inputs"
         text.reporter.note(f"no step was better on held-out {on} than the start: what is written is untuned")
     return tuned
 

@@ -41,10 +41,10 @@ _TEXT = _Measure(
     "perplexity on text that is never trained on decides which state is kept.",
 )  # fmt: skip
 _IMAGES = _Measure(
-    "distance", "held-out distance", "Distance on held-out images",
-    "the distance of features from the original's on held-out images", "images",
-    "what decides which state is kept is the distance of features from the original's, on images that are never "
-    "trained on: 1 less their cosine, of CLS and patches half each.",
+    "distance", "held-out distance", "Distance on held-out inputs",
+    "the distance of features from the original's on held-out inputs", "inputs",
+    "what decides which state is kept is the distance of features from the original's, on inputs that are never "
+    "trained on: 1 less their cosine, of what stands for the whole (CLS) and of the rest half each.",
 )  # fmt: skip
 
 

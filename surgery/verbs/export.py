@@ -8,7 +8,7 @@ from typing import Any, Unpack, cast
 
 import torch
 
-from ..anatomy.sites import parse_config
+from ..anatomy.parsed import parse_config
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.config import CONFIG
 from ..checkpoint.contents import may_change

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, cast
 
+from ..anatomy.patching import READS
 from ..checkpoint.disk import disk_errors, require_target
 from ..checkpoint.layout import read_layout
 from ..checkpoint.manifest import MANIFEST, Manifest
@@ -23,6 +24,7 @@ from ..endings.leftovers import clear_for
 from ..errors import OutputError, SourceError
 from ..live.loading import live_original, load_tokenizer, require_device
 from ..live.port import port_of
+from ..live.text import no_longer_added
 from ..operations import OPERATIONS
 from ..operations.base import NothingToDo, Stand
 from ..progress import SILENT, Reporter
@@ -85,7 +87,7 @@ def _converted(
         date, command=options.command, device=options.device, files=inputs.files, evaluation=inputs.evaluation,
         calibration=inputs.calibrating, hub_ids=[plan.source.name],
     )  # fmt: skip
-    training = prepare_training(plan, texts, inputs.calibrating, inputs.chunking, options, out)
+    training = prepare_training(plan, texts, inputs, options, out)
     if training is not None and training.assists:
         assist(plan, training)
         return None
@@ -149,7 +151,7 @@ def _plan(recipe: Recipe, source: str, out: Path, options: RunOptions) -> Plan:
     reads = not (options.images or options.audio) and (options.verify or recipe.reads_text)
     plan = prepare(
         recipe, source, out, needs_tokenizer=reads, link=options.link, dtype=options.dtype, revision=options.revision,
-        place=options.place,
+        place=options.place, reads=next((one for one in READS if getattr(options, one)), None),
     )  # fmt: skip
     apart = [plan.source.root, out, *(path for path in (options.keep_failed, options.adapter) if path is not None)]
     require_result_folder(options.resume, "--resume", apart)
@@ -189,11 +191,12 @@ def _measure(
         return findings, None
     prefix, tokenizer = operated.changes.prefix or (), plan.target.tokenizer
     checks = [check_tokenizer(stage.path, tokenizer, prefix, texts.evaluation)] if isinstance(texts, Texts) else []
-    port = port_of(plan.anatomy, evaluation)
+    leading = no_longer_added(tokenizer, prefix) if plan.anatomy.patching is not None else ()
+    port = port_of(plan.anatomy, evaluation, len(leading))
     pair = Pair(
         prefix, plan.recipe, plan.recipe.verify.gates(), evaluation, ready.calibrating, ready.gates,
         names=(f"{plan.source.name}, original", f"{plan.source.name}, converted") if options.surveys else None,
-        pictures=ready.pictures,
+        pictures=ready.pictures, before=leading,
     )  # fmt: skip
     found = measure_pair(
         pair,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ..anatomy.encoders import Encoded
+from ..anatomy.patching import Reads
 from ..anatomy.sites import Anatomy
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.disk import require_space
@@ -30,11 +30,15 @@ from ..progress import SILENT, Reporter
 from ..results import Survey
 from ..steps.act import provenance, told
 from ..steps.fetch import fetch_all, fetch_weights, on_hub
-from ..steps.inputs import Reader, fit_chunks
-from ..steps.plan import examine_source, source_tokenizer
+from ..steps.inputs import Reader, Texts, WholeReader, fit_chunks, text_reader, words_of
+from ..steps.nature import examine_source, port_of, source_tokenizer
+from ..steps.ready import require_port
+from ..survey.fidelity import passes_on_images, run_on_images
 from ..survey.full import survey
 from ..survey.interventions import audit, plan_interventions, run_interventions
 from .scan_encoder import scan_encoder
+
+GIVEN = Texts(None, "text")  # whatever it says
 
 
 def scan(
@@ -54,15 +58,15 @@ def scan(
     reporter: Reporter = SILENT,
 ) -> Survey:
     """Survey `source` (a directory, hub id "owner/name@revision", GGUF, or converted checkpoint) on `text`: layer by
-    layer, and across them. An encoder of images is surveyed on `images`, one of sound on `audio`, files and directories
-    (`scan_encoder`).
+    layer, and across them; so is an encoder of text (BERT, the text tower of CLIP), whose chunks are whole texts. An
+    encoder of images is surveyed on `images`, one of sound on `audio`, files and directories (`scan_encoder`).
 
     Layer 0 is the embedding output and has no attention; layer k carries the attention of block k - 1, which writes it.
     With `interventions`, the live model is also changed in the ways that its survey suggests, and measured each time.
     `heads` (block, head) are those whose attention is shown, if it has them; else a few from strong sinks to weak ones.
     `command`: the words of the command line, for the survey's provenance.
     """
-    given: tuple[tuple[Encoded, Files], ...] = (("images", images), ("audio", audio))
+    given: tuple[tuple[Reads, Files], ...] = (("images", images), ("audio", audio))
     if (encoded := next(((kind, paths) for kind, some in given if (paths := files(some))), None)) is not None:
         kind, paths = encoded
         others = {"text": bool(text), "memory": memory is not None, "dtype": dtype is not None}
@@ -82,11 +86,13 @@ def scan(
         fitting = fit_chunks(chunking, opened.anatomy, opened.n_slots)
         chunks = opened.reader.cut(words, fitting, "--text")
         live = opened.load(Place(device, memory))
+        if isinstance(opened.reader, WholeReader):
+            live = replace(live, port=words_of(opened.anatomy, opened.reader, chunks))
         if live.layers is not None:
             reporter.note(f"{source} does not fit into memory, and comes layer by layer")
         with reporter.bar("scan", len(chunks)) as advance:
             found = survey(live, opened.reader.tokenizer, chunks, heads=heads, advance=advance)
-        if not math.isfinite(found["perplexity"]["nll"]):
+        if "perplexity" in found and not math.isfinite(found["perplexity"]["nll"]):
             raise DamagedCheckpoint(
                 f"{source}: what it predicts is not finite, so there is nothing to survey; check its weights (download "
                 "them again), or load it in float32 if it is in half precision."
@@ -95,7 +101,11 @@ def scan(
             date, command=command, device=device, files=read, evaluation=chunks, hub_ids=[str(opened.source["spec"])]
         )
         found = {"source": opened.source["spec"], "provenance": told(act, opened.source, None), **found}
-        if interventions:
+        if interventions and not live.port.predicts:
+            reporter.step("intervene")
+            with reporter.bar("intervene", passes_on_images(live) * len(chunks)) as advance:
+                found["interventions"] = run_on_images(live, chunks, found, advance)
+        elif interventions:
             reporter.step("intervene")
             planned = plan_interventions(live, chunks.shape[1], found)
             with reporter.bar("intervene", planned.passes * len(chunks)) as advance:
@@ -129,10 +139,11 @@ def _opened(source: str, dtype: str | None, revision: str | None, reporter: Repo
         yield _converted(fetch_all(snapshot, reporter), at)
         return
     opened = open_source(source, revision=revision, dtype=dtype)
-    anatomy, _ = examine_source(opened)
+    anatomy, _ = examine_source(opened, *port_of(opened, reads="text"))
+    require_port(anatomy, GIVEN)
     vocab_size = vocabulary_size(opened.layout, anatomy)
     said = {"spec": opened.name, "kind": opened.kind, "revision": opened.revision}
-    reader = Reader(source_tokenizer(opened), vocab_size)
+    reader = text_reader(anatomy, source_tokenizer(opened), vocab_size)
     if opened.kind != "gguf":
         require_space(opened.root, sum(opened.missing.values()))
         yield _Opened(
@@ -149,6 +160,7 @@ def _converted(root: Path, at: HubId | None = None) -> _Opened:
     """A converted checkpoint in the directory `root`, which holds that of the hub where `at` is given."""
     found = read_described(root)
     refuse_adapter(root)
+    require_port(found.anatomy, GIVEN)
     if found.packed is not None:
         found.packed.require_loader(root)
     vocab_size = vocabulary_size(read_layout(root), found.anatomy)
@@ -159,7 +171,7 @@ def _converted(root: Path, at: HubId | None = None) -> _Opened:
             "revision": None if at is None else root.name,
         },
         found.anatomy,
-        Reader(load_tokenizer(root), vocab_size),
+        text_reader(found.anatomy, load_tokenizer(root), vocab_size),
         found.eab.n_slots,
         lambda place: live_converted(root, found.anatomy, place),
     )

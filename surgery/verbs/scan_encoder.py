@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..anatomy.encoders import Encoded, examine_encoder
+from ..anatomy.encoders import examine_encoder
+from ..anatomy.patching import Reads
 from ..anatomy.sites import Anatomy
 from ..checkpoint.disk import require_space
 from ..checkpoint.provenance import TextFiles, described, moment, name_of, plain
@@ -36,7 +37,7 @@ from ..survey.patches import SHOWN, SIDE
 
 
 def scan_encoder(
-    source: Path | str, kind: Encoded, given: Sequence[Path], revision: str | None, device: str, count: int,
+    source: Path | str, kind: Reads, given: Sequence[Path], revision: str | None, device: str, count: int,
     interventions: bool, heads: Sequence[tuple[int, int]], command: Sequence[str], reporter: Reporter,
 ) -> Survey:  # fmt: skip
     """Survey the encoder `source` (a directory or hub id) on the first `count` of the images or recordings that are

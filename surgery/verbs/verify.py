@@ -12,7 +12,6 @@ import torch
 from pydantic import ValidationError
 
 from ..anatomy.encoders import examine_encoder
-from ..anatomy.patching import read_by
 from ..anatomy.sites import Anatomy
 from ..anatomy.stored import vocabulary_size
 from ..checkpoint.layout import read_layout
@@ -26,14 +25,14 @@ from ..errors import DamagedCheckpoint, OutputError, SourceError
 from ..live.loading import live_original, load_tokenizer, require_device
 from ..live.memory import Needs
 from ..live.port import port_of
-from ..live.text import CHUNKS, Chunking, token_texts
+from ..live.text import CHUNKS, Chunking, no_longer_added, token_texts
 from ..operations import OPERATIONS
 from ..progress import SILENT, Reporter
 from ..results import Integrity, Verdict
 from ..steps.act import provenance, told
 from ..steps.again import check_again
 from ..steps.fetch import fetch_converted
-from ..steps.inputs import Cutter, Reader, Texts, calibrated, fit_chunks, require_inputs, room_after
+from ..steps.inputs import Cutter, Texts, calibrated, fit_chunks, require_inputs, room_after, taken_by, text_reader
 from ..steps.measure import Pair, measure_pair
 from ..steps.options import VERIFY, VerifyKeywords, VerifyOptions, with_keywords
 from ..steps.original import open_original, plain_files
@@ -95,7 +94,7 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
         if described is not None and recipe is not None:
             _say_how(root, described, recipe, options, reporter)
         original = None
-        if described is not None and has_tokenizer(manifest.files) and not described.eab.sees_all:
+        if described is not None and has_tokenizer(manifest.files) and described.anatomy.reads == "text":
             if source is not None and directory is not None and has_tokenizer(source.companions):
                 original = load_tokenizer(directory)
             said = texts.evaluation if isinstance(texts, Texts) else None
@@ -109,7 +108,7 @@ def _verified(checkpoint: Path | str, options: VerifyOptions, reporter: Reporter
         if not all(check.passed for check in standing.checks):
             return _told(standing, paths, date, options, texts, manifest)
         # 3. The models, on text.
-        recipe = recipe.of("images" if described.eab.sees_all else "text")
+        recipe = recipe.of("images" if described.encodes else "text")
         ready = _ready(root, described, recipe, directory, texts, options, reporter)
         found = _measured(root, described, recipe, source, directory, original, ready, options, reporter)
         found = replace(
@@ -239,15 +238,15 @@ def _ready(
     texts = require_port(described.anatomy, texts)
     assert texts.evaluation is not None and texts.calibration is not None
     anatomy, prefix = described.anatomy, described.eab.prefix_ids
-    tokenizer = load_tokenizer(root) if anatomy.patching is None else None
+    tokenizer = load_tokenizer(root) if anatomy.reads == "text" else None
     reader = _reader(root, anatomy, tokenizer)
     taken = max(len(prefix), *(change.most_positions for change in recipe.changes))  # as `run` cut its text
-    chunking = fit_chunks(options.chunking or chunking_of(root), anatomy, max(taken, 1))
+    chunking = fit_chunks(options.chunking or chunking_of(root), anatomy, taken_by(anatomy, taken))
     gates = recipe.verify.gates(compared=directory is not None)
     sets = max((gate.calibration_sets for gate in gates), default=1)
     if isinstance(texts, Pictures) and isinstance(reader, FileReader):
         reader = reader.over(texts.first(chunking.count, calibrated(chunking, sets)), reporter)
-    chunks = reader.cut(texts.evaluation, chunking, f"--{read_by(anatomy.patching)}")
+    chunks = reader.cut(texts.evaluation, chunking, f"--{anatomy.reads}")
     for gate in gates:
         gate.require_tools(options.device)
     room = room_after(anatomy, taken)
@@ -264,7 +263,7 @@ def _ready(
 def _reader(root: Path, anatomy: Anatomy, tokenizer: Any) -> Cutter:
     if tokenizer is None:
         return file_reader(root, anatomy)
-    return Reader(tokenizer, vocabulary_size(read_layout(root), anatomy))
+    return text_reader(anatomy, tokenizer, vocabulary_size(read_layout(root), anatomy))
 
 
 def _measured(
@@ -278,10 +277,11 @@ def _measured(
     anatomy, tokenizer, prefix = described.anatomy, ready.tokenizer, described.eab.prefix_ids
     own, first = tokenizer if original is None else original, anatomy
     if anatomy.patching is not None and source is not None:  # registers may have been left out
-        first = examine_encoder(source.config)
-    ports = [port_of(one, ready.evaluation) for one in (first, anatomy)]
+        first = examine_encoder(source.config, anatomy.reads)
+    before = no_longer_added(own, prefix) if first.patching is not None else ()
+    ports = [port_of(first, ready.evaluation, len(before)), port_of(anatomy, ready.evaluation)]
     found = measure_pair(
-        Pair(prefix, recipe, ready.gates, ready.evaluation, ready.calibrating, ready.by_gate),
+        Pair(prefix, recipe, ready.gates, ready.evaluation, ready.calibrating, ready.by_gate, before=before),
         original=None
         if directory is None
         else lambda: (live_original(directory, first, options.place, port=ports[0]), own),

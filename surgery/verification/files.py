@@ -83,7 +83,7 @@ def same_code(root: Path, described: Described) -> Found:
         derived = derive(*described.converted)
     except KeyError:
         return False, f"config.json: model_type {config['model_type']!r} is not of the installed transformers"
-    classes = {*derived.classes.values()} if described.eab.sees_all else {derived.classes.get(CAUSAL)}
+    classes = {*derived.classes.values()} if described.encodes else {derived.classes.get(CAUSAL)}
     named = [[name] for name in classes]
     for chooses, wanted in (("auto_map", [derived.auto_map]), ("architectures", named)):
         if config.get(chooses) not in wanted:

@@ -7,6 +7,8 @@ import torch
 from helpers.encoders import BLOCKS, ENCODERS, GRID, REFUSED, config_of, encoder_model
 from helpers.recordings import BLOCKS as HEARING_BLOCKS
 from helpers.recordings import DEAF, HEARING, WIDTH, hearing_config, hearing_model
+from helpers.writing import BLOCKS as WRITING_BLOCKS
+from helpers.writing import CAUSAL, TEXT_ENCODERS, VOCABULARY, WORDLESS, text_config_of, text_model
 
 from surgery.anatomy.encoders import examine_encoder
 from surgery.anatomy.tower import dropping_none, given_to
@@ -81,6 +83,39 @@ def test_what_does_not_hear_so_says_why(kind: str) -> None:
     settings, words = DEAF[kind]
     with pytest.raises(UnsupportedModel) as caught:
         examine_encoder({"model_type": kind, **settings})
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", TEXT_ENCODERS)
+def test_each_type_reads_text_as_its_own_code_does(kind: str) -> None:
+    anatomy, model = examine_encoder(text_config_of(kind), "text"), text_model(kind)
+    assert len(anatomy.sites) == len(anatomy.blocks) == WRITING_BLOCKS
+    assert anatomy.sees_all is (kind not in CAUSAL) and anatomy.reads == "text" and anatomy.vocab_size == VOCABULARY
+    ids = torch.randint(2, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+    live, keep = Live(model, anatomy, port_of(anatomy, ids)), Keep()
+    features = Features(live)
+    stream(live, ids, [keep, features])
+    with torch.no_grad():
+        theirs = live.trunk(input_ids=ids, output_hidden_states=True)
+        longer = live.trunk(input_ids=torch.cat([ids, ids[:, :3]], dim=1))[0]
+    for layer, states in keep.states.items():
+        assert states.shape == (2, 9, 32)
+        if layer < WRITING_BLOCKS:
+            assert torch.equal(states, theirs.hidden_states[layer])
+    found = torch.stack(features.found)
+    last = torch.cat([theirs[0][:, -1:], theirs[0][:, :-1]], dim=1) if kind in CAUSAL else theirs[0]
+    assert torch.allclose(found, last, atol=1e-5)
+    # Whether what comes later is seen, by what the model makes of it.
+    assert torch.allclose(longer[:, :9], theirs[0], atol=1e-5) is (kind in CAUSAL)
+    places = torch.zeros(1, anatomy.max_positions or 1, dtype=torch.long) + 3
+    assert live.trunk(input_ids=places)[0].shape[1] == places.shape[1]
+
+
+@pytest.mark.parametrize("kind", WORDLESS)
+def test_what_does_not_read_text_so_says_why(kind: str) -> None:
+    settings, words = WORDLESS[kind]
+    with pytest.raises(UnsupportedModel) as caught:
+        examine_encoder({"model_type": kind, **settings}, "text")
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

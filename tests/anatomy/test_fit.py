@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from surgery.anatomy.fit import Fit, examine_stored
-from surgery.anatomy.sites import examine, parse_config
+from surgery.anatomy.parsed import parse_config
+from surgery.anatomy.sites import examine
 from surgery.checkpoint.allowance import Allowance, within
 from surgery.checkpoint.layout import SINGLE, read_layout
 from surgery.checkpoint.regular import read_json

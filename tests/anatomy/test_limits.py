@@ -11,7 +11,8 @@ from helpers.tiny import TINY, tiny_config
 from transformers import AutoModelForCausalLM
 
 from surgery.anatomy.limits import LIMIT, LIMIT_ONLY_ROPE, is_only_a_limit, max_length, max_positions
-from surgery.anatomy.sites import examine, parse_config
+from surgery.anatomy.parsed import parse_config
+from surgery.anatomy.sites import examine
 from surgery.converted.files import lowered_limits
 
 SLOTS = 3

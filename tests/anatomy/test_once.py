@@ -21,7 +21,7 @@ from surgery.live.text import Chunking
 from surgery.steps.options import VerifyOptions
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-OTHERS = ("pretrain:", "from: registers")  # what trains from nothing, or is for encoders
+OTHERS = ("pretrain:", "fidelity:")  # what trains from nothing, or is for encoders
 CONVERTING = [
     path.stem for path in sorted(RECIPES.glob("*.yaml")) if not any(word in path.read_text() for word in OTHERS)
 ]

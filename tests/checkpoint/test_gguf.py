@@ -26,7 +26,8 @@ from surgery.checkpoint.source import materialise, open_source, source_hashes
 from surgery.checkpoint.values import tensor_bytes
 from surgery.errors import DamagedCheckpoint, OutputError, SourceError, SurgeryError, UnsupportedModel
 from surgery.steps.emit import emitted_config
-from surgery.steps.plan import prepare, source_tokenizer
+from surgery.steps.nature import source_tokenizer
+from surgery.steps.plan import prepare
 from surgery.steps.recipe import parse_recipe
 
 logging.set_verbosity_error()

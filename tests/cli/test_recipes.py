@@ -25,7 +25,8 @@ def test_they_are_listed_with_what_they_do(tmp_path: Path) -> None:
 def test_one_is_printed_as_it_is_to_start_from() -> None:
     ended = surgery_command("recipes", "eab")
     assert ended.code == 0 and ended.out == EAB.read_text()
-    assert surgery_command("recipes", "eba").error.startswith("no recipe of surgery's is called eba; known are eab, ")
+    said = surgery_command("recipes", "eba").error
+    assert said.startswith("no recipe of surgery's is called eba; known are clip-text, eab, ")
 
 
 @pytest.mark.filterwarnings("always:eab is the recipe")

@@ -161,7 +161,7 @@ def test_every_command_ends_with_a_line(place: Place, tmp_path: Path, quiet: boo
         (0, r"passed: \d+ checks", "verify", place.converted),
         (3, r"failed: 1 of \d+ checks", "verify", bad),
         (0, r"scanned .*source: \d+ massive activations? in 3 layers, perplexity [\d.]+", "scan", place.source, *texts),
-        (0, r"11 recipes: eab, .*", "recipes"),
+        (0, r"12 recipes: clip-text, eab, .*", "recipes"),
     ):
         ended = surgery_command(*words, *(["-q"] if quiet else []))
         assert ended.code == code, ended.err

@@ -66,7 +66,7 @@ ELSEWHERE: dict[str, tuple[dict[str, Any], str]] = {
 # Those that are refused, and what of the reason is said.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "data2vec-vision": (_TINY, "AttentionInterface, where it could be seen"),
-    "llama": (_TEXT, "no part of it reads images alone; give --text to survey a language model"),
+    "llama": (_TEXT, "no part of it reads images alone; give --text for a model of text"),
     "videomae": (_TINY, "its structure could not be read without weights"),
 }
 

@@ -78,6 +78,7 @@ def test_shipped_recipes_load():
     assert slots.reading == outliers.reading == "images" and slots.operations[0].source == "registers"
     assert [one.changes_weights for one in outliers.operations] == [True, False]
     loaded = {
+        "clip-text",
         "encoder-slots",
         "encoder-outliers",
         "eab",

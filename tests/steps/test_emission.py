@@ -16,7 +16,8 @@ from helpers.tiny_tokenizer import write as write_tokenizer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from surgery.anatomy.sites import examine, parse_config
+from surgery.anatomy.parsed import parse_config
+from surgery.anatomy.sites import examine
 from surgery.checkpoint.layout import SINGLE, Layout
 from surgery.checkpoint.manifest import MANIFEST, read_manifest
 from surgery.checkpoint.writing import plan_file

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.encoders import SIDE, config_of, encoder_model, picture, save_encoder, save_pictures
+from helpers.recordings import save_hearing, save_recordings
 from helpers.tiny import one_thread
 from safetensors.torch import load_file
 
@@ -284,7 +285,7 @@ def test_what_is_lowered_is_what_the_model_has() -> None:
         ({"objectives": {"lm": 0.5, "kl": 0.0}}, "images", "tune.objectives.lm, which compares logits"),
         ({"objectives": {"features": 1.0}}, "text", "tune.objectives.features, which compares an encoder's features"),
         ({"objectives": {"features": 0.0, "hidden": 0.0}}, "images", "nothing to lower; write 'features: 1.0'"),
-        ({"dataset": {"name": "a/b"}}, "images", "tune.dataset, which is text, and an encoder reads images"),
+        ({"dataset": {"name": "a/b"}}, "images", "tune.dataset, which is text for a language model"),
     ],
 )
 def test_what_is_of_the_other_kind_is_refused(given: dict, port: Any, said: str) -> None:
@@ -303,7 +304,7 @@ def test_the_last_images_are_held_out_and_all_others_are_read() -> None:
     assert {one.numpy().tobytes() for one in read} == {one.numpy().tobytes() for one in pixels[:10]}
     assert corpus.sha256 != make_image_corpus(images(14, 1), settings).sha256
     require_images(9, settings, "--calibration")
-    with pytest.raises(SourceError, match="--calibration gives 8 images, and tune needs 9 .4 that are held out, and a"):
+    with pytest.raises(SourceError, match="--calibration gives 8 images, and tune needs 9 .4 that are held out, and 5"):
         require_images(8, settings, "--calibration")
 
 
@@ -416,16 +417,35 @@ def test_what_it_came_to_is_said_of_images() -> None:
     table = tuning_table(found)
     assert table is not None and table.head == ("", "step", "held-out distance", "times the start")
     assert table.rows[1] == ("kept", "20", "0.005", "0.250")
-    assert "perplexity" not in table.text and "on images that are never trained on" in table.text
+    assert "perplexity" not in table.text and "on inputs that are never trained on" in table.text
     assert tuning_sentence(found) == (
         "Tuning: kept is the state after step 20, where the distance of features from the original's on held-out "
-        "images had gone from 0.02 to 0.005."
+        "inputs had gone from 0.02 to 0.005."
     )
     settings = settings_of(quantised="w8a8_static")
     assert tuned(settings, ["the slots"], 0, found).endswith(
-        "the distance of features from the original's on held-out images, quantised (w8a8_static), went from 0.02 to "
+        "the distance of features from the original's on held-out inputs, quantised (w8a8_static), went from 0.02 to "
         "0.005."
     )
     untuned = {**found, "best_step": 0}
-    assert "no step was better on held-out images than the start" in (tuning_sentence(untuned) or "")
-    assert "None was better on held-out images" in tuned(settings, ["the slots"], 0, untuned)
+    assert "no step was better on held-out inputs than the start" in (tuning_sentence(untuned) or "")
+    assert "None was better on held-out inputs" in tuned(settings, ["the slots"], 0, untuned)
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", pytest.param("whisper", marks=pytest.mark.slow)])
+def test_encoders_of_sound_are_tuned(kind: str, tmp_path: Path) -> None:
+    """On recordings of several lengths, which are all cut to the shortest of those that are read."""
+    source = save_hearing(tmp_path / "source", kind)
+    calibration = save_recordings(tmp_path / "calibration", 11)
+    save_recordings(tmp_path / "short", 1, seconds=0.4)
+    next((tmp_path / "short").iterdir()).rename(calibration / "zz.wav")
+    tuning = {"steps": 4, "held_out": 4, "evaluate_every": 2, "batch": 4, "warmup": 0, "lora": {"rank": 2}}
+    recipe = {
+        "surgery": 1, "operations": [{"head_norm": {}}], "tune": {**tuning, "quantised": "w8a8_static"}, "verify": ANY
+    }  # fmt: skip
+    found: Any = surgery.run(
+        recipe, source, tmp_path / "out", audio=save_recordings(tmp_path / "evaluation", 4), calibration=calibration,
+        chunking=surgery.Chunking(4),
+    )  # fmt: skip
+    assert found["passed"] and [entry["step"] for entry in found["tuning"]["held_out"]] == [0, 2, 4]
+    assert len(found["provenance"]["texts"]["calibration"]) == 12

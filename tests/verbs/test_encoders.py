@@ -17,9 +17,7 @@ from helpers.encoders import (
     ENCODERS,
     UNIT,
     config_of,
-    encoder_model,
     marked,
-    plant_register_neuron,
     save_encoder,
     save_marked,
     save_pictures,
@@ -96,8 +94,8 @@ def test_of_one_image_registers_and_slots_are_the_same(kind: str, tmp_path: Path
     registers = ENCODERS[kind][2]
     assert found is not None and found["passed"]
     assert found["fidelity"]["cls"]["mean"] > 1 - 1e-9 and found["fidelity"]["patches"]["mean"] > 1 - 1e-9
-    tokens = found["fidelity"]["tokens"]
-    assert tokens["original"] - tokens["converted"] == registers == found["estimated"]["n_slots"]
+    length = found["fidelity"]["length"]
+    assert length["original"] - length["converted"] == registers == found["estimated"]["n_slots"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_register_tokens"] == 0 and config["eab"]["sees_all"] is True
 
@@ -209,8 +207,7 @@ def test_a_test_time_register_takes_the_spike(ground: Path, tmp_path: Path) -> N
     assert rows[0]["register_norm"] == 0 and rows[-1]["register_norm"] > 10 * rows[-1]["patch_norm_max"]
     assert surgery.verify(tmp_path / "out", against=ground / "planted", images=ground / "pictures")["passed"]
     # By hand: the largest activation of a token goes to the register, and no other token has any.
-    live, model = tower(tmp_path / "out"), encoder_model("dinov2")
-    plant_register_neuron(model)
+    live, model = tower(tmp_path / "out"), AutoModel.from_pretrained(ground / "planted").eval()
     mlp, pixels = model.encoder.layer[BLOCK].mlp, torch.stack([as_pixels(ground / "pictures" / "00.png")] * 2)
 
     def moved(module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -298,7 +295,7 @@ def refusals(ground: Path, root: Path) -> dict[str, tuple]:
         "no images": (FROM_REGISTERS, "with", {}, "verification needs images: give --images DIR"),
         "no images at all": (FROM_REGISTERS, "with", {"verify": False}, "takes its means over images"),
         "too few images": (FROM_REGISTERS, "with", {"images": ground / "pictures"}, "6 images, and 64 are to be read"),
-        "a prefix": ({"attention_bias": {"prefix": [3]}}, "with", pictures, "has no causal language model"),
+        "a prefix": ({"attention_bias": {"prefix": [3]}}, "with", pictures, "each of its tokens sees all others"),
         "an encoder's slots": (FROM_REGISTERS, "llama", pictures, "no part of it reads images alone"),
         "images for text": ({"attention_bias": {"prefix": [3]}}, "llama", pictures, "reads no --images; give --text"),
     }

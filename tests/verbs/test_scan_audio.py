@@ -440,7 +440,7 @@ def test_what_does_not_go_together_is_one_sentence(ground: Path, tmp_path: Path)
         (tmp_path / "llama", clips, "no part of it reads sound alone"),
         (tmp_path / "vit", clips, "no part of it reads sound alone; give --images for an encoder of images"),
         (ground / "whisper", pictures, "no part of it reads images alone"),
-        (ground / "wav2vec2", {"text": text}, "to survey an encoder of sound, give --audio to scan"),
+        (ground / "wav2vec2", {"text": text}, "is an encoder of sound, which reads no text; give --audio"),
         (ground / "wav2vec2", {**clips, "text": text}, "--audio surveys an encoder, for which there is no --text"),
         (ground / "wav2vec2", {**clips, **pictures}, "there is no --audio; take one of them away"),
     ]

@@ -206,13 +206,11 @@ def test_what_newer_versions_write_beside_weights_will_do(ground: Path, tmp_path
 
 def test_a_language_model_reads_text_and_an_encoder_images(ground: Path, tmp_path: Path) -> None:
     save_model(tmp_path / "llama")
-    with pytest.raises(
-        UnsupportedModel, match="no part of it reads images alone; give --text to survey a language model"
-    ):
+    with pytest.raises(UnsupportedModel, match="no part of it reads images alone; give --text for a model of text"):
         surgery.scan(tmp_path / "llama", images=ground / "pictures", chunking=FEW)
     text = tmp_path / "text.txt"
     text.write_text("words " * 500)
-    with pytest.raises(SurgeryError, match="give --images to scan") as caught:
+    with pytest.raises(SurgeryError, match="is an encoder of images, which reads no text; give --images") as caught:
         surgery.scan(ground / "dinov2", text=text)
     assert "\n" not in str(caught.value)
     for other in ({"text": text}, {"memory": 10**9}, {"dtype": "bfloat16"}):

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ...words import called, count_of, encoded, factor, score, tokens_of
+from ...words import Called, called, count_of, encoded, factor, score, tokens_of, whole_of
 from .tables import new_table
 
 
@@ -31,7 +31,7 @@ def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
     console.print(shape)
     if encoded(survey):
         console.print("")
-        console.print(_kinds(survey["layers"], called(survey).part))
+        console.print(_kinds(survey["layers"], called(survey)))
     if mixed := [row for row in survey["layers"] if row.get("mixer")]:
         console.print("")
         console.print(_states(mixed))
@@ -46,12 +46,13 @@ def show_survey(console: Console, survey: Mapping[str, Any]) -> None:
         console.print(f"\n{_audit(survey['audit'])}", highlight=False)
 
 
-def _kinds(rows: Sequence[Mapping[str, Any]], part: str) -> Table:
-    """What the tokens of an image or a recording are in each layer: norms by kind, and where patches (`part`) look."""
+def _kinds(rows: Sequence[Mapping[str, Any]], read: Called) -> Table:
+    """What the tokens of an image, a recording or a text are in each layer: norms by kind, and where patches look."""
     columns: list[tuple[str, str, Callable[[float | None], str]]] = [
-        ("|CLS|", "cls_norm", _norm), ("|register|", "register_norm", _norm), ("|special|", "special_norm", _norm),
-        (f"|{part}|", "patch_norm", _norm), ("longest", "patch_norm_max", _norm), ("high norm", "high_norm", _percent),
-        ("to CLS", "to_cls", _share), ("to registers", "to_registers", _share), ("to high", "to_high", _share),
+        ("|CLS|", "cls_norm", _norm), (f"|{read.register}|", "register_norm", _norm),
+        ("|special|", "special_norm", _norm), (f"|{read.part}|", "patch_norm", _norm),
+        ("longest", "patch_norm_max", _norm), ("high norm", "high_norm", _percent), ("to CLS", "to_cls", _share),
+        (f"to {read.registers}", "to_registers", _share), ("to high", "to_high", _share),
     ]  # fmt: skip
     kept = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
     shown = new_table("Tokens", "layer", *(name for name, _, _ in kept))
@@ -155,11 +156,11 @@ def _show_interventions(console: Console, rows: Sequence[Mapping[str, Any]]) -> 
 def _fidelity(rows: Sequence[Mapping[str, Any]], parts: str) -> Table:
     """How alike features are to the untouched encoder's: cosines."""
     shown = new_table(
-        "Interventions: cosine with the untouched features", "", "where", "touched", "CLS", parts, words=2
+        "Interventions: cosine with the untouched features", "", "where", "touched", whole_of(rows), parts, words=2
     )
     for row in rows:
         found = row["fidelity"] or {}
-        cells = [_cosine(found.get(kind)) for kind in ("cls", parts)]
+        cells = [_cosine(found.get("last") or found.get("cls")), _cosine(found.get(parts))]
         shown.add_row(row["name"], escape(row["where"]), str(row["touched"] or 0), *cells)
     return shown
 

@@ -20,7 +20,8 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ...anatomy.classes import causal_class
-from ...anatomy.sites import Anatomy, examine, parse_config
+from ...anatomy.parsed import parse_config
+from ...anatomy.sites import Anatomy, examine
 from ...converted.derived import derive, load_derived
 from ...converted.parts import NORMS, SLOTS
 from ...errors import SourceError, SurgeryError, brief

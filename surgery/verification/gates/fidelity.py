@@ -14,14 +14,17 @@ from ...table import Table
 from ...words import called, count_of, fixed
 from .base import Gate, Judgement, Measured, at_least
 
-PARTS = {"cls": "CLS", "patches": "patches", "frames": "frames"}  # of features; frames are those of a recording
+# Of features: what stands for the whole, and parts of an image, a recording or a text.
+PARTS = {"cls": "CLS", "last": "last token", "patches": "patches", "frames": "frames", "tokens": "tokens"}
+WHOLE = ("cls", "last")
 Cosine = Annotated[float, Field(gt=-1, le=1, allow_inf_nan=False)]
 
 
 def between(a: Features, b: Features) -> dict[str, Interval]:
-    """The mean cosine of CLS, where there is one, and of patches or frames, with its interval over images."""
-    cls, patches = a.alike(b)
-    return {**({} if cls is None else {"cls": _bounded(cls)}), a.called.parts: _bounded(patches)}
+    """The mean cosine of what stands for an image, where anything does, and of its patches (frames, tokens), with its
+    interval over images."""
+    whole, patches = a.alike(b)
+    return {**({} if whole is None else {str(a.whole): _bounded(whole)}), a.called.parts: _bounded(patches)}
 
 
 def _bounded(cosines: list[float]) -> Interval:
@@ -38,8 +41,8 @@ def tokens_of(measured: Measured) -> int:
 class Fidelity(Gate):
     """How alike an encoder's features of each image are to the original's, by cosine: of CLS, and of patches.
 
-    Judged at the lower end of the 95% interval over images. Registers are no part of it. Of sound they are those of
-    recordings and frames, which `min_patches` is for.
+    Judged at the lower end of the 95% interval over images. Registers are no part of it. `min_patches` is also for the
+    frames of a recording and for the tokens of a text, and `min_cls` for the last of these, where it stands for all.
     """
 
     name: ClassVar[str] = "fidelity"
@@ -52,20 +55,22 @@ class Fidelity(Gate):
     def judge(self, original: Measured | None, converted: Measured) -> list[Judgement]:
         if original is None:
             return []
-        limits = {"cls": self.min_cls, "patches": self.min_patches, "frames": self.min_patches}
         found = between(converted.features["converted"], original.features["bare"])
-        return [at_least(f"{self.name}.{part}", one.low, limits[part]) for part, one in found.items()]
+        return [
+            at_least(f"{self.name}.{part}", one.low, self.min_cls if part in WHOLE else self.min_patches)
+            for part, one in found.items()
+        ]
 
     def found(self, original: Measured | None, converted: Measured, tokenizer: Any) -> dict[str, Any]:
-        """`fidelity`: `images` or `recordings`, and of `cls`, `patches` and `frames`, where there are some, the mean
-        cosine with its interval; `tokens` of one, of both models."""
+        """`fidelity`: `images`, `recordings` or `texts`; of each of `PARTS` that there is, the mean cosine with its
+        interval; `length` in tokens of one, of both models."""
         if original is None:
             return {}
         after, before = converted.features["converted"], original.features["bare"]
         return {
             self.name: {
                 after.called.many: len(after.found),
-                "tokens": {"original": tokens_of(original), "converted": tokens_of(converted)},
+                "length": {"original": tokens_of(original), "converted": tokens_of(converted)},
                 **{part: one.to_dict() for part, one in between(after, before).items()},
             }
         }
@@ -81,7 +86,7 @@ class Fidelity(Gate):
             for part, label in PARTS.items()
             if part in found
         ]  # fmt: skip
-        before, after = found["tokens"]["original"], found["tokens"]["converted"]
+        before, after = found["length"]["original"], found["length"]["converted"]
         fewer = "" if before == after else f" {read.one.capitalize()}s became {before} tokens each, and become {after}."
         return Table(
             "Fidelity", ("", read.many, "cosine", "95% interval"), rows,

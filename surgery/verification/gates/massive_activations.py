@@ -38,7 +38,7 @@ class MassiveActivations(Gate):
 
         def summary(measured: Measured, variant: Variant) -> dict[str, Any]:
             found = self._seen(measured, variant).summary()
-            if tokenizer is None and measured.port.predicts:
+            if tokenizer is None and measured.port.of_text:
                 return found
             return {**found, "tokens": measured.port.names(tokenizer, found["token_ids"])}
 
@@ -69,7 +69,7 @@ class MassiveActivations(Gate):
 
     @classmethod
     def _of_images(cls, verdict: Mapping[str, Any]) -> bool:
-        return "fidelity" in verdict
+        return "texts" not in verdict.get("fidelity", {"texts": True})
 
     @classmethod
     def sentence(cls, verdict: Mapping[str, Any]) -> str | None:

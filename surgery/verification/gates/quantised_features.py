@@ -117,7 +117,7 @@ class QuantisedFeatures(Gate):
                 before, after = entry["original"][part], entry["converted"][part]
                 kind = "nearer" if after["low"] > before["high"] else "no clear difference"
                 kind = "further away" if after["high"] < before["low"] else kind
-                kinds[kind].append(f"{NAMES.get(name, visible_name(name))} ({'CLS' if part == 'cls' else part})")
+                kinds[kind].append(f"{NAMES.get(name, visible_name(name))} ({PARTS.get(part, 'patches')})")
         parts = [f"{kind} with {'; '.join(names)}" for kind, names in kinds.items() if names]
         if not parts:
             return None
