@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from pathlib import Path
 
@@ -53,6 +54,30 @@ def _tokenizers_are_tried_once():
     loading.bounded = once
     yield
     loading.bounded = bounded
+
+
+SMALL = 2000  # tokens of a vocabulary that is told from another in less time than a fork takes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _texts_are_read_once():
+    """Nor does the same small tokenizer read the same text in a child again: what it said is remembered."""
+    from surgery.live import text
+
+    said, bounded = {}, text.bounded
+
+    def once(function, tokenizer, *given, **limits):
+        if getattr(tokenizer, "backend_tokenizer", None) is None or len(tokenizer) > SMALL:
+            return bounded(function, tokenizer, *given, **limits)
+        settings = repr(tokenizer.init_kwargs), tokenizer.padding_side, tokenizer.backend_tokenizer.to_str()
+        key = hash((function.__name__, type(tokenizer), settings, repr(given)))
+        if key not in said:
+            said[key] = json.dumps(bounded(function, tokenizer, *given, **limits))
+        return json.loads(said[key])
+
+    text.bounded = once
+    yield
+    text.bounded = bounded
 
 
 def _material_root() -> Path:

@@ -95,7 +95,10 @@ SAMPLE = "The quick brown fox jumps over the lazy dog."
 
 def around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids that a tokenizer puts before a text, and behind it."""
-    plain, whole = tokenize(tokenizer, SAMPLE), tokenize(tokenizer, SAMPLE, special=True)
+    try:
+        plain, whole = bounded(_both, tokenizer, SAMPLE, seconds=READING_SECONDS, memory=READING_MEMORY)
+    except Unbounded as error:
+        raise SourceError(f"the tokenizer cannot read a text ({error}); mend it.") from error
     at = next((i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain), None)
     if at is None:
         raise SourceError("the tokenizer puts special tokens inside of a text, which are not told from its own.")
@@ -107,6 +110,10 @@ def no_longer_added(tokenizer, prefix: Sequence[int]) -> tuple[int, ...]:
     BOS, or none."""
     bos = None if tokenizer is None else tokenizer.bos_token_id
     return () if bos is None or bos not in prefix or around(tokenizer)[0][:1] != (bos,) else (bos,)
+
+
+def _both(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    return _encode(tokenizer, text, False), _encode(tokenizer, text, True)
 
 
 def in_turn(texts: Sequence[Sequence[int]], piece: int) -> list[int]:

@@ -250,6 +250,7 @@ def save_classifier(root: Path, ground: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_classifier_stays_one(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patches, "HIGH", 1.02)
     source = save_classifier(tmp_path / "vit", ground)
@@ -384,6 +385,7 @@ def test_an_encoder_is_not_exported(ground: Path, tmp_path: Path) -> None:
         assert "is an encoder, and exports are for language models" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_without_proof_and_from_kept_steps(ground: Path, tmp_path: Path) -> None:
     found = surgery.run(
         recipe(FROM_REGISTERS), ground / "with", tmp_path / "out", calibration=ground / "pictures",

@@ -77,6 +77,7 @@ def test_what_was_pushed_is_downloaded_and_verified(hub: Hub, place: Place, tmp_
     assert damaged.code == 3 and "eab_masks.py" in damaged.error and f"do not use {MINE}@{commit}" in damaged.error
 
 
+@pytest.mark.slow
 def test_an_export_finds_the_original_that_is_named(hub: Hub, place: Place, tmp_path: Path) -> None:
     """By its id and commit in the manifest; of what was pushed, too."""
     assert run(place, "meta/source", tmp_path / "out", "--push", MINE).code == 0
@@ -103,6 +104,7 @@ def test_a_plan_says_what_a_run_would_download(hub: Hub, place: Place, tmp_path:
     assert json.loads(result.read_text())["tensors"] == plan["tensors"] and "Download" not in local.out
 
 
+@pytest.mark.slow
 def test_a_training_series_is_scanned_in_one_command(hub: Hub, place: Place, tmp_path: Path) -> None:
     hub.add("meta/source", place.source, "step2")
     hub.add(MINE, place.converted)

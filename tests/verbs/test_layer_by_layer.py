@@ -151,10 +151,9 @@ def test_channels_are_smoothed_alike(kind, texts, tmp_path):
     assert results["layers"] == results["resident"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
-    {"scheme": "w8a8_static", "per_token": ["down_proj"]},
-    pytest.param({"scheme": "w4a16", "group": 16}, marks=pytest.mark.slow),
-    pytest.param({"scheme": "fp8_dynamic"}, marks=pytest.mark.slow),
+    {"scheme": "w8a8_static", "per_token": ["down_proj"]}, {"scheme": "w4a16", "group": 16}, {"scheme": "fp8_dynamic"},
 ])  # fmt: skip
 def test_layers_are_written_in_few_bits_and_read_again_alike(settings, texts, tmp_path):
     """Scales come from a pass by layers, weights one at a time from their files; each is unpacked when it comes."""

@@ -159,6 +159,7 @@ def reference(call: Call, slots: bool = True) -> torch.Tensor:
     return ((query @ key.transpose(2, 3) * call.scale).softmax(-1) @ value).transpose(1, 2)
 
 
+@pytest.mark.slow
 def test_a_whisper_is_one_still(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its encoder has slots, and its decoder, which shares the config, is what it was: loaded by a stranger."""
     monkeypatch.setattr(patches, "HIGH", 1.02)

@@ -64,6 +64,7 @@ def test_a_scan_of_each_type(kind: str, ground: Path, tmp_path: Path) -> None:
     assert len(found["provenance"]["texts"]["evaluation"]) == 4
 
 
+@pytest.mark.slow
 def test_what_the_screen_and_the_report_show(ground: Path, tmp_path: Path) -> None:
     ended = surgery_command(
         "scan", ground / "dinov2", "--images", ground / "pictures", "--chunks", 4, "--interventions",

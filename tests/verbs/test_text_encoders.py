@@ -402,6 +402,7 @@ def test_the_other_tower_of_a_converted_one_is_not_meant(ground: Path, tmp_path:
         surgery.export("peft", tmp_path / "out", tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_norms_go_to_the_tower_that_is_given_something(ground: Path, tmp_path: Path) -> None:
     """A recipe for any model, on a checkpoint of two towers: what is given says which."""
     asked = recipe({"head_norm": {}})
