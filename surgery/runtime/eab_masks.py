@@ -62,20 +62,14 @@ def eab_mask(
     # In an encoder slots are visible wherever anything is, and have no columns. Beside one there may be models of text,
     # which are handed our name with it.
     eab = getattr(config, "eab", None)
-    if eab is None:
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function=mask_function,
-            attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip,
-            use_vmap=use_vmap, device=device, **kwargs,
-        )  # fmt: skip
-    if eab.get("sees_all", False):
-        skips = kwargs.get("allow_is_bidirectional_skip", False)
-        if skips and attention_mask is None and local_size is None:
+    if eab is None or eab.get("sees_all", False):
+        plain = eab is not None and attention_mask is None and local_size is None
+        if plain and kwargs.get("allow_is_bidirectional_skip", False):
             return None  # also while it is traced, when transformers would write it out for as many tokens as there are
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function=mask_function,
-            attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=False, use_vmap=use_vmap,
-            allow_is_bidirectional_skip=skips, device=device,
+            attention_mask=attention_mask, local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip and eab is None, use_vmap=use_vmap, device=device, **kwargs,
         )  # fmt: skip
     n, always = config.eab["n_slots"], config.eab["slots_visible"] == "always"
     whole = config.eab.get("whole_mask", False)

@@ -14,16 +14,29 @@ from ..live.model import Live
 from ..live.port import Images, port_of, random_inputs
 from ..live.stream import stream
 
-IMAGES = 2
+IMAGES, PADDING = 2, 3
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}  # of a feature's length
 
 
 def random_features(live: Live, prefix: Sequence[int] = ()) -> Features:
     """What the encoder makes of random images, recordings, or texts after `prefix`, as large as it was made for."""
-    at_random = replace(live, port=port_of(live.anatomy))
+    at_random, given = replace(live, port=port_of(live.anatomy)), random_inputs(live.anatomy, IMAGES)
     found = Features(at_random)
-    stream(at_random, random_inputs(live.anatomy, IMAGES), [found], prefix=prefix)
+    stream(at_random, given, [found], prefix=prefix)
+    if live.port.of_text:
+        found.found.extend(_padded(live, given, prefix))
     return found
+
+
+@torch.inference_mode()
+def _padded(live: Live, ids: torch.Tensor, prefix: Sequence[int]) -> torch.Tensor:
+    """Last hidden states of texts (N, T) after `prefix`, of which the second is padded as a tokenizer pads."""
+    mask = torch.ones_like(ids)
+    mask[1:, -PADDING:] = 0
+    lead = torch.tensor(list(prefix), dtype=torch.long).expand(len(ids), -1)
+    whole, seen = torch.cat([lead, ids], dim=1), torch.cat([torch.ones_like(lead), mask], dim=1)
+    states = live.trunk(input_ids=whole.to(live.device), attention_mask=seen.to(live.device))[0]
+    return (states[:, len(prefix) :].cpu() * mask[..., None]).float()
 
 
 def require_alike(live: Live, before: Features, what: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
+from surgery.anatomy.calls import Call
 from surgery.anatomy.encoders import examine_encoder
 from surgery.live.model import Live
 from surgery.live.port import port_of
@@ -173,3 +174,18 @@ def save_planted(root: Path) -> Path:
     plant_register_neuron(model)
     model.save_pretrained(root)
     return root
+
+
+def reference(call: Call, slots: bool = True) -> torch.Tensor:
+    """What a site gives, (B, T, Hq, E), by a plain softmax in float64 over its slots, if `slots`, and its keys."""
+    query, key, value = (states.double() for states in (call.query, call.key, call.value))
+    bias = torch.zeros(1, 1, 1, key.shape[2]).double()
+    if call.mask is not None:
+        bias = call.mask.double() if call.mask.dtype != torch.bool else bias.masked_fill(~call.mask, -torch.inf)
+    if slots:
+        own = [part.double().transpose(0, 1).expand(len(key), -1, -1, -1) for part in call.module.attention_bias()]
+        key, value = torch.cat([own[0], key], dim=2), torch.cat([own[1], value], dim=2)
+        bias = torch.cat([bias.new_zeros(*bias.shape[:-1], own[0].shape[2]), bias], dim=-1)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return ((query @ key.transpose(2, 3) * call.scale + bias).softmax(-1) @ value).transpose(1, 2)

@@ -42,8 +42,8 @@ def write_text(path: Path, words: int, seed: int) -> Path:
     return path
 
 
-def save_tokenizer(root: Path, text: Path) -> None:
-    """A byte-level BPE that puts BOS in front of every text, as llama's does."""
+def save_tokenizer(root: Path, text: Path, framed: bool = False) -> None:
+    """A byte-level BPE that puts BOS in front of every text, as llama's does; `framed`: and EOS behind it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -55,10 +55,11 @@ def save_tokenizer(root: Path, text: Path) -> None:
         vocab_size=320, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
     inner.train([str(text)], trainer)
-    inner.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, inner.token_to_id(BOS))]
-    )
-    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS).save_pretrained(root)
+    single, pair = (f"{BOS} $A {EOS}", f"{BOS} $A {EOS} $B {EOS}") if framed else (f"{BOS} $A", f"{BOS} $A {BOS} $B")
+    special = [(token, inner.token_to_id(token)) for token in (BOS, EOS)]
+    inner.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    padding = {"pad_token": EOS} if framed else {}
+    PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BOS, eos_token=EOS, **padding).save_pretrained(root)
 
 
 def enlarge(model) -> None:

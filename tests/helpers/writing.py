@@ -14,7 +14,7 @@ from surgery.anatomy.encoders import examine_encoder
 from surgery.live.model import Live
 from surgery.live.port import port_of
 
-from .tiny_checkpoint import write_text
+from .tiny_checkpoint import save_tokenizer, write_text
 
 VOCABULARY, LONGEST, BLOCKS = 320, 24, 3
 _TINY: dict[str, Any] = {
@@ -75,29 +75,8 @@ def live_text_encoder(kind: str) -> Live:
 def save_text_encoder(root: Path, kind: str, words: int = 4000) -> Path:
     """A checkpoint with a tokenizer, which puts a token before a text and one behind it, in `root`; its text beside."""
     text_model(kind).save_pretrained(root)
-    save_whole_tokenizer(root, write_text(root.parent / f"{root.name}.txt", words, 0))
+    save_tokenizer(root, write_text(root.parent / f"{root.name}.txt", words, 0), framed=True)
     return root
-
-
-def save_whole_tokenizer(root: Path, text: Path) -> None:
-    """A byte-level BPE that puts "<s>" before each text and "</s>" behind it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train([str(text)], trainer)
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(root)
 
 
 def save_clip_tokenizer(root: Path, text: Path) -> None:

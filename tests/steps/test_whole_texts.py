@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_checkpoint import write_text
-from helpers.writing import VOCABULARY, save_whole_tokenizer, text_config_of
+from helpers.tiny_checkpoint import save_tokenizer, write_text
+from helpers.writing import VOCABULARY, text_config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -25,7 +25,7 @@ def framed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     """A tokenizer that frames texts, and a text."""
     root = tmp_path_factory.mktemp("framed")
     text = write_text(root / "text.txt", 800, 0)
-    save_whole_tokenizer(root, text)
+    save_tokenizer(root, text, framed=True)
     return AutoTokenizer.from_pretrained(root), text.read_text()
 
 

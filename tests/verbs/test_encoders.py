@@ -18,6 +18,7 @@ from helpers.encoders import (
     UNIT,
     config_of,
     marked,
+    reference,
     save_encoder,
     save_marked,
     save_pictures,
@@ -149,19 +150,6 @@ def test_each_type_attends_to_its_slots(
         wanted = reference(call)
         assert torch.allclose(output.double(), wanted, atol=1e-5)
         assert not torch.allclose(output.double(), reference(call, slots=False), atol=1e-3)
-
-
-def reference(call: Call, slots: bool = True) -> torch.Tensor:
-    query, key, value = (states.double() for states in (call.query, call.key, call.value))
-    bias = torch.zeros(1, 1, 1, key.shape[2]).double()
-    if call.mask is not None:
-        bias = call.mask.double() if call.mask.dtype != torch.bool else bias.masked_fill(~call.mask, -torch.inf)
-    if slots:
-        own = [part.double().transpose(0, 1).expand(len(key), -1, -1, -1) for part in call.module.attention_bias()]
-        key, value = torch.cat([own[0], key], dim=2), torch.cat([own[1], value], dim=2)
-        bias = torch.cat([bias.new_zeros(*bias.shape[:-1], own[0].shape[2]), bias], dim=-1)
-    logits = query @ key.transpose(2, 3) * call.scale + bias
-    return (logits.softmax(-1) @ value).transpose(1, 2)
 
 
 # ---- test-time registers

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.encoders import save_encoder, save_pictures
+from helpers.encoders import reference, save_encoder, save_pictures
 from helpers.tiny import one_thread
 from helpers.tiny_checkpoint import BOS, save_model, save_tokenizer, surgery_command, write_text
 from helpers.writing import (
@@ -22,7 +22,6 @@ from helpers.writing import (
     VOCABULARY,
     save_clip_tokenizer,
     save_text_encoder,
-    save_whole_tokenizer,
     text_config_of,
     text_model,
 )
@@ -37,7 +36,7 @@ from transformers import (
 )
 
 import surgery
-from surgery.anatomy.calls import Call, observing
+from surgery.anatomy.calls import observing
 from surgery.converted.described import read_described
 from surgery.converted.reading import live_converted
 from surgery.errors import RecipeError, SourceError, UnsupportedModel
@@ -205,20 +204,6 @@ def test_each_type_attends_to_its_slots(kind: str, tmp_path: Path, monkeypatch: 
     assert torch.allclose(both[1, :8], alone[0], atol=1e-5)
 
 
-def reference(call: Call, slots: bool = True) -> torch.Tensor:
-    query, key, value = (states.double() for states in (call.query, call.key, call.value))
-    bias = torch.zeros(1, 1, 1, key.shape[2]).double()
-    if call.mask is not None:
-        bias = call.mask.double() if call.mask.dtype != torch.bool else bias.masked_fill(~call.mask, -torch.inf)
-    if slots:
-        own = [part.double().transpose(0, 1).expand(len(key), -1, -1, -1) for part in call.module.attention_bias()]
-        key, value = torch.cat([own[0], key], dim=2), torch.cat([own[1], value], dim=2)
-        bias = torch.cat([bias.new_zeros(*bias.shape[:-1], own[0].shape[2]), bias], dim=-1)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return ((query @ key.transpose(2, 3) * call.scale + bias).softmax(-1) @ value).transpose(1, 2)
-
-
 @pytest.mark.slow
 def test_a_classifier_stays_one(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patches, "HIGH", 1.0)
@@ -227,7 +212,7 @@ def test_a_classifier_stays_one(ground: Path, tmp_path: Path, monkeypatch: pytes
     AutoModelForSequenceClassification.from_config(BertConfig(**settings, num_labels=5)).save_pretrained(
         tmp_path / "cls"
     )
-    save_whole_tokenizer(tmp_path / "cls", ground / "bert.txt")
+    save_tokenizer(tmp_path / "cls", ground / "bert.txt", framed=True)
     found = surgery.run(
         recipe(MASSIVE, top1={"min_share": 0.1}), tmp_path / "cls", tmp_path / "out", text=ground / "bert.txt",
         chunking=FEW,
