@@ -26,15 +26,16 @@ from .patching import PIXELS, SOUND, TOKENS, Patching, Reads
 from .sites import Anatomy, blocks_of, refuse_config, sites_of
 from .sound import frames_of
 from .structure import on_meta
-from .text import is_called_with_text, places_of, texts_of
+from .text import is_tower, places_of, texts_of
 from .tower import calls_of, dropping_none, handed_to, pair
 
 REGISTERS = ("num_register_tokens", "num_registers")  # as families call how many of them there are
 
+NOTHING = "no part of it reads"
 _NONE = {
-    "images": "no part of it reads images alone; give --text for a model of text",
-    "audio": "no part of it reads sound alone; give --images for an encoder of images, --text for a model of text",
-    "text": "no part of it reads text alone; give --images for an encoder of images, --audio for one of sound",
+    "images": f"{NOTHING} images alone; give --text for a model of text",
+    "audio": f"{NOTHING} sound alone; give --images for an encoder of images, --text for a model of text",
+    "text": f"{NOTHING} text alone; give --images for an encoder of images, --audio for one of sound",
 }
 
 
@@ -50,6 +51,18 @@ def parse_encoder(config: dict) -> tuple[PreTrainedConfig, Any]:
     if found in models_of(type(parsed)).values():
         return parsed, found
     return parsed, kind
+
+
+def require_class(anatomy: Anatomy) -> None:
+    """UnsupportedModel where the checkpoint is of a class that no Auto class loads, so that what it has beside the
+    encoder (CLIP's projection) would be lost in what is written."""
+    named = (anatomy.config.architectures or [""])[0]
+    own: Any = vars(sys.modules[anatomy.model_class.__module__]).get(named)
+    if own is not None and own is not anatomy.model_class:
+        raise UnsupportedModel(
+            f"{anatomy.model_type}: config.json says {named}, which no Auto class loads, so a converted one could not "
+            f"be loaded; save its {anatomy.model_class.__name__}, and convert that"
+        )
 
 
 def examine_encoder(config: dict, reads: Reads | None = None) -> Anatomy:
@@ -87,7 +100,7 @@ def _innermost(
     for name, part in model.named_modules():
         if found is not None and not name.startswith(found.lead):
             break
-        if isinstance(part, PreTrainedModel) and _may_read(part, reads):
+        if isinstance(part, PreTrainedModel) and _may_read(model, name, reads):
             try:
                 found = _examined(parsed, model, name, part)  # the innermost: a classifier has its encoder inside
             except UnsupportedModel as error:  # another inside of it may do
@@ -95,15 +108,16 @@ def _innermost(
     return found, refused
 
 
-def _may_read(part: PreTrainedModel, reads: Reads) -> bool:
+def _may_read(model: PreTrainedModel, name: str, reads: Reads) -> bool:
     if reads == "text":
-        return is_called_with_text(part)
-    return part.main_input_name in ((PIXELS,) if reads == "images" else SOUND)
+        return is_tower(model, name)
+    return model.get_submodule(name).main_input_name in ((PIXELS,) if reads == "images" else SOUND)
 
 
 def _examined(parsed: PreTrainedConfig, model: PreTrainedModel, name: str, tower: PreTrainedModel) -> Anatomy:
     if tower.main_input_name == TOKENS:
-        refuse_config(tower.config)
+        for one in (parsed, tower.config):
+            refuse_config(one)
         patching, calls = texts_of(parsed.model_type, tower)
         return _anatomy(parsed, model, name, tower, calls, patching)
     look = _patches if tower.main_input_name == PIXELS else frames_of

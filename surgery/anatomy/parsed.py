@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import SourceError, UnsupportedModel, brief
 from ..words import named
-from .classes import causal_class, reads_of
+from .classes import causal_class, has_text_tower, reads_of
 from .patching import PIXELS, SOUND
 
 
@@ -46,5 +46,6 @@ def parse_config(config: dict) -> PreTrainedConfig:
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} has no causal language model, so nothing predicts tokens"
             f"{f'; to survey an encoder of {encoder} to scan, or run encoder-slots' if is_one else ''}"
+            f"{', or clip-text for its text' if has_text_tower(config) else ''}"
         )
     return parsed

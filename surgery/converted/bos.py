@@ -133,5 +133,6 @@ def generic_files(tokenizer: Any, settings: str) -> dict[str, str]:
 
 def _spaced(decoder: dict, suffix: str) -> dict:
     """A decoder of tokenizer.json that writes what `decoder` does, with spaces for the ends of words."""
-    spaces = {"type": "Replace", "pattern": {"String": suffix}, "content": " "}
-    return {"type": "Sequence", "decoders": [decoder, spaces]}
+    steps = (({"String": suffix}, " "), ({"Regex": r"^\s+|\s+$"}, ""))
+    spaces = [{"type": "Replace", "pattern": pattern, "content": content} for pattern, content in steps]
+    return {"type": "Sequence", "decoders": [decoder, *spaces]}

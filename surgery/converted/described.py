@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from ..anatomy.classes import CAUSAL
-from ..anatomy.encoders import examine_encoder
+from ..anatomy.classes import CAUSAL, is_text
+from ..anatomy.encoders import NOTHING, examine_encoder
 from ..anatomy.fit import fit, original_tensors
 from ..anatomy.linears import widths
 from ..anatomy.patching import READS
@@ -93,6 +93,8 @@ class Described:
                 fit(anatomy, tensors)
             self._checked(anatomy)
             return base, anatomy if self.registers is None else self._with_register(anatomy, self.registers)
+        if base.get("model_type") and not is_text(base):
+            raise damaged(self.root, "eab.sees_all is not as a run writes it for an encoder")
         n_slots, limit = self.eab.n_slots, base.get("max_position_embeddings")
         raised = {**base, "max_position_embeddings": limit + n_slots} if type(limit) is int else base
         with quiet():  # the raised limit is a guess
@@ -103,17 +105,17 @@ class Described:
         return found, self._checked(anatomy)
 
     def _encoder(self, base: dict) -> Anatomy:
-        """That of the encoder whose trunk is named, of those that there are."""
-        found: Anatomy | None = None
+        """That of the encoder whose trunk is named, of those that there are. DamagedCheckpoint where there is none."""
+        why = f"eab.trunk {named(repr(self.eab.trunk))} is no encoder of {self.converted.base}"
         for reads in READS:
             try:
-                one = examine_encoder(base, reads)
-            except UnsupportedModel:
+                found = examine_encoder(base, reads)
+            except UnsupportedModel as error:
+                why = why if NOTHING in str(error) else str(error)
                 continue
-            if one.trunk_class == self.eab.trunk:
-                return one
-            found = found or one
-        return found or examine_encoder(base)
+            if found.trunk_class == self.eab.trunk:
+                return found
+        raise damaged(self.root, why)
 
     def _with_register(self, anatomy: Anatomy, entry: RegistersEntry) -> Anatomy:
         """That of the encoder with one register more. DamagedCheckpoint where the entry is not of this model."""

@@ -43,6 +43,12 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - margin, mean + margin)
 
 
+def cosine_interval(cosines: Sequence[float]) -> Interval:
+    """The same of cosines, whose ends are no further out than a cosine can be."""
+    found = mean_interval(cosines)
+    return Interval(found.mean, max(found.low, -1.0), min(found.high, 1.0))
+
+
 def share_interval(same: Sequence[bool]) -> Interval:
     """The share of True among `same`, with Wilson's interval (1927): which is one where none or all are, too."""
     n, share, z = len(same), sum(same) / len(same), NormalDist().inv_cdf((1 + CONFIDENCE) / 2)

@@ -228,8 +228,8 @@ def port_of(anatomy: Anatomy, chunks: torch.Tensor | None = None, lead: int = 0)
 
 def _words(patching: Patching, lead: int, ids: torch.Tensor | None) -> Words:
     count = patching.shape[0] if ids is None else ids.shape[1]
-    # A token that stands first in every text is CLS, where it can be.
-    first = not patching.causal and ids is not None and bool((ids[:, 0] == ids[0, 0]).all())
+    # A token that stands first in each of several texts is CLS, where it can be.
+    first = not patching.causal and ids is not None and len(ids) > 1 and bool((ids[:, 0] == ids[0, 0]).all())
     return Words((1, count - first), lead + first, lead, causal=patching.causal)
 
 

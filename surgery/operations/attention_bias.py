@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..anatomy.classes import ANY, of_auto
 from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import Stored
 from ..converted.card import Section
@@ -25,7 +26,7 @@ from ..converted.described import Described, damaged
 from ..errors import SourceError, UnsupportedModel
 from ..live.graft import Fold, eab_config, fold, grafted, held_parts
 from ..live.model import Live
-from ..live.text import token_texts
+from ..live.text import around, no_longer_added, token_texts
 from ..parts import every_shape
 from ..parts import shapes as declared
 from ..recipe.fields import Prefix
@@ -117,7 +118,9 @@ class AttentionBias(Operation):
         return self.model_copy(update={"prefix": found})
 
     def plan(self, target: Target, parts: Folded | None = None) -> Changes:
-        self._require_constant(target.anatomy)
+        if target.anatomy.patching is not None:
+            self._require_constant(target.anatomy)
+            self._require_alone(target)
         prefix = self._prefix(target) if parts is None else parts.fold.prefix
         n = self.max_slots if prefix is None else len(prefix)
         told, few = (n, "") if prefix is not None else ({"max": n}, "up to ")
@@ -158,8 +161,6 @@ class AttentionBias(Operation):
 
     def _require_constant(self, anatomy: Anatomy) -> None:
         """UnsupportedModel for an encoder in which no prefix is constant, or whose text cannot be moved."""
-        if anatomy.patching is None:
-            return
         if anatomy.sees_all:
             raise UnsupportedModel(
                 f"{anatomy.model_type}: each of its tokens sees all others, so that no prefix is constant; give 'from' "
@@ -174,6 +175,24 @@ class AttentionBias(Operation):
             raise UnsupportedModel(
                 f"{anatomy.model_type}: {anatomy.trunk_class} takes no position_ids, so its text cannot be shifted to "
                 "after the prefix"
+            )
+        if anatomy.model_class is not of_auto(ANY, anatomy.config_class):
+            raise UnsupportedModel(
+                f"{anatomy.model_type}: {anatomy.model_class.__name__} may look at the first token id itself, as "
+                "OWL-ViT's detection does, which would be another one; convert what AutoModel loads"
+            )
+
+    def _require_alone(self, target: Target) -> None:
+        """UnsupportedModel where the tokenizer would go on putting a token before each text that slots hold too."""
+        tokenizer, prefix = target.tokenizer, self._prefix(target) or ()
+        if tokenizer is None:
+            return
+        kept = around(tokenizer)[0][len(no_longer_added(tokenizer, prefix)) :]
+        if both := [token for token in kept if token in prefix]:
+            said = token_texts(tokenizer, both[:1])[0]
+            raise UnsupportedModel(
+                f"{target.anatomy.model_type}: the tokenizer puts {said!r} before each text, and would go on doing so, "
+                "as it is not its BOS; fold BOS alone"
             )
 
     def _prefix(self, target: Target) -> tuple[int, ...] | None:
@@ -256,14 +275,15 @@ class AttentionBias(Operation):
         visible = VISIBLE[self.slots_visible]
         if not recipe.exact and self.slots_visible == "as_prefix":
             visible = "Without what follows, the model would compute what the original computes after that prefix."
-        places = f"Positions 0 to {n - 1} belong to the prefix, so the longest text is {n} tokens shorter."
+        belong = "Position 0 belongs" if n == 1 else f"Positions 0 to {n - 1} belong"
+        places = f"{belong} to the prefix, so the longest text is {count_of(n, 'token')} shorter."
         if tokenizer is not None and tokenizer.bos_token_id in ids:
             places += " The BOS token is among the slots; the tokenizer no longer adds it."
         return Section(
             tag="attention-bias",
             title="explicit attention bias",
             adds="slots",
-            text=f"an **explicit attention bias**: {n} constant key/value pair(s) k', v' in each of "
+            text=f"an **explicit attention bias**: {count_of(n, 'constant key/value pair')} k', v' in each of "
             f"{len(target.anatomy.sites)} attention sites, folded from the token prefix {named}. "
             f"{_of_others(target.anatomy)}{visible}",
             loading="Do not put the prefix in front of the text: it is inside.",

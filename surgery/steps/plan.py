@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..anatomy.encoders import require_class
 from ..anatomy.fit import Fit
 from ..anatomy.linears import linears
 from ..anatomy.patching import Reads
@@ -179,6 +180,8 @@ def plan_on(
     anatomy, fits = examine_source(source, port, reads)
     if source.kind != "gguf":
         require_generation(source.root)
+    if anatomy.patching is not None:
+        require_class(anatomy)
     wanted = needs_tokenizer or any(change.needs_tokenizer for change in recipe.changes)
     source, tokenizer = with_tokenizer(source, recipe, wanted, anatomy.reads)
     target = Target(anatomy, source.layout, tokenizer)

@@ -17,7 +17,7 @@ import torch
 from ..live.edits import Change, TouchedNothing, edit_stream, hidden
 from ..live.features import Features
 from ..live.model import Live
-from ..live.paired import mean_interval
+from ..live.paired import cosine_interval
 from ..live.port import Batch, Images
 from ..live.stream import Observer, stream
 from ..progress import Advance, unseen
@@ -84,8 +84,8 @@ def fidelity(after: Features, before: Features) -> dict[str, Any]:
     """Features of each image, twice: how alike what stands for it and its patches are."""
     whole, patches = after.alike(before)
     return {
-        after.whole or "cls": None if whole is None else mean_interval(whole).to_dict(),
-        after.called.parts: mean_interval(patches).to_dict(),
+        after.whole or "cls": None if whole is None else cosine_interval(whole).to_dict(),
+        after.called.parts: cosine_interval(patches).to_dict(),
     }
 
 

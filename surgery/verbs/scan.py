@@ -66,16 +66,8 @@ def scan(
     `heads` (block, head) are those whose attention is shown, if it has them; else a few from strong sinks to weak ones.
     `command`: the words of the command line, for the survey's provenance.
     """
-    given: tuple[tuple[Reads, Files], ...] = (("images", images), ("audio", audio))
-    if (encoded := next(((kind, paths) for kind, some in given if (paths := files(some))), None)) is not None:
-        kind, paths = encoded
-        others = {"text": bool(text), "memory": memory is not None, "dtype": dtype is not None}
-        others["audio"] = kind == "images" and bool(audio)
-        if asked := next((name for name, is_given in others.items() if is_given), None):
-            raise SourceError(f"--{kind} surveys an encoder, for which there is no --{asked}; take one of them away.")
-        return scan_encoder(
-            source, kind, paths, revision, device, chunking.count, interventions, heads, command, reporter
-        )
+    if (encoded := _files_of_encoder(images, audio, text=bool(text), memory=memory, dtype=dtype)) is not None:
+        return scan_encoder(source, *encoded, revision, device, chunking.count, interventions, heads, command, reporter)
     if not (text := files(text)):
         raise SourceError("a scan needs text to read: give --text FILE.")
     require_device(device)
@@ -114,6 +106,18 @@ def scan(
             with reporter.bar("audit", None) as advance:
                 found["audit"] = audit(live, chunks, found, advance=advance)
         return cast(Survey, found)
+
+
+def _files_of_encoder(images: Files, audio: Files, **others: Any) -> tuple[Reads, Sequence[Path]] | None:
+    """What is given for an encoder of images or sound; None where nothing is. SourceError for what does not go with
+    it."""
+    if not (paths := files(images) or files(audio)):
+        return None
+    kind: Reads = "images" if files(images) else "audio"
+    others["audio"] = kind == "images" and files(audio)
+    if asked := next((name for name, given in others.items() if given), None):
+        raise SourceError(f"--{kind} surveys an encoder, for which there is no --{asked}; take one of them away.")
+    return kind, paths
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,11 @@ WORDLESS: dict[str, tuple[dict[str, Any], str]] = {
     "aimv2": (_BOTH, "given an attention_mask its tokens see others than without"),
     "albert": (_TEXT, "attends 3 times in one forward pass"),
     "mpnet": (_TEXT, "AttentionInterface, where it could be seen"),
-    "whisper": ({}, "attends to an encoder, and a prefix of the decoder is then not constant"),
+    "whisper": ({}, "no part of it reads text alone"),
+    "llama": (_TEXT, "no part of it reads text alone"),
+    "t5gemma": ({}, "attends to an encoder, and a prefix of the decoder is then not constant"),
+    "blip-2": ({}, "no part of it reads text alone"),  # a language model, which has images before its BOS
+    "kosmos-2": ({}, "no part of it reads text alone"),
     "vit": (_BOTH["vision_config"], "no part of it reads text alone; give --images for an encoder of images"),
 }
 

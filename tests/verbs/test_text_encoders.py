@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,17 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    OwlViTConfig,
+    OwlViTForObjectDetection,
 )
 
 import surgery
 from surgery.anatomy.calls import observing
 from surgery.converted.described import read_described
 from surgery.converted.reading import live_converted
-from surgery.errors import RecipeError, SourceError, UnsupportedModel
+from surgery.errors import DamagedCheckpoint, RecipeError, SourceError, UnsupportedModel
 from surgery.live.port import port_of
 from surgery.survey import patches
 
@@ -151,7 +156,8 @@ def test_the_tokenizer_of_clip_adds_bos_no_more(tmp_path: Path) -> None:
     for words in ("A quick fox; and more.", "HELLO   World 42", "x"):
         ids, less = (one.tokenizer(words)["input_ids"] for one in (before, after))
         assert ids[0] == 0 and ids[1:] == less
-        assert before.tokenizer.decode(less).strip() == after.tokenizer.decode(less).strip()
+        assert before.tokenizer.decode(less) == after.tokenizer.decode(less)
+        assert before.tokenizer.decode(less[:-1]) == after.tokenizer.decode(less[:-1])
     pairs = [one.tokenizer("one", "two")["input_ids"] for one in (before, after)]
     assert [token for token in pairs[0] if token != 0] == pairs[1]
     assert (before.tokenizer.model_max_length, after.tokenizer.model_max_length) == (LONGEST, LONGEST - 1)
@@ -395,6 +401,62 @@ def test_norms_go_to_the_tower_that_is_given_something(ground: Path, tmp_path: P
     assert found is not None and found["passed"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eab"]["trunk"] == "CLIPTextModel"
     assert surgery.verify(tmp_path / "out", against=ground / "clip", text=ground / "clip.txt")["passed"]
+
+
+def test_what_would_be_lost_is_refused(ground: Path, tmp_path: Path) -> None:
+    """A class that no Auto class loads, and heads that look at the ids themselves."""
+
+    def settings(kind: str) -> dict[str, Any]:
+        return {key: value for key, value in text_config_of(kind).items() if key != "model_type"}
+
+    cases = (
+        (CLIPTextModelWithProjection(CLIPTextConfig(**settings("clip_text_model"))), "which no Auto class loads"),
+        (OwlViTForObjectDetection(OwlViTConfig(**settings("owlvit"))), "may look at the first token id"),
+    )
+    for model, words in cases:
+        root = tmp_path / type(model).__name__
+        model.save_pretrained(root)
+        save_tokenizer(root, ground / "clip.txt", framed=True)
+        with pytest.raises(UnsupportedModel, match=words):
+            surgery.run(recipe(FOLD), root, tmp_path / "out", text=ground / "clip.txt", chunking=FEW)
+        assert surgery.scan(root, text=ground / "clip.txt", chunking=surgery.Chunking(2))["text"]["causal"]
+
+
+def test_what_the_tokenizer_goes_on_adding_is_not_folded(ground: Path, tmp_path: Path) -> None:
+    shutil.copytree(ground / "clip", tmp_path / "clip")
+    tokenizer = json.loads((tmp_path / "clip" / "tokenizer.json").read_text())
+    first = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    tokenizer["post_processor"]["single"].insert(1, first)
+    (tmp_path / "clip" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for prefix in (["<s>", "</s>"], ["</s>"]):
+        with pytest.raises(UnsupportedModel, match="the tokenizer puts '</s>' before each text, and would go on"):
+            surgery.plan(recipe({"attention_bias": {"prefix": prefix}}), str(tmp_path / "clip"))
+
+
+def test_a_word_is_no_cls(ground: Path, tmp_path: Path) -> None:
+    """Of one text it is not told whether its first token is that of all."""
+    found = surgery.scan(ground / "bert", text=ground / "bert.txt", chunking=surgery.Chunking(1), interventions=True)
+    assert found["text"]["special"] == 0
+    assert not any("CLS" in row["name"] for row in found["interventions"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"max_position_embeddings": 3}, "config.json"),
+        ({"is_encoder_decoder": True}, "attends to an encoder"),
+        ({"eab": {"sees_all": None}}, "eab.sees_all is not as a run writes it"),
+        ({"eab": {"trunk": "BertEncoder"}}, "eab.trunk 'BertEncoder' is no encoder of bert"),
+    ],
+)
+def test_a_changed_config_is_told_as_it_is(changed: dict, words: str, ground: Path, tmp_path: Path) -> None:
+    surgery.run(recipe({"head_norm": {}}), ground / "bert", tmp_path / "out", text=ground / "bert.txt", chunking=FEW)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    eab = {key: value for key, value in {**config["eab"], **changed.pop("eab", {})}.items() if value is not None}
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "eab": eab, **changed}))
+    with pytest.raises(DamagedCheckpoint, match=words) as caught:
+        surgery.scan(tmp_path / "out", text=ground / "bert.txt", chunking=FEW)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_bert_that_is_a_decoder_is_a_language_model(tmp_path: Path) -> None:

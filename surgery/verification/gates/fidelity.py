@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from ...live.features import Features
-from ...live.paired import Interval, mean_interval
+from ...live.paired import Interval, cosine_interval
 from ...live.port import Images
 from ...table import Table
 from ...words import called, count_of, fixed
@@ -24,12 +24,10 @@ def between(a: Features, b: Features) -> dict[str, Interval]:
     """The mean cosine of what stands for an image, where anything does, and of its patches (frames, tokens), with its
     interval over images."""
     whole, patches = a.alike(b)
-    return {**({} if whole is None else {str(a.whole): _bounded(whole)}), a.called.parts: _bounded(patches)}
-
-
-def _bounded(cosines: list[float]) -> Interval:
-    found = mean_interval(cosines)
-    return Interval(found.mean, max(found.low, -1.0), min(found.high, 1.0))
+    return {
+        **({} if whole is None else {str(a.whole): cosine_interval(whole)}),
+        a.called.parts: cosine_interval(patches),
+    }
 
 
 def tokens_of(measured: Measured) -> int:
