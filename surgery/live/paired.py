@@ -46,7 +46,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def cosine_interval(cosines: Sequence[float]) -> Interval:
     """The same of cosines, whose ends are no further out than a cosine can be."""
     found = mean_interval(cosines)
-    return Interval(found.mean, max(found.low, -1.0), min(found.high, 1.0))
+    return Interval(found.mean, max(found.low, -1.0), max(found.mean, min(found.high, 1.0)))
 
 
 def share_interval(same: Sequence[bool]) -> Interval:

@@ -74,7 +74,7 @@ def test_the_largest_entry_of_each_image_to_zero_or_to_its_mean() -> None:
         assert rows[name]["touched"] == len(pixels) and rows[name]["where"].startswith(f"layer {layer}, dim")
         assert found["cls"]["mean"] == pytest.approx(wanted[:, 0].mean(), abs=1e-5)
         assert found["patches"]["mean"] == pytest.approx(wanted[:, 1:].mean(), abs=1e-5)
-        assert found["cls"]["low"] < found["cls"]["mean"] < found["cls"]["high"]
+        assert found["cls"]["low"] < found["cls"]["mean"] <= found["cls"]["high"] <= 1 + 1e-12
     assert zero.mean() < 0.9999 and np.array_equal(features(model, pixels), untouched), "nothing is left behind"
 
 
