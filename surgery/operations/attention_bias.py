@@ -8,7 +8,6 @@ slots. Exact.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,21 +17,21 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..anatomy.classes import ANY, of_auto
 from ..anatomy.sites import Anatomy
 from ..checkpoint.layout import Stored
 from ..converted.card import Section
 from ..converted.described import Described, damaged
-from ..errors import SourceError, UnsupportedModel
+from ..errors import SourceError
 from ..live.graft import Fold, eab_config, fold, grafted, held_parts
 from ..live.model import Live
-from ..live.text import around, no_longer_added, token_texts
+from ..live.text import token_texts
 from ..parts import every_shape
 from ..parts import shapes as declared
 from ..recipe.fields import Prefix
 from ..words import count_of, listing, quoted
 from .base import Changes, Exact, Fitting, NothingToDo, Operation, Stand, Target, Trained
-from .prefix_search import PrefixSearch, one_token
+from .prefix_search import PrefixSearch
+from .prefixes import one_token, require_alone, require_constant
 
 VISIBLE = {
     "as_prefix": "In exact arithmetic the model computes what the original computes after that prefix. It carried "
@@ -119,8 +118,8 @@ class AttentionBias(Operation):
 
     def plan(self, target: Target, parts: Folded | None = None) -> Changes:
         if target.anatomy.patching is not None:
-            self._require_constant(target.anatomy)
-            self._require_alone(target)
+            require_constant(target.anatomy, self.searches)
+            require_alone(target, self._prefix(target) or ())
         prefix = self._prefix(target) if parts is None else parts.fold.prefix
         n = self.max_slots if prefix is None else len(prefix)
         told, few = (n, "") if prefix is not None else ({"max": n}, "up to ")
@@ -158,42 +157,6 @@ class AttentionBias(Operation):
                 ),
             ),
         )
-
-    def _require_constant(self, anatomy: Anatomy) -> None:
-        """UnsupportedModel for an encoder in which no prefix is constant, or whose text cannot be moved."""
-        if anatomy.sees_all:
-            raise UnsupportedModel(
-                f"{anatomy.model_type}: each of its tokens sees all others, so that no prefix is constant; give 'from' "
-                "in place of 'prefix'"
-            )
-        if self.searches:
-            raise UnsupportedModel(
-                f"{anatomy.model_type}: is an encoder, and a prefix is searched by what a language model predicts; "
-                "list the tokens, as that which its tokenizer puts first"
-            )
-        if "position_ids" not in inspect.signature(anatomy.blank.get_submodule(anatomy.trunk).forward).parameters:
-            raise UnsupportedModel(
-                f"{anatomy.model_type}: {anatomy.trunk_class} takes no position_ids, so its text cannot be shifted to "
-                "after the prefix"
-            )
-        if anatomy.model_class is not of_auto(ANY, anatomy.config_class):
-            raise UnsupportedModel(
-                f"{anatomy.model_type}: {anatomy.model_class.__name__} may look at the first token id itself, as "
-                "OWL-ViT's detection does, which would be another one; convert what AutoModel loads"
-            )
-
-    def _require_alone(self, target: Target) -> None:
-        """UnsupportedModel where the tokenizer would go on putting a token before each text that slots hold too."""
-        tokenizer, prefix = target.tokenizer, self._prefix(target) or ()
-        if tokenizer is None:
-            return
-        kept = around(tokenizer)[0][len(no_longer_added(tokenizer, prefix)) :]
-        if both := [token for token in kept if token in prefix]:
-            said = token_texts(tokenizer, both[:1])[0]
-            raise UnsupportedModel(
-                f"{target.anatomy.model_type}: the tokenizer puts {said!r} before each text, and would go on doing so, "
-                "as it is not its BOS; fold BOS alone"
-            )
 
     def _prefix(self, target: Target) -> tuple[int, ...] | None:
         """Token ids of the recipe's prefix; None where they are to be searched."""

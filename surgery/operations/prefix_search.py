@@ -261,22 +261,3 @@ class PrefixSearch:
 
 def _any(sun: MassiveActivations, scale_free: AutoMassive) -> bool:
     return sun.count > 0 or any(scale_free.counts.values())
-
-
-def one_token(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """The id of a text that is exactly one token; SourceError for any other."""
-    assert tokenizer is not None  # `needs_tokenizer`
-    vocabulary = tokenizer.get_vocab()
-    if text in vocabulary:
-        return vocabulary[text]
-    ids = tokenize(tokenizer, text)
-    if ids == [tokenizer.unk_token_id]:
-        raise SourceError(
-            f"attention_bias.prefix: {text!r} is not in the vocabulary; give another token, or a token id."
-        )
-    if len(ids) != 1:
-        raise SourceError(
-            f"attention_bias.prefix: {text!r} is not one token of the vocabulary but {len(ids)} ({ids[:8]}); "
-            "list its tokens one by one, or give token ids."
-        )
-    return ids[0]
