@@ -86,6 +86,13 @@ def sees_or_hears(config: Mapping[str, Any]) -> bool:
     return reads == PIXELS or reads in SOUND or not _parts(config).isdisjoint(("vision_config", "audio_config"))
 
 
+def has_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a raw config.json may be of an encoder: of a type that AutoModel loads, and none that writes as well."""
+    kind = _type_of(config)
+    writes = config.get("is_encoder_decoder", getattr(kind, "is_encoder_decoder", False))
+    return kind is not None and of_auto(ANY, kind) is not None and (sees_or_hears(config) or not writes)
+
+
 def has_text_tower(config: Mapping[str, Any]) -> bool:
     """Whether such a model has a part of its own for text, as CLIP has."""
     return "text_config" in _parts(config)

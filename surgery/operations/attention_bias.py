@@ -34,8 +34,8 @@ from .prefix_search import PrefixSearch
 from .prefixes import one_token, require_alone, require_constant
 
 VISIBLE = {
-    "as_prefix": "In exact arithmetic the model computes what the original computes after that prefix. It carried "
-    "the massive activations, and is never computed.",
+    "as_prefix": "In exact arithmetic the model computes what the original computes after that prefix. The prefix is "
+    "never computed, nor are massive activations on it.",
     "always": "Every query sees them, also where a layer's window would have hidden the prefix: there the model "
     "differs from the original on purpose.",
 }

@@ -103,6 +103,10 @@ class EstimatedBias(Operation):
         anatomy, patching = target.anatomy, _patching(target.anatomy)
         n, emptied = 1, Emptied()
         if self.source == "registers" and not self._made:
+            if patching.is_text:
+                raise UnsupportedModel(
+                    f"{anatomy.model_type}: reads text, which has no registers; give 'from: massive_tokens'"
+                )
             if not patching.registers:
                 raise UnsupportedModel(
                     f"{anatomy.model_type}: has no registers by its config; put the operation 'registers' in front, "

@@ -106,8 +106,8 @@ SECTIONS = (
     ),
     Section(
         "interventions", "Interventions",
-        "What happens to likelihood, or to an encoder's features, when the live model is changed. Bars are paired 95% "
-        "intervals; grey ones contain zero.",
+        "What happens to likelihood (bars are paired 95% intervals; grey ones contain zero), or to an encoder's "
+        "features, when the live model is changed.",
         plots.interventions,
     ),
 )  # fmt: skip

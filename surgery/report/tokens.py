@@ -37,7 +37,9 @@ def kinds(survey: dict, surveys: Sequence[dict]) -> Figure | None:
     for key, colour in (("to_cls", "orange"), ("to_registers", "green"), ("to_high", "pink")):
         draw_line(looks, survey, values(survey, key), colour)
     share_axis(looks)
-    looks.set_title(f"Attention of {read.parts} to CLS, to {read.registers}, to {read.parts} of high norm")
+    firsts = (("to_cls", "CLS"), ("to_registers", read.registers))
+    to = "".join(f"to {name}, " for key, name in firsts if present(values(survey, key)))
+    looks.set_title(f"Attention of {read.parts} {to}to {read.parts} of high norm")
     depth_axis(looks, survey)
     pairs = [pair for axes in (norms, high) for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     legend(drawn, [pair[0] for pair in pairs], [pair[1] for pair in pairs])

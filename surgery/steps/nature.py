@@ -6,7 +6,7 @@ import json
 import warnings
 from typing import Any
 
-from ..anatomy.classes import has_text_tower, is_text, sees_or_hears
+from ..anatomy.classes import has_encoder, has_text_tower, is_text, sees_or_hears
 from ..anatomy.fit import Fit, encoder_stored, examine_stored
 from ..anatomy.patching import Reads
 from ..anatomy.sites import Anatomy, examine
@@ -30,10 +30,11 @@ def port_of(source: Source, recipe: Recipe | None = None, reads: Reads | None = 
     asked = None if recipe is None else recipe.reading
     if is_text(config) and (folds or of_text or asked != "images"):
         return "text", "text"
+    port = "images" if has_encoder(config) else asked or "images"  # what is neither says so itself
     both = sees_or_hears(config) or is_text(config)
     if not both or (folds or of_text) and has_text_tower(config):
-        return asked or "images", "text"
-    return asked or "images", None if of_text else reads
+        return port, "text"
+    return port, None if of_text else reads
 
 
 def examine_source(

@@ -95,7 +95,7 @@ class Recipe(Document):
             if gate.reading not in (None, port) and gate.name in self.verify.model_fields_set
         ]
         if asked:
-            reads = {"text": "a language model, which reads text", "images": "an encoder, which reads images or sound"}
+            reads = {"text": "a language model, which reads text", "images": "an encoder, which fidelity judges"}
             raise RecipeError(
                 f"the recipe asks for {asked[0]}, which is not for {reads[port]}; remove it, or give another source."
             )

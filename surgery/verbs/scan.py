@@ -76,6 +76,8 @@ def scan(
     reporter.step(f"load {source}")
     with _opened(str(source), dtype, revision, reporter) as opened:
         fitting = fit_chunks(chunking, opened.anatomy, opened.n_slots)
+        if fitting != chunking:
+            reporter.note(f"chunks of {fitting.length} tokens: the model has no more positions")
         chunks = opened.reader.cut(words, fitting, "--text")
         live = opened.load(Place(device, memory))
         if isinstance(opened.reader, WholeReader):

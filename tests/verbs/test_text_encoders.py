@@ -350,9 +350,9 @@ def refusals() -> list[tuple[str, list[dict], dict, type, str]]:
         ("clip", [{"attention_bias": {"prefix": "auto"}}], {}, UnsupportedModel, "searched by what a language model"),
         ("clip", [{"attention_bias": {"prefix": ["nowhere"]}}], {}, SourceError, "is not one token of the vocabulary"),
         ("bert", [{"registers": {}}], {}, UnsupportedModel, "reads text, in which no place is a register's"),
-        ("bert", [{"attention_bias": {"from": "registers"}}], {}, UnsupportedModel, "has no registers by its config"),
+        ("bert", [{"attention_bias": {"from": "registers"}}], {}, UnsupportedModel, "which has no registers"),
         ("bert", [MASSIVE], {"perplexity": {"max_ratio": 1.1}}, RecipeError, "verify.perplexity, which is not for"),
-        ("clip", [FOLD], {"perplexity": {"max_ratio": 1.1}}, UnsupportedModel, "has no causal language model"),
+        ("clip", [FOLD], {"perplexity": {"max_ratio": 1.1}}, RecipeError, "verify.perplexity, which is not for"),
     ]  # fmt: skip
 
 

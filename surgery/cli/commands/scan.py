@@ -44,7 +44,8 @@ def scan(
     """Survey each SOURCE on text, layer by layer: massive activations, geometry, attention, super neurons.
 
     An encoder of images (DINOv2, ViT, the vision tower of CLIP or LLaVA, ...) is surveyed on --images, one of sound
-    (Whisper, wav2vec 2.0, HuBERT, ...) on --audio."""
+    (Whisper, wav2vec 2.0, HuBERT, ...) on --audio. One of text (BERT, the text tower of CLIP, ...) takes --text as
+    language models do."""
     read = given_paths(*sources, *text, *images, *audio)
     require_result_file(json_file, "--json", given_paths(*read, report))
     require_result_file(report, "--report", read)
