@@ -16,7 +16,7 @@ from ..anatomy.patching import PIXELS, SOUND, TOKENS, Handed, Patching
 from ..anatomy.sound import grid_of
 from ..anatomy.tower import given_to
 from ..words import IMAGE, RECORDING, SPECTROGRAM, WRITTEN, Called
-from .text import token_texts
+from .text import behind, token_texts
 
 if TYPE_CHECKING:
     from ..anatomy.sites import Anatomy
@@ -51,8 +51,7 @@ class Text:
     def batches(self, live: Live, chunks: torch.Tensor, prefix: Sequence[int]) -> Iterator[Batch]:
         vocabulary = live.model.config.get_text_config().vocab_size
         size = max(1, LOGIT_BYTES // (4 * vocabulary * (chunks.shape[1] + len(prefix))))
-        lead = torch.tensor(list(prefix), dtype=torch.long).expand(chunks.shape[0], -1)
-        for index, rows in enumerate(torch.cat([lead, chunks], dim=1).split(size)):
+        for index, rows in enumerate(behind(prefix, chunks).split(size)):
             yield Batch(rows, len(prefix), index)
 
     def run(self, live: Live, batch: Batch, wanted: bool) -> torch.Tensor | None:
@@ -191,8 +190,7 @@ class Words(Images):
 
     def batches(self, live: Live, pixels: torch.Tensor, prefix: Sequence[int]) -> Iterator[Batch]:
         """pixels: token ids (N, T)."""
-        lead = torch.tensor(list(prefix), dtype=torch.long).expand(len(pixels), -1)
-        for batch in super().batches(live, torch.cat([lead, pixels], dim=1), ()):
+        for batch in super().batches(live, behind(prefix, pixels), ()):
             assert batch.given is not None
             yield replace(batch, tokens=batch.given[self.input], lead=len(prefix))
 

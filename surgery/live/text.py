@@ -90,13 +90,13 @@ def _encode(tokenizer, text: str, special: bool) -> list[int]:
     return [int(token) for token in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
 
 
-SAMPLE = "The quick brown fox jumps over the lazy dog."
+SENTENCE = "The quick brown fox jumps over the lazy dog."
 
 
 def around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids that a tokenizer puts before a text, and behind it."""
     try:
-        plain, whole = bounded(_both, tokenizer, SAMPLE, seconds=READING_SECONDS, memory=READING_MEMORY)
+        plain, whole = bounded(_both, tokenizer, SENTENCE, seconds=READING_SECONDS, memory=READING_MEMORY)
     except Unbounded as error:
         raise SourceError(f"the tokenizer cannot read a text ({error}); mend it.") from error
     at = next((i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain), None)
@@ -153,6 +153,12 @@ def _texts(tokenizer, sequences: list[list[int]]) -> list[str]:
 
 def _decode(tokenizer, sequences: list[list[int]]) -> list[str]:
     return [tokenizer.decode(ids)[: LONGEST_TOKEN * len(ids)] for ids in sequences]
+
+
+def behind(prefix: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
+    """Token ids (N, T), each row behind `prefix`: (N, n + T)."""
+    lead = torch.tensor(list(prefix), dtype=torch.long).expand(len(rows), -1)
+    return torch.cat([lead, rows], dim=1)
 
 
 def chunk(ids: Sequence[int], chunking: Chunking, name: str) -> torch.Tensor:

@@ -60,6 +60,7 @@ class AttentionBias(Operation):
     name: ClassVar[str] = "attention_bias"
     example: ClassVar[str] = "{prefix: auto}"
     adds: ClassVar[bool] = True
+
     prefix: Annotated[Prefix, Field(description="the tokens to fold, each a text or an id; auto searches for them")] = (
         "auto"
     )

@@ -14,7 +14,7 @@ from ..anatomy.sites import Anatomy
 from ..checkpoint.provenance import TextFiles, described
 from ..errors import SourceError
 from ..live.port import Port, port_of
-from ..live.text import Chunking, around, chunk, in_turn, read_each, read_texts, split_text, tokenize
+from ..live.text import Chunking, around, behind, chunk, in_turn, read_each, read_texts, split_text, tokenize
 from ..progress import Reporter
 from ..verification.gates import GATES, Gate
 from ..verification.gates.base import Inputs
@@ -156,8 +156,8 @@ class WholeReader(Reader):
     @functools.cached_property
     def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Token ids before each text, and behind it."""
-        before, behind = around(self.tokenizer)
-        return before[len(self.without) :] if self.without == before[: len(self.without)] else before, behind
+        before, after = around(self.tokenizer)
+        return before[len(self.without) :] if self.without == before[: len(self.without)] else before, after
 
     def cut(self, text: str, chunking: Chunking, name: str) -> torch.Tensor:
         return self._whole(super().cut(text, self._inside(chunking, name), name))
@@ -174,8 +174,8 @@ class WholeReader(Reader):
 
     def _inside(self, chunking: Chunking, name: str) -> Chunking:
         """What is left for the text in a chunk."""
-        before, behind = self.around
-        if (length := chunking.length - len(before) - len(behind)) < 2:
+        before, after = self.around
+        if (length := chunking.length - len(before) - len(after)) < 2:
             raise SourceError(
                 f"{name}: chunks of {chunking.length} tokens leave too few between those that the tokenizer adds; make "
                 "them longer (--chunk-length)."
@@ -183,9 +183,8 @@ class WholeReader(Reader):
         return replace(chunking, length=length)
 
     def _whole(self, rows: torch.Tensor) -> torch.Tensor:
-        ends = (torch.tensor(part, dtype=torch.long).expand(len(rows), -1) for part in self.around)
-        before, behind = ends
-        return torch.cat([before, rows, behind], dim=1)
+        before, after = self.around
+        return torch.cat([behind(before, rows), torch.tensor(after, dtype=torch.long).expand(len(rows), -1)], dim=1)
 
 
 def text_reader(anatomy: Anatomy, tokenizer: Any, vocab_size: int, without: tuple[int, ...] = ()) -> Reader:

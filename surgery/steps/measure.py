@@ -19,7 +19,7 @@ from ..live.port import Images
 from ..live.roundings import rounds_values
 from ..live.sample import continuation, speed
 from ..live.stream import Observer, Reading, read
-from ..live.text import FEW_CHUNKS, decoded
+from ..live.text import FEW_CHUNKS, behind, decoded
 from ..progress import Reporter
 from ..survey.full import FullSurvey
 from ..survey.patches import SHOWN, SIDE
@@ -64,8 +64,8 @@ class Measuring:
             if (bos := tokenizer.bos_token_id) is not None:
                 leads["bos"] = (bos,)
         if self.before:
-            given = None if self.calibrating is None else self._whole(self.calibrating)
-            measuring = replace(self, evaluation=self._whole(self.evaluation), calibrating=given)
+            given = None if self.calibrating is None else behind(self.before, self.calibrating)
+            measuring = replace(self, evaluation=behind(self.before, self.evaluation), calibrating=given)
             return measuring._measured(live, tokenizer, leads, survey, original=True)
         return self._measured(live, tokenizer, leads, survey, original=True)
 
@@ -97,10 +97,6 @@ class Measuring:
             {variant: one.score for variant, one in scoring.items() if isinstance(one, Likelihood)}, watched, beyond,
             {variant: one for variant, one in scoring.items() if isinstance(one, Features)}, live.port,
         )  # fmt: skip
-
-    def _whole(self, rows: torch.Tensor) -> torch.Tensor:
-        """`rows` (N, T) behind what stood before each text."""
-        return torch.cat([torch.tensor(self.before).expand(len(rows), -1), rows], dim=1)
 
     def _observers(self, variants: Sequence[Variant]) -> dict[tuple[str, Variant], Observer]:
         """(Gate, variant) -> its observer, of gates that have one."""

@@ -65,8 +65,9 @@ class Plan:
         """How text becomes token ids of this model, or files what an encoder reads."""
         if self.anatomy.reads != "text":
             return file_reader(self.source.root, self.anatomy)
-        without = no_longer_added(self.target.tokenizer, self.changes.prefix or ())
-        return text_reader(self.anatomy, self.target.tokenizer, self.target.vocab_size, without)
+        tokenizer, encodes = self.target.tokenizer, self.anatomy.patching is not None
+        without = no_longer_added(tokenizer, self.changes.prefix or ()) if encodes else ()
+        return text_reader(self.anatomy, tokenizer, self.target.vocab_size, without)
 
     @property
     def lowered(self) -> dict[str, int]:

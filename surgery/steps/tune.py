@@ -52,7 +52,7 @@ def prepare_training(
     _require_trainable(plan, settings)
     if plan.anatomy.patching is None:
         assert isinstance(texts, Texts)
-        corpus = _of_text(plan, texts, settings, ready.chunking)
+        corpus = _of_text(plan, texts, settings, ready)
     elif processes > 1:
         raise SourceError(f"{processes} processes were started, and an encoder is tuned by one alone; start one.")
     else:
@@ -85,11 +85,11 @@ def _require_trainable(plan: Plan, settings: Tune) -> None:
         )
 
 
-def _of_text(plan: Plan, texts: Texts, settings: Tune, chunking: Chunking) -> Corpus:
+def _of_text(plan: Plan, texts: Texts, settings: Tune, ready: Ready) -> Corpus:
     _require_room(plan, settings)
     read = texts.calibration if settings.dataset is None else (dataset_text(settings.dataset),)
     assert read is not None  # where it is not given, calibration text has been refused
-    reader = plan.reader
+    reader, chunking = ready.reader, ready.chunking
     assert isinstance(reader, Reader)
     return make_corpus(reader.every(read, max(settings.length, chunking.length)), settings, chunking.length)
 

@@ -13,6 +13,7 @@ from ..live.features import Features
 from ..live.model import Live
 from ..live.port import Images, port_of, random_inputs
 from ..live.stream import stream
+from ..live.text import behind
 
 IMAGES, PADDING = 2, 3
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}  # of a feature's length
@@ -33,8 +34,7 @@ def _padded(live: Live, ids: torch.Tensor, prefix: Sequence[int]) -> torch.Tenso
     """Last hidden states of texts (N, T) after `prefix`, of which the second is padded as a tokenizer pads."""
     mask = torch.ones_like(ids)
     mask[1:, -PADDING:] = 0
-    lead = torch.tensor(list(prefix), dtype=torch.long).expand(len(ids), -1)
-    whole, seen = torch.cat([lead, ids], dim=1), torch.cat([torch.ones_like(lead), mask], dim=1)
+    whole, seen = behind(prefix, ids), behind([1] * len(prefix), mask)
     states = live.trunk(input_ids=whole.to(live.device), attention_mask=seen.to(live.device))[0]
     return (states[:, len(prefix) :].cpu() * mask[..., None]).float()
 

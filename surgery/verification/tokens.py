@@ -7,11 +7,10 @@ from pathlib import Path
 
 from ..errors import NoTemporary, SurgeryError
 from ..live.loading import load_tokenizer
-from ..live.text import decoded, tokenize
+from ..live.text import SENTENCE, decoded, tokenize
 from .checks import Check
 
 SAMPLE = 200_000  # characters; tokenizers differ in the first few hundred if they differ
-SENTENCE = "The quick brown fox jumps over the lazy dog."
 
 
 def check_tokenizer(root: Path, original, prefix: Sequence[int], text: str | None) -> Check:
